@@ -1,0 +1,5 @@
+"""nn.Module -> Captured: run once, record, and say what was not recorded."""
+
+from fxopt.capture.captured import Captured, Constant, Coverage, Guard, Opaque
+
+__all__ = ["Captured", "Constant", "Coverage", "Guard", "Opaque"]

@@ -1,0 +1,102 @@
+"""What a pass is.
+
+A pass is a frozen dataclass; its options are its fields. It walks one region of the captured program at a
+time and says what it did and what it left alone: `Change` and `Skip`. Not its business: nothing at all.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+    from fxopt.graph import Region
+
+
+class Promise(enum.Enum):
+    """What a pass says of the outputs after it."""
+
+    EXACT = "exact"
+    """Equal to the bit."""
+    CLOSE = "close"
+    """Equal but for rounding; the tolerance goes by dtype."""
+    CHANGES = "changes"
+    """They change on purpose: the difference is reported, not judged."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rewrite that was made.
+
+    Attributes:
+        what: what was done, in a few words: `folded into 'conv1'`.
+        where: qualified name of the module or node that it was done to.
+        source: the user's line, `model.py:41`.
+    """
+
+    what: str
+    where: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One place that a pass recognised and left alone, with the reason."""
+
+    where: str
+    reason: str
+    source: str = ""
+
+
+class Pass(ABC):
+    """A rewrite of a captured program. Subclasses are frozen dataclasses; their fields are the options.
+
+    A field says what it is for by `field(default=..., metadata={"help": "..."})`. Bad values are refused in
+    `__post_init__` with a `SpecError`.
+    """
+
+    name: ClassVar[str]
+    """What a spec calls the pass."""
+    promise: ClassVar[Promise]
+    after: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that must come earlier where both are asked for."""
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that can't be in the same pipeline."""
+
+    @abstractmethod
+    def run(self, region: Region) -> Iterator[Change | Skip]:
+        """Rewrite the graph of `region` in place and yield what was done and what was left alone.
+
+        Never writes into a parameter or buffer: makes a new tensor or module and swaps it in.
+        """
+
+
+M = TypeVar("M")
+
+
+class Rewrite(Pass, Generic[M]):
+    """A pass that looks at each node by itself: `match` says whether, `rewrite` does it."""
+
+    @abstractmethod
+    def match(self, node: fx.Node, region: Region) -> M | Skip | None:
+        """A match to rewrite, a `Skip` with the reason where it is unsafe, `None` where it is none of ours."""
+
+    @abstractmethod
+    def rewrite(self, match: M, region: Region) -> Change:
+        """Make the change."""
+
+    def run(self, region: Region) -> Iterator[Change | Skip]:
+        """Offer each node, in order, to `match`."""
+        for node in list(region.graph.nodes):
+            if region.is_erased(node):
+                continue
+            found = self.match(node, region)
+            if isinstance(found, Skip):
+                yield found
+            elif found is not None:
+                yield self.rewrite(found, region)

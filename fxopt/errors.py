@@ -1,0 +1,64 @@
+"""Everything that fxopt raises on purpose.
+
+    FxoptError
+    ├── LoadError        a target, its inputs or its weights cannot be read
+    ├── CaptureError     a module cannot be captured at all
+    ├── GuardError       a captured module was called outside what capture assumed
+    ├── SpecError        the text of a pipeline is wrong: an unknown pass or option, a bad value
+    ├── PassError        a pass cannot do what was asked
+    │   └── VerifyError  a pass broke its promise
+    ├── EngineError      an engine cannot take or run a graph
+    ├── ArtifactError    a result cannot be written or read back
+    └── BaselineError    two measurements cannot be compared
+
+Each message says what happened, where, what was expected and what to do next. `exit_code` is what the
+command line returns: 2 where the call was wrong, 1 where a promise, a check or a gate failed.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FxoptError(Exception):
+    """Base of all errors that fxopt raises on purpose."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class LoadError(FxoptError):
+    """A target, its inputs or its weights cannot be read."""
+
+
+class CaptureError(FxoptError):
+    """A module cannot be captured."""
+
+
+class GuardError(FxoptError):
+    """A captured module was called with inputs outside of what its capture assumed."""
+
+
+class SpecError(FxoptError):
+    """The text of a pipeline is wrong."""
+
+
+class PassError(FxoptError):
+    """A pass cannot do what was asked of it."""
+
+
+class VerifyError(PassError):
+    """A pass broke its promise: the rewritten module is not what it should be."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class EngineError(FxoptError):
+    """An engine cannot take or run a graph."""
+
+
+class ArtifactError(FxoptError):
+    """A result cannot be written or read back."""
+
+
+class BaselineError(FxoptError):
+    """Two measurements cannot be compared."""

@@ -1,0 +1,19 @@
+"""Typed questions and edits of a captured graph: regions, call sites, aliases, effects, shapes."""
+
+from fxopt.graph.effects import Effects, eliminate_dead
+from fxopt.graph.module import GraphModule
+from fxopt.graph.observe import observe
+from fxopt.graph.region import Program, Region
+from fxopt.graph.source import Source, inherit, source_of
+
+__all__ = [
+    "Effects",
+    "GraphModule",
+    "Program",
+    "Region",
+    "Source",
+    "eliminate_dead",
+    "inherit",
+    "observe",
+    "source_of",
+]

@@ -1,0 +1,273 @@
+"""Which nodes write, which share memory, and what may be removed because nothing can see it.
+
+torch.fx's own dead-code elimination removes in-place calls whose result is unused, although the tensor that
+they wrote into is used. Here every call is read by the schema of the operator behind it: which arguments it
+writes, and whether its result may be a view of an argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from fxopt.graph.region import Region
+
+_PURE_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.Embedding,
+    nn.GELU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Softmax,
+    nn.LogSoftmax,
+    nn.Softplus,
+    nn.Softsign,
+    nn.PReLU,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Threshold,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+    nn.ZeroPad2d,
+    nn.MultiheadAttention,
+)
+_VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_RANDOM = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout rand rand_like randn "
+    "randn_like randint randint_like randperm bernoulli multinomial normal poisson rrelu gumbel_softmax "
+    "scaled_dot_product_attention uniform_ normal_ bernoulli_".split()
+)
+_PURE_FUNCTIONS: frozenset[Any] = frozenset(
+    {getattr, operator.getitem, len, *(getattr(operator, name) for name in (
+        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "matmul", "and_", "or_",
+        "xor", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge", "index",
+    ))}
+)  # fmt: skip
+
+
+class Effects:
+    """Effects of the nodes of one region.
+
+    Anything that is not known to be harmless counts as writing into all that it is given.
+    """
+
+    def __init__(self, region: Region):
+        self._region = region
+
+    def writes(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The arguments of `node` that it writes into."""
+        if node.op == "call_module":
+            return self._module_writes(node)
+        if node.op not in ("call_function", "call_method"):
+            return ()
+        name = _operator_name(node)
+        written = [node.kwargs.get("out")]
+        if node.kwargs.get("inplace") is True or _is_inplace(node, name):
+            written.append(_first(node))
+        if name == "batch_norm" and _training_argument(node):
+            written += [_argument(node, 1, "running_mean"), _argument(node, 2, "running_var")]
+        return tuple(_nodes(written))
+
+    def is_random(self, node: fx.Node) -> bool:
+        """Whether `node` draws from the random stream (in training mode, for what draws only there)."""
+        if node.op == "call_module":
+            module = self._region.submodule(node)
+            return module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = _operator_name(node)
+        if "dropout" in name or name == "rrelu":
+            return _training_argument(node)
+        if name == "scaled_dot_product_attention":
+            return bool(_argument(node, 4, "dropout_p"))
+        return name in _RANDOM
+
+    def may_alias(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The arguments whose memory the result of `node` may share."""
+        if node.op == "call_module":
+            module = self._region.submodule(node)
+            if isinstance(module, (*_PURE_MODULES, *_NORMS)) and not getattr(module, "inplace", False):
+                return ()
+            return tuple(node.all_input_nodes)
+        if node.op not in ("call_function", "call_method"):
+            return ()
+        if node.target in (operator.getitem, getattr):
+            return tuple(node.all_input_nodes[:1])
+        name = _operator_name(node)
+        if node.kwargs.get("inplace") is not True and _returns_fresh(name):
+            return tuple(_nodes([node.kwargs.get("out")]))
+        return tuple(node.all_input_nodes)
+
+    def is_known(self, node: fx.Node) -> bool:
+        """Whether the effects of `node` are wholly described by `writes` and `is_random`."""
+        if node.op == "call_module":
+            module = self._region.submodule(node)
+            known = (*_PURE_MODULES, *_VIEW_MODULES, *_NORMS, nn.modules.dropout._DropoutNd)
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            return isinstance(module, known) and not hooked
+        if node.op in ("call_function", "call_method"):
+            return node.target in _PURE_FUNCTIONS or bool(_schemas(_operator_name(node)))
+        return node.op == "get_attr"
+
+    def aliases(self) -> Callable[[fx.Node], frozenset[fx.Node]]:
+        """A question: which nodes may share memory with a node (itself included)?"""
+        parent: dict[fx.Node, fx.Node] = {node: node for node in self._region.graph.nodes}
+
+        def root(node: fx.Node) -> fx.Node:
+            while parent[node] is not node:
+                parent[node] = parent[parent[node]]
+                node = parent[node]
+            return node
+
+        memory: dict[int, fx.Node] = {}
+        for node in self._region.graph.nodes:
+            for other in (*self.may_alias(node), *self.writes(node)):
+                parent[root(node)] = root(other)
+            if node.op == "get_attr":
+                value = self._region.attribute(node)
+                if isinstance(value, torch.Tensor):
+                    first = memory.setdefault(value.untyped_storage()._cdata, node)
+                    parent[root(node)] = root(first)
+        groups: dict[fx.Node, set[fx.Node]] = {}
+        for node in parent:
+            groups.setdefault(root(node), set()).add(node)
+        frozen = {key: frozenset(group) for key, group in groups.items()}
+        return lambda node: frozen[root(node)]
+
+    def _module_writes(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        module = self._region.submodule(node)
+        if getattr(module, "inplace", False):
+            return tuple(node.all_input_nodes[:1])
+        if self.is_known(node):
+            return ()
+        return tuple(node.all_input_nodes)
+
+    def keeps_state(self, node: fx.Node) -> bool:
+        """Whether running `node` changes a module's own state, such as running statistics."""
+        if node.op == "call_module":
+            module = self._region.submodule(node)
+            if isinstance(module, _NORMS):
+                return module.training and bool(module.track_running_stats)
+            return not self.is_known(node)
+        return False
+
+
+def eliminate_dead(region: Region) -> list[fx.Node]:
+    """Erase the nodes whose effects nothing can see, and return them.
+
+    Kept are: what outputs need; writes into memory that an input, a parameter, a buffer or a live node
+    shares; random draws (a later draw would change); and whatever is not known to be harmless.
+    """
+    effects = Effects(region)
+    aliases = effects.aliases()
+    live: set[fx.Node] = set()
+    work = [node for node in region.graph.nodes if _is_root(node, effects)]
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node in region.graph.nodes:
+        for target in effects.writes(node):
+            for member in aliases(target):
+                writers.setdefault(member, []).append(node)
+            if any(member.op in ("placeholder", "get_attr") for member in aliases(target)):
+                work.append(node)
+    while work:
+        node = work.pop()
+        if node in live:
+            continue
+        live.add(node)
+        work.extend(node.all_input_nodes)
+        work.extend(writers.get(node, ()))
+    dead = [node for node in reversed(region.graph.nodes) if node not in live]
+    for node in dead:
+        region.graph.erase_node(node)
+    return dead[::-1]
+
+
+def _is_root(node: fx.Node, effects: Effects) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "get_attr":
+        return False
+    return not effects.is_known(node) or effects.is_random(node) or effects.keeps_state(node)
+
+
+def _operator_name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "")
+
+
+@functools.cache
+def _schemas(name: str) -> tuple[Any, ...]:
+    for candidate in (name, f"__{name}__"):
+        schemas = torch._C._jit_get_schemas_for_operator(f"aten::{candidate}")
+        if schemas:
+            return tuple(schemas)
+    return ()
+
+
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem".split()
+)
+
+
+def _is_inplace(node: fx.Node, name: str) -> bool:
+    if node.target in _INPLACE_OPERATORS:
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+@functools.cache
+def _returns_fresh(name: str) -> bool:
+    schemas = _schemas(name)
+    plain = [s for s in schemas if not s.overload_name.endswith("out")]
+    return bool(plain) and all(r.alias_info is None for s in plain for r in s.returns)
+
+
+def _first(node: fx.Node) -> Any:
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _argument(node: fx.Node, index: int, name: str) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+
+
+def _training_argument(node: fx.Node) -> bool:
+    index = {"batch_norm": 5, "rrelu": 3}.get(_operator_name(node), 2)
+    return _argument(node, index, "training") is not False
+
+
+def _nodes(values: list[Any]) -> Iterator[fx.Node]:
+    for value in values:
+        if isinstance(value, fx.Node):
+            yield value

@@ -1,0 +1,165 @@
+"""A torch.fx.GraphModule that keeps the whole module tree, and a graph for each mode where the two differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+_TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+
+class GraphModule(fx.GraphModule):
+    """The captured form of a module: its tree of submodules, parameters and buffers, run by a graph.
+
+    Unlike torch.fx's own, it keeps everything that was registered, called or not and in the order of the
+    original, so `state_dict` keys and `named_parameters` stay; it deep-copies and pickles the graph itself
+    rather than tracing generated code anew, so node metadata stays; and where training and evaluation take
+    different paths it holds one graph for each, between which `train()` and `eval()` switch.
+
+    Args:
+        root: the module whose tree is taken over. It is not copied.
+        graphs: the graph of each mode (`True`: training), or of one mode where both are the same.
+        name: what error messages and `repr` call the module; mostly the class name of the original.
+    """
+
+    def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], name: str = "GraphModule"):
+        empty = fx.Graph()
+        empty.output(None)
+        super().__init__(nn.Module(), empty, name)
+        for part in _TREE:
+            self.__dict__[part] = root.__dict__[part]
+        self.training = root.training
+        self._graphs = dict(graphs)
+        self._select()
+
+    @property
+    def graphs(self) -> Mapping[bool | None, fx.Graph]:
+        """The graphs that this module runs: `{None: graph}` where both modes share one, else one a mode."""
+        if len(self._graphs) == 1:
+            return {None: self._graph}
+        return {mode: self._graphs[mode] for mode in (False, True)}
+
+    def train(self, mode: bool = True) -> GraphModule:
+        """Switch to training (or evaluation) mode, and to the graph of that mode where there are two."""
+        super().train(mode)
+        self._select()
+        return self
+
+    def recompile(self) -> Any:
+        """Regenerate the code of the graph at hand (and drop what was compiled of the other one)."""
+        self.__dict__["_compiled"] = {}
+        return super().recompile()
+
+    def _select(self) -> None:
+        graph = self._graphs.get(self.training)
+        if graph is None:
+            graph = next(iter(self._graphs.values()))
+        if graph is not self._graph:
+            self.graph = graph
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        duplicate = _blank(self._get_name())
+        memo[id(self)] = duplicate
+        for key, value in _state(self).items():
+            duplicate.__dict__[key] = copy.deepcopy(value, memo)
+        duplicate._graphs = {mode: _copy_graph(graph) for mode, graph in self._graphs.items()}
+        duplicate._restore()
+        return duplicate
+
+    def __copy__(self) -> GraphModule:
+        duplicate = _blank(self._get_name())
+        duplicate.__dict__.update(_state(self))
+        duplicate._graphs = {mode: _copy_graph(graph) for mode, graph in self._graphs.items()}
+        duplicate._restore()
+        return duplicate
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        frozen = {mode: _freeze(graph) for mode, graph in self._graphs.items()}
+        return _thaw_module, (self._get_name(), _state(self), frozen)
+
+    def _restore(self) -> None:
+        current = self._graphs.get(self.training)
+        self.graph = current if current is not None else next(iter(self._graphs.values()))
+
+
+def _state(module: GraphModule) -> dict[str, Any]:
+    """All attributes but the graphs and what is generated from them."""
+    generated = ("_graph", "_graphs", "_compiled", "_code", "_lineno_map", "_prologue_start")
+    return {key: value for key, value in module.__dict__.items() if key not in generated}
+
+
+def _blank(name: str) -> GraphModule:
+    return GraphModule(nn.Module(), {False: _empty_graph()}, name)
+
+
+def _empty_graph() -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(None)
+    return graph
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    duplicate = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        values[node] = duplicate.node_copy(node, values.__getitem__)
+        values[node].name = node.name
+    duplicate.set_codegen(copy.copy(graph._codegen))
+    return duplicate
+
+
+# A graph is pickled as a flat list: the links between fx nodes would recurse once a node.
+
+
+def _freeze(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    def reference(node: fx.Node) -> _Reference:
+        return _Reference(node.name)
+
+    return [
+        (
+            node.op,
+            node.target,
+            fx.node.map_arg(node.args, reference),
+            fx.node.map_arg(node.kwargs, reference),
+            node.name,
+            node.meta,
+        )
+        for node in graph.nodes
+    ]
+
+
+class _Reference(str):
+    """The name of a node, where a pickled argument meant that node."""
+
+
+def _thaw(frozen: list[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        return nodes[value] if isinstance(value, _Reference) else value
+
+    for op, target, args, kwargs, name, meta in frozen:
+        node = graph.create_node(
+            op,
+            target,
+            fx.node.map_aggregate(args, resolve),  # type: ignore[arg-type]
+            fx.node.map_aggregate(kwargs, resolve),  # type: ignore[arg-type]
+            name,
+        )
+        node.name = name
+        node.meta = meta
+        nodes[name] = node
+    return graph
+
+
+def _thaw_module(name: str, state: dict[str, Any], frozen: dict[bool, list[tuple[Any, ...]]]) -> GraphModule:
+    module = _blank(name)
+    module.__dict__.update(state)
+    module._graphs = {mode: _thaw(nodes) for mode, nodes in frozen.items()}
+    module._restore()
+    return module

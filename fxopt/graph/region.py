@@ -1,0 +1,250 @@
+"""What a pass works on: one graph at a time, and the answers that need the whole program."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from fxopt.graph.module import GraphModule
+from fxopt.graph.source import inherit
+
+
+class Program:
+    """A captured module with all of its graphs: the root's, and those inside opaque parts.
+
+    Built anew for each pass, so that its indexes describe the program as that pass found it; edits made
+    through `Region` keep them current.
+    """
+
+    def __init__(self, root: GraphModule):
+        self.root = root
+        self.regions: list[Region] = []
+        self._sites: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        self._readers: dict[int, list[fx.Node]] = defaultdict(list)
+        self._names: dict[int, list[str]] = defaultdict(list)
+        self._inside_opaque: set[nn.Module] = set()
+        self._index()
+
+    def sites(self, module: nn.Module) -> list[fx.Node]:
+        """All live nodes, in any graph, that call `module` itself."""
+        return [node for node in self._sites[module] if _alive(node)]
+
+    def readers(self, tensor: torch.Tensor) -> list[fx.Node]:
+        """All live nodes, in any graph, that read `tensor` or memory shared with it.
+
+        These are `get_attr` nodes, and calls of the modules that hold the tensor anywhere inside.
+        """
+        return [node for node in self._readers[_memory(tensor)] if _alive(node)]
+
+    def names(self, tensor: torch.Tensor) -> list[str]:
+        """All qualified names under which `tensor`, or memory shared with it, is registered."""
+        return list(self._names[_memory(tensor)])
+
+    def inside_opaque(self, module: nn.Module) -> bool:
+        """Whether the Python code of an opaque part may call or read `module` unseen by any graph."""
+        return module in self._inside_opaque
+
+    def is_exclusive(self, node: fx.Node, module: nn.Module) -> bool:
+        """Whether nothing but `node` calls `module` or reads any tensor that it holds.
+
+        Only then may `module` be rewritten in place of a clone.
+        """
+        if self.inside_opaque(module) or self.sites(module) != [node]:
+            return False
+        tensors = [*module.parameters(), *module.buffers()]
+        return all(reader is node for tensor in tensors for reader in self.readers(tensor))
+
+    def _index(self) -> None:
+        for path, module in self.root.named_modules():
+            if isinstance(module, GraphModule):
+                for mode, graph in module.graphs.items():
+                    self.regions.append(Region(self, module, path, graph, mode))
+        for name, tensor in _named_tensors(self.root):
+            self._names[_memory(tensor)].append(name)
+        for region in self.regions:
+            for node in region.graph.nodes:
+                self.note(node, region)
+
+    def note(self, node: fx.Node, region: Region) -> None:
+        """Take up a node that calls a module or reads an attribute."""
+        if node.op == "call_module":
+            module = region.submodule(node)
+            self._sites[module].append(node)
+            for tensor in {_memory(t) for _, t in _named_tensors(module)}:
+                self._readers[tensor].append(node)
+            if any(isinstance(child, GraphModule) for child in module.modules()):
+                self._inside_opaque.update(_outside_of_graphs(module))
+        elif node.op == "get_attr":
+            value = region.attribute(node)
+            if isinstance(value, torch.Tensor):
+                self._readers[_memory(value)].append(node)
+
+
+class Region:
+    """One graph of a program and the graph module that runs it.
+
+    Attributes:
+        graph: the graph to rewrite.
+        module: the graph module that owns it; node targets are relative to it.
+        path: qualified name of `module` in the program, "" for the root.
+        mode: True or False where this graph runs in training or evaluation only, None where in both.
+        program: the whole of it.
+    """
+
+    def __init__(self, program: Program, module: GraphModule, path: str, graph: fx.Graph, mode: bool | None):
+        self.program = program
+        self.module = module
+        self.path = path
+        self.graph = graph
+        self.mode = mode
+
+    @property
+    def training(self) -> bool:
+        """Whether this graph is to be rewritten for training."""
+        return self.module.training if self.mode is None else self.mode
+
+    def submodule(self, node: fx.Node) -> nn.Module:
+        """The module that a `call_module` node calls."""
+        return self.module.get_submodule(str(node.target))
+
+    def attribute(self, node: fx.Node) -> Any:
+        """The parameter, buffer or constant that a `get_attr` node reads."""
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+
+    def qualified(self, node: fx.Node) -> str:
+        """What a report calls the node: the qualified name of its module or attribute, else its own name."""
+        if node.op in ("call_module", "get_attr"):
+            name = str(node.target)
+        else:
+            inside = node.meta.get("module_path", "")
+            name = f"{inside}.{node.name}" if inside else node.name
+        return f"{self.path}.{name}" if self.path else name
+
+    def is_erased(self, node: fx.Node) -> bool:
+        """Whether an earlier edit took `node` out of the graph."""
+        return not _alive(node)
+
+    def add_module(self, hint: str, module: nn.Module) -> str:
+        """Register `module` under `hint`, or the first free name like it, and return that name."""
+        module.train(self.training)
+        name = self._free(hint)
+        self.module.add_submodule(name, module)
+        return name
+
+    def add_parameter(self, hint: str, value: torch.Tensor, *, trainable: bool = True) -> str:
+        """Register a parameter under `hint`, or the first free name like it, and return that name."""
+        name = self._free(hint)
+        owner, _, leaf = name.rpartition(".")
+        self._owner(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=trainable))
+        return name
+
+    def add_buffer(self, hint: str, value: torch.Tensor, *, persistent: bool = True) -> str:
+        """Register a buffer under `hint`, or the first free name like it, and return that name."""
+        name = self._free(hint)
+        owner, _, leaf = name.rpartition(".")
+        self._owner(owner).register_buffer(leaf, value, persistent=persistent)
+        return name
+
+    def swap(self, node: fx.Node, module: nn.Module) -> str:
+        """Let `node` call `module` in place of the one that it calls now, and return its name.
+
+        Where `node` was the only site the name stays; else the old module stays for the other sites and the
+        new one is registered beside it.
+        """
+        old = self.submodule(node)
+        module.train(old.training)
+        name = str(node.target)
+        if self.program.sites(old) == [node] and not self.program.inside_opaque(old):
+            for alias in [n for n, m in self.module.named_modules(remove_duplicate=False) if m is old]:
+                self.module.set_submodule(alias, module)
+        else:
+            name = self.add_module(name, module)
+            node.target = name
+        self.program.note(node, self)
+        return name
+
+    def insert_module(
+        self, before: fx.Node, hint: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None
+    ) -> fx.Node:
+        """Register `module`, insert a call of it before a node, and return the call."""
+        name = self.add_module(hint, module)
+        with self.graph.inserting_before(before):
+            node = self.graph.call_module(name, args, kwargs or {})
+        self.program.note(node, self)
+        return node
+
+    def insert_function(self, before: fx.Node, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+        """Insert a call of `function` before a node and return it."""
+        with self.graph.inserting_before(before):
+            return self.graph.call_function(function, args, kwargs or {})
+
+    def insert_attribute(self, before: fx.Node, name: str) -> fx.Node:
+        """Insert a read of a registered parameter or buffer before a node and return it."""
+        with self.graph.inserting_before(before):
+            # Nested names are as valid as flat ones; torch warns where it cannot see them.
+            node = self.graph.create_node("get_attr", name)
+        self.program.note(node, self)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let all users of `old` use `new`, which inherits its origin, and erase `old`."""
+        inherit(new, old)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.graph.erase_node(old)
+
+    def _free(self, hint: str) -> str:
+        name, count = hint, 0
+        while self._taken(name):
+            count += 1
+            name = f"{hint}_{count}"
+        return name
+
+    def _taken(self, name: str) -> bool:
+        value: Any = self.module
+        for part in name.split("."):
+            if not hasattr(value, part):
+                return False
+            value = getattr(value, part)
+        return True
+
+    def _owner(self, path: str) -> nn.Module:
+        owner: nn.Module = self.module
+        for part in path.split(".") if path else ():
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        return owner
+
+
+def _alive(node: fx.Node) -> bool:
+    return not node._erased
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What two tensors share exactly where writing one shows in the other."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return id(tensor)
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _outside_of_graphs(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that the Python code of an opaque module can reach without passing through a graph."""
+    for child in module.children():
+        if isinstance(child, GraphModule):
+            continue
+        yield child
+        yield from _outside_of_graphs(child)

@@ -1,0 +1,122 @@
+"""The inputs of a model: what the user gave, fresh random ones like them, and other batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import LoadError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword arguments of one call of a model.
+
+    Attributes:
+        args: positional arguments; tensors may sit anywhere in nested lists, tuples and dicts.
+        kwargs: keyword arguments, likewise.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any) -> Inputs:
+        """Read what a user may give: a tensor, a tuple of positional arguments, a dict of keyword ones.
+
+        Raises:
+            LoadError: for anything else, or a dict whose keys are not names.
+        """
+        if isinstance(value, Inputs):
+            return value
+        if isinstance(value, torch.Tensor):
+            return cls((value,))
+        if isinstance(value, (tuple, list)):
+            return cls(tuple(value))
+        if isinstance(value, Mapping):
+            if not all(isinstance(key, str) for key in value):
+                raise LoadError(f"inputs: the keys of a dict are argument names, not {list(value)!r}")
+            return cls((), dict(value))
+        raise LoadError(
+            f"inputs: expected a tensor, a tuple (positional) or a dict (keyword arguments), got {type(value).__name__}"
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, in order."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def batch_size(self) -> int | None:
+        """The length of dimension 0 where all tensors that have dimensions agree on it, else None."""
+        sizes = {tensor.shape[0] for tensor in self.tensors if tensor.dim() > 0}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """The same structure with each tensor changed."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, change, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """All tensors on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def double(self) -> Inputs:
+        """Floating-point tensors as float64."""
+        return self.map(lambda t: t.double() if t.is_floating_point() else t)
+
+    def fresh(self, seed: int) -> Inputs:
+        """Random inputs of the same shapes, dtypes and value ranges.
+
+        Floats are normal with the mean and deviation of the example; integers lie within the example's own
+        smallest and largest value, since they mostly index something; booleans keep the share of True.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return self.map(lambda tensor: _fresh(tensor, generator))
+
+    def with_batch(self, size: int) -> Inputs | None:
+        """The same inputs at another batch size, rows repeated; None where there is no common batch."""
+        batch = self.batch_size
+        if not batch:
+            return None
+        rows = torch.arange(size) % batch
+        return self.map(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() > 0 else t)
+
+    def describe(self) -> str:
+        """`1x3x224x224 float32`, joined by commas; keyword inputs carry their names."""
+        parts = [_describe(value) for value in self.args]
+        parts += [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
+        return ", ".join(parts)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        shape = "x".join(map(str, value.shape)) or "scalar"
+        return f"{shape} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_describe, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_describe(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _fresh(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.numel() == 0:
+        return tensor.clone()
+    if tensor.dtype is torch.bool:
+        share = tensor.double().mean().item()
+        return (torch.rand(tensor.shape, generator=generator) < share).to(tensor.device)
+    if tensor.is_floating_point() or tensor.is_complex():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        wide = tensor.detach().double().cpu() if not tensor.is_complex() else tensor.detach().cpu().real.double()
+        deviation = wide.std(correction=0)
+        spread = deviation if deviation > 0 else torch.ones(())
+        return (noise * spread + wide.mean()).to(tensor.dtype).to(tensor.device)
+    low, high = int(tensor.min()), int(tensor.max())
+    drawn = torch.randint(low, high + 1, tensor.shape, generator=generator)
+    return drawn.to(tensor.dtype).to(tensor.device)

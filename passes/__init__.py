@@ -1,0 +1,1 @@
+"""The library of passes that comes with fxopt."""
