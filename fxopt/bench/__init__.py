@@ -1,0 +1,26 @@
+"""Latency that can be believed: timers, paired comparison, sizes and the computer's fingerprint."""
+
+from fxopt.bench.comparison import BeforeAfter, Comparison, Times
+from fxopt.bench.device import unavailable
+from fxopt.bench.fingerprint import Fingerprint, fingerprint
+from fxopt.bench.pairs import Progress, compare
+from fxopt.bench.size import Size, measure_size
+from fxopt.bench.statistics import Verdict
+from fxopt.bench.timer import CpuTimer, Sample, Timer
+
+__all__ = [
+    "BeforeAfter",
+    "Comparison",
+    "CpuTimer",
+    "Fingerprint",
+    "Progress",
+    "Sample",
+    "Size",
+    "Timer",
+    "Times",
+    "Verdict",
+    "compare",
+    "fingerprint",
+    "measure_size",
+    "unavailable",
+]

@@ -1,0 +1,90 @@
+"""One side of a comparison: a module and its inputs, apart from the user's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fxopt.errors import EngineError
+from fxopt.inputs import Inputs
+
+T = TypeVar("T")
+
+
+class Arm:
+    """A copy of a module, on the device, with its own copy of the inputs.
+
+    Each arm has memory of its own, so none finds its weights in the cache because another just used them, and
+    what a forward writes, running statistics for one, never reaches the user's module.
+
+    Args:
+        name: what errors call it.
+        module: a module, or anything to be called, which is not copied.
+        inputs: copied to the device.
+        device: where it runs.
+    """
+
+    def __init__(self, name: str, module: Callable[..., Any], inputs: Inputs, device: torch.device):
+        self.name = name
+        self.kind = type(module).__name__
+        self.copied = True
+        self._device = device
+        self.module = self._copy(module)
+        self._inputs = inputs.map(lambda tensor: tensor.detach().to(device, copy=True))
+        self._described = inputs.describe()
+        self._pristine: list[torch.Tensor] = []
+        self._versions = [tensor._version for tensor in self._inputs.tensors]
+
+    def _copy(self, module: Callable[..., Any]) -> Callable[..., Any]:
+        if not isinstance(module, nn.Module):
+            self.copied = False
+            return module
+        try:
+            return copy.deepcopy(module).to(self._device)
+        except Exception as error:
+            tensors = [*module.parameters(), *module.buffers()]
+            if any(tensor.device != self._device for tensor in tensors):
+                raise EngineError(
+                    f"cannot copy {self.name!r} ({self.kind}) to {str(self._device)!r} to measure it there: {error}; "
+                    f"move it there first"
+                ) from error
+            self.copied = False
+            return module
+
+    def call(self) -> Any:
+        """One forward."""
+        return self.module(*self._inputs.args, **self._inputs.kwargs)
+
+    def under(self, measure: Callable[[Callable[[], object]], T]) -> T:
+        """Let `measure` make the calls.
+
+        Raises:
+            EngineError: where the module raises.
+        """
+        self.refresh()
+        try:
+            return measure(self.call)
+        except Exception as error:
+            raise EngineError(
+                f"{self.name!r} ({self.kind}) raised {type(error).__name__} while measured on {str(self._device)!r} "
+                f"with inputs {self._described}: {error}"
+            ) from error
+
+    @property
+    def writes_inputs(self) -> bool:
+        """Whether a call so far wrote into the inputs."""
+        return [tensor._version for tensor in self._inputs.tensors] != self._versions
+
+    def keep_inputs(self, inputs: Inputs) -> None:
+        """From now on `refresh` puts these values into the inputs again."""
+        self._pristine = [tensor.detach().to(self._device, copy=True) for tensor in inputs.tensors]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Undo what calls wrote into the inputs, where `keep_inputs` asked for it."""
+        for tensor, pristine in zip(self._inputs.tensors, self._pristine, strict=False):
+            tensor.copy_(pristine)

@@ -1,0 +1,239 @@
+"""Two modules timed in turns, together with a copy of the first."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxopt.bench.arm import Arm
+from fxopt.bench.comparison import BeforeAfter, Comparison, Times
+from fxopt.bench.cuda import CudaTimer
+from fxopt.bench.device import measurable
+from fxopt.bench.memory import peak_memory
+from fxopt.bench.statistics import FEWEST_PAIRS, judge, paired_interval
+from fxopt.bench.surroundings import quiet
+from fxopt.bench.timer import CpuTimer, Sample, Timer
+from fxopt.inputs import Inputs
+
+_ENOUGH_PAIRS = 30
+_MOST_PAIRS = 1000
+_SHORTEST_SAMPLE = 1e-3
+"""Seconds: shorter calls are timed several at once, or the clock would be part of the result."""
+_WARM_UP = 0.1
+"""Share of the budget."""
+
+Progress = Callable[[float], None]
+"""Told the share of the work that is done, from 0 to 1."""
+
+
+def compare(
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    inputs: Any,
+    device: torch.device | str = "cpu",
+    *,
+    pairs: int | None = None,
+    budget_seconds: float = 10.0,
+    margin: float = 0.02,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    timer: Timer | None = None,
+) -> Comparison:
+    """Compare the latency of two modules, in one process and in turns.
+
+    Each round times both, and a copy of the first, in an order drawn at random and then in the reverse one, so
+    that drift, warm caches and periodic disturbances hit all alike. The copy tells how large a difference noise
+    alone makes here, and no smaller one is called a difference. Copies run, in the mode that each module is in;
+    the modules themselves, random states and threads stay as they are.
+
+    Args:
+        before: a module, or anything to be called.
+        after: the one to hold against it.
+        inputs: a tensor, a tuple of positional arguments, a dict of keyword ones, or `Inputs`.
+        device: "cpu", "cuda" or "cuda:1".
+        pairs: how many pairs to take, whatever time that needs; None goes on until the interval is tight or the
+            budget is spent.
+        budget_seconds: time for warm-up and pairs. A few calls are made even if they take longer.
+        margin: the smallest change that counts, as a share: 0.02 is 2 %.
+        threads: that torch runs meanwhile; None leaves them as they are.
+        seed: of the order and of the resampling.
+        progress: is told the share that is done, from 0 to 1.
+        timer: the clock; None takes that of the device.
+
+    Raises:
+        EngineError: where the device is not there, or a module raises.
+        ValueError: for less than one pair, or a budget or margin that is not positive.
+    """
+    if (pairs is not None and pairs < 1) or budget_seconds <= 0 or margin <= 0:
+        raise ValueError(
+            f"compare: pairs, budget_seconds and margin must be positive, got {pairs}, {budget_seconds}, {margin}"
+        )
+    place = measurable(device)
+    given = Inputs.of(inputs)
+    with quiet(place, threads):
+        clock = timer or (CudaTimer(place) if place.type == "cuda" else CpuTimer())
+        start = clock.now()
+        # The copy goes first: its first call pays for what is set up once in a process, not once in a module.
+        arms = {
+            "again": Arm("before", before, given, place),
+            "before": Arm("before", before, given, place),
+            "after": Arm("after", after, given, place),
+        }
+        first = {name: _sample(arm, clock, 1).seconds for name, arm in arms.items()}
+        # Inputs that a call writes into are put back before each, so then each is timed by itself.
+        writes = any(arm.writes_inputs for arm in arms.values())
+        for arm in arms.values() if writes else ():
+            arm.keep_inputs(given)
+        calls = _warm_up(arms, clock, start, budget_seconds, most=1 if writes else 10_000)
+        samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, seed, progress)
+        peaks = {name: _peak(arms[name], place) for name in ("before", "after")}
+        seconds, had_threads = clock.now() - start, torch.get_num_threads()
+    return _conclude(
+        samples,
+        margin=margin,
+        seed=seed,
+        device=str(device),
+        threads=had_threads,
+        calls=calls,
+        first_call=BeforeAfter(first["before"], first["after"]),
+        peak_memory=BeforeAfter(peaks["before"], peaks["after"]),
+        seconds=seconds,
+        notes=_limits(arms),
+    )
+
+
+def _sample(arm: Arm, timer: Timer, calls: int) -> Sample:
+    return arm.under(lambda call: timer.time(call, calls))
+
+
+def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float, most: int) -> int:
+    """Run all arms until their share of the budget is spent; how many calls to time at once."""
+    shortest = math.inf
+    while True:
+        shortest = min(shortest, *(_sample(arm, timer, 1).seconds for arm in arms.values()))
+        if timer.now() - start > _WARM_UP * budget:
+            break
+    return max(1, min(math.ceil(_SHORTEST_SAMPLE / max(shortest, 1e-9)), most))
+
+
+def _take_pairs(
+    arms: Mapping[str, Arm],
+    timer: Timer,
+    start: float,
+    pairs: int | None,
+    budget: float,
+    margin: float,
+    calls: int,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, list[Sample]]:
+    order_of = random.Random(seed)
+    samples: dict[str, list[Sample]] = {name: [] for name in arms}
+    order = list(arms)
+    count, next_look = 0, _ENOUGH_PAIRS
+    while True:
+        if count % 2:
+            order.reverse()
+        else:
+            order_of.shuffle(order)
+        for name in order:
+            samples[name].append(_sample(arms[name], timer, calls))
+        count += 1
+        spent = (timer.now() - start) / budget
+        if progress is not None:
+            progress(min(1.0, count / pairs if pairs else max(spent, count / _MOST_PAIRS)))
+        if pairs is not None:
+            if count >= pairs:
+                break
+        elif count >= _MOST_PAIRS or spent >= (1 if count >= FEWEST_PAIRS else 3):
+            break
+        elif count >= next_look:
+            # Looks grow rare: the rule is by width, not by verdict, but each look still is one more draw.
+            next_look = count + count // 2
+            if _is_tight(samples, margin, seed):
+                break
+    if progress is not None:
+        progress(1.0)
+    return samples
+
+
+def _is_tight(samples: Mapping[str, Sequence[Sample]], margin: float, seed: int) -> bool:
+    times = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
+    return all(
+        paired_interval(times["before"], times[other], seed=seed, resamples=300).width < margin / 2
+        for other in ("after", "again")
+    )
+
+
+def _peak(arm: Arm, device: torch.device) -> int | None:
+    # On the CPU only torch's own operators are seen: the memory of another engine would read as none.
+    if device.type == "cpu" and not isinstance(arm.module, torch.nn.Module):
+        return None
+    return arm.under(lambda call: peak_memory(call, device))
+
+
+def _limits(arms: Mapping[str, Arm]) -> tuple[str, ...]:
+    return tuple(
+        f"{name!r} ({arm.kind}) cannot be copied: it ran itself, beside no copy with memory of its own"
+        for name, arm in arms.items()
+        if not arm.copied and name != "again"
+    )
+
+
+def _conclude(
+    samples: Mapping[str, Sequence[Sample]],
+    *,
+    margin: float,
+    seed: int,
+    threads: int,
+    notes: tuple[str, ...],
+    **facts: Any,
+) -> Comparison:
+    times = Times(**{name: tuple(sample.seconds for sample in taken) for name, taken in samples.items()})
+    pairs = len(times.before)
+    effect = paired_interval(times.before, times.after, seed=seed)
+    noise = paired_interval(times.before, times.again, seed=seed)
+    half = pairs // 2
+    halves = [_median_ratio(times, slice(0, half)), _median_ratio(times, slice(half, None))] if half else []
+    flags = [one.preempted or two.preempted for one, two in zip(samples["before"], samples["after"], strict=True)]
+    preempted = None if any(flag is None for flag in flags) else sum(map(bool, flags)) / pairs
+    judgement = judge(effect, noise, halves, pairs=pairs, preempted=preempted, margin=margin, threads=threads)
+    return Comparison(
+        verdict=judgement.verdict,
+        ratio=effect.ratio,
+        low=effect.low,
+        high=effect.high,
+        noise_floor=judgement.noise_floor,
+        margin=margin,
+        before_ms=1e3 * statistics.median(times.before),
+        after_ms=1e3 * statistics.median(times.after),
+        threads=threads,
+        pairs=pairs,
+        preempted=preempted,
+        times=times,
+        wall_ms=_walls(samples),
+        notes=(*judgement.notes, *notes),
+        **facts,
+    )
+
+
+def _median_ratio(times: Times, part: slice) -> float:
+    return statistics.median(
+        after / before for before, after in zip(times.before[part], times.after[part], strict=True)
+    )
+
+
+def _walls(samples: Mapping[str, Sequence[Sample]]) -> BeforeAfter[float] | None:
+    medians = []
+    for name in ("before", "after"):
+        walls = [sample.wall for sample in samples[name] if sample.wall is not None]
+        if not walls:
+            return None
+        medians.append(1e3 * statistics.median(walls))
+    return BeforeAfter(*medians)

@@ -1,0 +1,60 @@
+"""The clock of the CPU, and what every clock must offer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+try:
+    import resource
+except ImportError:  # Windows has none.
+    resource = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The time of one call.
+
+    Attributes:
+        seconds: mean over the calls that were timed together; on a GPU, of the GPU.
+        preempted: whether the system took the CPU away meanwhile; None where that is not known.
+        wall: wall time in seconds from the call until the GPU is done; None on the CPU, where it is the same.
+    """
+
+    seconds: float
+    preempted: bool | None = None
+    wall: float | None = None
+
+
+class Timer(Protocol):
+    """A clock for calls."""
+
+    def time(self, call: Callable[[], object], calls: int) -> Sample:
+        """Make so many calls, one after the other, and time them together."""
+
+    def now(self) -> float:
+        """Seconds since any fixed moment, by which budgets are kept."""
+
+
+class CpuTimer:
+    """Wall time by the monotonic clock, with involuntary context switches as an alarm."""
+
+    def time(self, call: Callable[[], object], calls: int) -> Sample:
+        """Time so many calls together."""
+        switches = _involuntary_switches()
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        elapsed = time.perf_counter_ns() - start
+        return Sample(elapsed / calls / 1e9, None if switches is None else _involuntary_switches() != switches)
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock."""
+        return time.perf_counter()
+
+
+def _involuntary_switches() -> int | None:
+    """How often the system took a core from any thread of ours."""
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
