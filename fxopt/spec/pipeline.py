@@ -1,0 +1,107 @@
+"""The text of a pipeline <-> a tuple of passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fxopt import registry
+from fxopt.contract import Pass
+from fxopt.errors import PassError, SpecError
+from fxopt.spec.describe import default_of, option_fields, option_types
+from fxopt.spec.grammar import Call, read
+from fxopt.spec.values import Mismatch, coerce, nearest, text_of
+
+
+def parse(text: str, known: Mapping[str, type[Pass]] | None = None) -> tuple[Pass, ...]:
+    """Make the passes that `text` names, with their options.
+
+    Args:
+        text: such as `fuse,qat{bits=8,per_channel=true},lora{targets=[*.q,*.v]}`.
+        known: the passes by name; all installed ones where not given.
+
+    Raises:
+        SpecError: for an unknown pass or option, a value that does not fit, or text that does not follow the
+            grammar; the message points at the column and names what was probably meant.
+    """
+    calls = read(text)
+    passes = registry.available() if known is None else known
+    return tuple(_make(call, passes) for call in calls)
+
+
+def render(passes: Sequence[Pass]) -> str:
+    """The shortest text that `parse` reads back as `passes`: options that are not the default."""
+    return ",".join(map(_render, passes))
+
+
+def _make(call: Call, known: Mapping[str, type[Pass]]) -> Pass:
+    name = call.name.value
+    if name not in known:
+        near = nearest(name, known)
+        meant = f"; did you mean '{near}'? `fxopt passes` lists them all" if near else f"; there are {_list(known)}"
+        raise call.name.span.error(f"unknown pass '{name}'{meant}")
+    pass_class = known[name]
+    options = _options(call, pass_class)
+    missing = [
+        field.name
+        for field in option_fields(pass_class)
+        if default_of(field) is dataclasses.MISSING and field.name not in options
+    ]
+    if missing:
+        example = ",".join(f"{option}=..." for option in missing)
+        raise call.span.error(f"pass '{name}' needs {_list(missing)}: {name}{{{example}}}")
+    try:
+        return pass_class(**options)
+    except (SpecError, ValueError) as error:
+        raise call.span.error(str(error)) from error
+
+
+def _options(call: Call, pass_class: type[Pass]) -> dict[str, Any]:
+    types = option_types(pass_class)
+    names = [field.name for field in option_fields(pass_class)]
+    options: dict[str, Any] = {}
+    for key, value in call.options.entries:
+        option = key.value if key.value in names else key.value.replace("-", "_")
+        if option not in names:
+            raise key.span.error(f"pass '{pass_class.name}' has no option '{key.value}'{_meant(option, names)}")
+        if option in options:
+            raise key.span.error(f"option '{option}' of pass '{pass_class.name}' is given twice")
+        try:
+            options[option] = coerce(value, types[option])
+        except Mismatch as mismatch:
+            given = mismatch.at.span
+            shown = given.text[given.start : given.end]
+            hint = f"; {mismatch.hint}" if mismatch.hint else ""
+            raise given.error(
+                f"option '{option}' of pass '{pass_class.name}' is {mismatch.expected}, not {shown}{hint}"
+            ) from mismatch
+    return options
+
+
+def _meant(option: str, names: Sequence[str]) -> str:
+    near = nearest(option, names)
+    if near:
+        return f"; did you mean '{near}'?"
+    return f"; its options are {_list(names)}" if names else ", nor any other"
+
+
+def _list(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _render(item: Pass) -> str:
+    given = []
+    for field in option_fields(type(item)):
+        value, default = getattr(item, field.name), default_of(field)
+        # 1 == True == 1.0, but they are not the same text.
+        if type(value) is not type(default) or value != default:
+            given.append(f"{field.name}={_option_text(item, field.name, value)}")
+    return f"{item.name}{{{','.join(given)}}}" if given else item.name
+
+
+def _option_text(item: Pass, option: str, value: Any) -> str:
+    try:
+        return text_of(value)
+    except PassError as error:
+        raise PassError(f"pass '{item.name}', option '{option}': {error}") from error
