@@ -89,5 +89,5 @@ class Comparison:
         interval = f"[{1 / self.high:.2f}, {1 / self.low:.2f}]"
         return (
             f"{self.verdict} on {self.device}: {self.before_ms:.3g} -> {self.after_ms:.3g} ms, "
-            f"speed-up {self.speedup:.2f} {interval}, noise floor {self.noise_floor:.1%}, {self.pairs} pairs"
+            f"speed-up {self.speedup:.2f} {interval}, noise floor {100 * self.noise_floor:.1f} %, {self.pairs} pairs"
         )

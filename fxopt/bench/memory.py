@@ -17,10 +17,10 @@ from fxopt.bench.surroundings import visible_operators
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that one call holds at its peak, beyond what was held before it: no weights and no inputs.
 
-    On CUDA it is what torch's allocator says, scratch space of the kernels included. On the CPU it is the sum
-    of the tensors that are alive at once and that this call made, each storage counted once; what a kernel takes
-    and gives back by itself is not seen there, and torch.nn's encoder layers run operator by operator for it. The resident size of the process would see it, but it also holds
-    what earlier calls left to the allocator, and so depends on history.
+    On CUDA it is what torch's allocator says, scratch space of the kernels included. On the CPU it is the sum of
+    the tensors that are alive at once and that this call made, each storage counted once; what a kernel takes and
+    gives back by itself is not seen there, and torch.nn's encoder layers run operator by operator for it. The
+    resident size of the process would show it all, but it also holds what earlier calls left to the allocator.
     """
     if device.type == "cuda":
         return cuda_peak_memory(call, device)

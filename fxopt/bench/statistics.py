@@ -185,14 +185,22 @@ def _advice(
         notes.append(f"only {pairs} pairs fitted into the budget, {FEWEST_PAIRS} are the least: raise budget_seconds")
     elif floor > margin:
         notes.append(
-            f"equal modules differ by up to {floor:.1%} here, more than the margin of {margin:.1%}: "
+            f"equal modules differ by up to {_percent(floor)} here, more than the margin of {_percent(margin)}: "
             "more pairs or a quiet machine would help"
         )
     elif effect.width > margin:
-        notes.append(f"the interval is {effect.width:.1%} wide, the margin {margin:.1%}: more pairs would help")
+        notes.append(
+            f"the interval is {_percent(effect.width)} wide, the margin {_percent(margin)}: more pairs would help"
+        )
     else:
-        notes.append(f"the difference is about as large as the margin of {margin:.1%}: a smaller margin would tell")
+        notes.append(
+            f"the difference is about as large as the margin of {_percent(margin)}: a smaller margin would tell"
+        )
     if preempted is not None and preempted > 0.3:
         fewer = "fewer threads or " if threads > 1 else ""
-        notes.append(f"{preempted:.0%} of the pairs were preempted: {fewer}a quiet machine would help")
+        notes.append(f"{_percent(preempted)} of the pairs were preempted: {fewer}a quiet machine would help")
     return notes
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,181 @@
+"""Each part of a record, from the frozen result that it tells of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from fxopt.bench.comparison import BeforeAfter, Comparison
+from fxopt.bench.fingerprint import Fingerprint
+from fxopt.bench.size import Size
+from fxopt.capture.captured import Captured
+from fxopt.contract import Change, Skip
+from fxopt.inputs import Inputs
+from fxopt.record.plain import number, plain
+from fxopt.record.shape import (
+    CaptureRecord,
+    ChangeRecord,
+    CoverageRecord,
+    GuardRecord,
+    LatencyRecord,
+    MemoryRecord,
+    MetricsRecord,
+    NotMeasured,
+    OpaqueRecord,
+    PassRecord,
+    Record,
+    SizeRecord,
+    SkipRecord,
+    TimesRecord,
+)
+from fxopt.record.version import SCHEMA
+
+
+class Entry(Protocol):
+    """What the pipeline's ledger says of one pass."""
+
+    @property
+    def pass_name(self) -> str:
+        """The name that a spec calls it by."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Its options by name."""
+
+    @property
+    def seconds(self) -> float:
+        """Time that it took."""
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """What it did."""
+
+    @property
+    def skips(self) -> Sequence[Skip]:
+        """What it left alone."""
+
+    @property
+    def promise(self) -> str:
+        """What it promised of the outputs."""
+
+    @property
+    def relative_error(self) -> float | None:
+        """How far the outputs are from the original's; None where that was not measured."""
+
+
+def build(
+    *,
+    target: str,
+    inputs: Inputs,
+    machine: Fingerprint,
+    captured: Captured,
+    ledger: Sequence[Entry],
+    verified: bool,
+    latency: Mapping[str, Comparison | str] | None = None,
+    memory: BeforeAfter[Size] | None = None,
+    metrics: BeforeAfter[Mapping[str, float]] | None = None,
+) -> Record:
+    """Make the record of a run.
+
+    Args:
+        target: what was optimized, as the user would name it.
+        inputs: that it was captured and timed with.
+        machine: where.
+        captured: the module as a graph, for what capture has to say of it.
+        ledger: what each pass did, in order.
+        verified: whether every pass was held to its promise.
+        latency: by device; a text says why there is none.
+        memory: sizes of the original and of the result.
+        metrics: what the user's `evaluate` gave for either.
+    """
+    return Record(
+        schema=SCHEMA,
+        target=target,
+        inputs=inputs.describe(),
+        machine=plain(dataclasses.asdict(machine)),
+        capture=of_capture(captured),
+        passes=[of_entry(entry) for entry in ledger],
+        verified=verified,
+        latency={
+            device: NotMeasured(not_measured=found) if isinstance(found, str) else of_comparison(found)
+            for device, found in (latency or {}).items()
+        },
+        memory=MemoryRecord(
+            before=None if memory is None else of_size(memory.before),
+            after=None if memory is None else of_size(memory.after),
+        ),
+        metrics=MetricsRecord(
+            before=None if metrics is None else {name: number(value) for name, value in metrics.before.items()},
+            after=None if metrics is None else {name: number(value) for name, value in metrics.after.items()},
+        ),
+    )
+
+
+def of_capture(captured: Captured) -> CaptureRecord:
+    """The part that tells of capture."""
+    constants = [
+        f"{constant.name}: {constant.description}, read but not registered, became a buffer ({constant.location})"
+        for constant in captured.constants
+    ]
+    coverage = captured.coverage
+    return CaptureRecord(
+        seconds=captured.seconds,
+        coverage=CoverageRecord(call_sites=coverage.call_sites, flops=coverage.flops, parameters=coverage.parameters),
+        opaque=[OpaqueRecord(path=one.path, reason=one.reason, location=one.location) for one in captured.opaque],
+        guards=[GuardRecord(assumption=guard.assumption, location=guard.location) for guard in captured.guards],
+        notes=[*captured.notes, *constants],
+    )
+
+
+def of_entry(entry: Entry) -> PassRecord:
+    """The part that tells of one pass."""
+    return PassRecord(
+        name=entry.pass_name,
+        options=plain(dict(entry.options)),
+        seconds=entry.seconds,
+        changes=[ChangeRecord(what=done.what, where=done.where, source=done.source) for done in entry.changes],
+        skips=[SkipRecord(where=skip.where, reason=skip.reason, source=skip.source) for skip in entry.skips],
+        promise=entry.promise,
+        relative_error=None if entry.relative_error is None else number(entry.relative_error),
+    )
+
+
+def of_comparison(comparison: Comparison) -> LatencyRecord:
+    """The latency on one device. Raw times are kept to the nanosecond."""
+    first, peak, wall = comparison.first_call, comparison.peak_memory, comparison.wall_ms
+    return LatencyRecord(
+        before_ms=comparison.before_ms,
+        after_ms=comparison.after_ms,
+        ratio=comparison.ratio,
+        low=comparison.low,
+        high=comparison.high,
+        verdict=str(comparison.verdict),
+        noise_floor=number(comparison.noise_floor),
+        margin=comparison.margin,
+        pairs=comparison.pairs,
+        calls=comparison.calls,
+        preempted=comparison.preempted,
+        threads=comparison.threads,
+        first_call_ms={"before": 1e3 * first.before, "after": 1e3 * first.after},
+        peak_bytes={"before": peak.before, "after": peak.after},
+        wall_ms=None if wall is None else {"before": wall.before, "after": wall.after},
+        seconds=comparison.seconds,
+        times=TimesRecord(
+            before=[round(time, 9) for time in comparison.times.before],
+            after=[round(time, 9) for time in comparison.times.after],
+            again=[round(time, 9) for time in comparison.times.again],
+        ),
+        notes=list(comparison.notes),
+    )
+
+
+def of_size(size: Size) -> SizeRecord:
+    """The size of one module."""
+    return SizeRecord(
+        parameters=size.parameters,
+        buffers=size.buffers,
+        bytes=size.bytes,
+        flops=size.flops,
+        peak_bytes=size.peak_memory,
+    )
