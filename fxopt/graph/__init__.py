@@ -1,5 +1,6 @@
 """Typed questions and edits of a captured graph: regions, call sites, aliases, effects, shapes."""
 
+from fxopt.graph.affine import Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead
 from fxopt.graph.module import GraphModule
 from fxopt.graph.observe import observe
@@ -7,6 +8,7 @@ from fxopt.graph.region import Program, Region
 from fxopt.graph.source import Source, inherit, source_of
 
 __all__ = [
+    "Affine",
     "Effects",
     "GraphModule",
     "Program",
@@ -15,5 +17,7 @@ __all__ = [
     "eliminate_dead",
     "inherit",
     "observe",
+    "read_affine",
     "source_of",
+    "why_not_plain",
 ]

@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.graph.region import Region
+from fxopt.modules import FakeQuantize, Fused
 
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -60,7 +61,7 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.ZeroPad2d,
     nn.MultiheadAttention,
 )
-_VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten)
+_VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten, FakeQuantize)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _RANDOM = frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout rand rand_like randn "
@@ -139,6 +140,19 @@ class Effects:
             return node.target in _PURE_FUNCTIONS or bool(_schemas(_operator_name(node)))
         return node.op == "get_attr"
 
+    def written_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> fx.Node | None:
+        """The first node after `start` and before `end` that may write into the memory of `value`."""
+        shared: frozenset[fx.Node] | None = None
+        node = start.next
+        while node is not end and node.op != "root":
+            written = self.writes(node)
+            if written and shared is None:
+                shared = self.aliases()(value)
+            if shared is not None and any(target in shared for target in written):
+                return node
+            node = node.next
+        return None
+
     def aliases(self) -> Callable[[fx.Node], frozenset[fx.Node]]:
         """A question: which nodes may share memory with a node (itself included)?"""
         parent: dict[fx.Node, fx.Node] = {node: node for node in self._region.graph.nodes}
@@ -178,6 +192,8 @@ class Effects:
             module = self._region.submodule(node)
             if isinstance(module, _NORMS):
                 return module.training and bool(module.track_running_stats)
+            if isinstance(module, Fused) and module.bn is not None:
+                return module.training
             return not self.is_known(node)
         return False
 

@@ -37,7 +37,8 @@ class Program:
     def readers(self, tensor: torch.Tensor) -> list[fx.Node]:
         """All live nodes, in any graph, that read `tensor` or memory shared with it.
 
-        These are `get_attr` nodes, and calls of the modules that hold the tensor anywhere inside.
+        These are `get_attr` nodes, and calls of the modules that hold the tensor anywhere inside, but for
+        what lies in a graph of its own, whose nodes say themselves what they read.
         """
         return [node for node in self._readers[_memory(tensor)] if _alive(node)]
 
@@ -59,6 +60,25 @@ class Program:
         tensors = [*module.parameters(), *module.buffers()]
         return all(reader is node for tensor in tensors for reader in self.readers(tensor))
 
+    def region_of(self, node: fx.Node) -> Region:
+        """The region whose graph holds `node`."""
+        return next(region for region in self.regions if region.graph is node.graph)
+
+    def replace_module(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` in the place of `old` under all of its names: all sites, in any graph, call it then."""
+        sites = self.sites(old)
+        for alias in [name for name, module in self.root.named_modules(remove_duplicate=False) if module is old]:
+            self.root.set_submodule(alias, new)
+        for node in sites:
+            self._forget(node, old)
+            self._note_call(node, new)
+
+    def _forget(self, node: fx.Node, module: nn.Module) -> None:
+        """`node` calls `module` no longer."""
+        self._sites[module] = [site for site in self._sites[module] if site is not node]
+        for tensor in _read_by_call(module):
+            self._readers[tensor] = [reader for reader in self._readers[tensor] if reader is not node]
+
     def _index(self) -> None:
         for path, module in self.root.named_modules():
             if isinstance(module, GraphModule):
@@ -73,16 +93,18 @@ class Program:
     def note(self, node: fx.Node, region: Region) -> None:
         """Take up a node that calls a module or reads an attribute."""
         if node.op == "call_module":
-            module = region.submodule(node)
-            self._sites[module].append(node)
-            for tensor in {_memory(t) for _, t in _named_tensors(module)}:
-                self._readers[tensor].append(node)
-            if any(isinstance(child, GraphModule) for child in module.modules()):
-                self._inside_opaque.update(_outside_of_graphs(module))
+            self._note_call(node, region.submodule(node))
         elif node.op == "get_attr":
             value = region.attribute(node)
             if isinstance(value, torch.Tensor):
                 self._readers[_memory(value)].append(node)
+
+    def _note_call(self, node: fx.Node, module: nn.Module) -> None:
+        self._sites[module].append(node)
+        for tensor in _read_by_call(module):
+            self._readers[tensor].append(node)
+        if any(isinstance(child, GraphModule) for child in module.modules()):
+            self._inside_opaque.update(_outside_of_graphs(module))
 
 
 class Region:
@@ -163,13 +185,25 @@ class Region:
         module.train(old.training)
         name = str(node.target)
         if self.program.sites(old) == [node] and not self.program.inside_opaque(old):
-            for alias in [n for n, m in self.module.named_modules(remove_duplicate=False) if m is old]:
-                self.module.set_submodule(alias, module)
+            self.program.replace_module(old, module)
         else:
             name = self.add_module(name, module)
             node.target = name
-        self.program.note(node, self)
+            self.program._forget(node, old)
+            self.program.note(node, self)
         return name
+
+    def swap_parameter(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Put a new parameter in the place of the one that a `get_attr` node reads, under all of its names.
+
+        Whatever reads the old one reads the new one then; it trains if the old one did.
+        """
+        old = self.attribute(node)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        for module in self.program.root.modules():
+            for name in [name for name, parameter in module._parameters.items() if parameter is old]:
+                module._parameters[name] = new
+        self.program.note(node, self)
 
     def insert_module(
         self, before: fx.Node, hint: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None
@@ -231,7 +265,7 @@ def _alive(node: fx.Node) -> bool:
 def _memory(tensor: torch.Tensor) -> int:
     """What two tensors share exactly where writing one shows in the other."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return id(tensor)
 
@@ -239,6 +273,13 @@ def _memory(tensor: torch.Tensor) -> int:
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _read_by_call(module: nn.Module) -> set[int]:
+    outside = [module, *_outside_of_graphs(module)] if not isinstance(module, GraphModule) else []
+    return {
+        _memory(t) for part in outside for t in (*part._parameters.values(), *part._buffers.values()) if t is not None
+    }
 
 
 def _outside_of_graphs(module: nn.Module) -> Iterator[nn.Module]:

@@ -1,0 +1,196 @@
+"""A convolution or linear layer together with what was fused around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.modules.activation import Activation
+from fxopt.modules.fake_quantize import FakeQuantize
+from fxopt.modules.rebuild import rebuild
+
+
+class Fused(nn.Module):
+    """activation( bn( op(x, Q(W)) + b ) + other ), each part but op optional.
+
+    The mixin of `FusedConv2d` and its kin. They are still a `torch.nn.Conv2d` (and so on) and keep its
+    parameters under their names: `conv1.weight` stays `conv1.weight`.
+
+    With both `bn` and `weight_fake_quant` the weight is quantised as it will be once the batch norm is
+    folded, by the running statistics, and the scale is divided out again before `bn` normalises:
+
+        s = gamma / sqrt(var + eps);  y = bn( op(x, Q(W s)) / s + b )
+
+    (Jacob et al. 2018, section 3.2, in the form of Krishnamoorthi 2018, section 3.3.)
+
+    Attributes:
+        activation: what is applied last, or None.
+        adds: whether `forward` takes a second tensor that is added before the activation.
+        bn: the batch norm of the training form; its state sits under `conv1.bn.`, and state under its
+            former name still loads.
+        weight_fake_quant: what quantises the weight, or None.
+    """
+
+    activation: Activation | None
+    adds: bool
+    bn: nn.modules.batchnorm._BatchNorm | None
+    weight_fake_quant: FakeQuantize | None
+    weight: torch.Tensor
+    bias: Any  # a Parameter or None; the plain classes disagree on how to say so
+    channel_axis: ClassVar[int] = 0
+    """The axis of the weight that counts output channels (of one group)."""
+
+    @staticmethod
+    def of(module: nn.Module) -> Fused:
+        """The fused form of `module`, with nothing fused yet and the same parameters."""
+        kind = next(fused for plain, fused in _FORMS.items() if isinstance(module, plain))
+        fused: Fused = rebuild(module, kind)
+        if not isinstance(module, Fused):
+            fused.activation = None
+            fused.adds = False
+            fused.register_module("bn", None)
+            fused.register_module("weight_fake_quant", None)
+        return fused
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing follows the operator: its output is the affine map itself."""
+        return self.activation is None and not self.adds and self.bn is None
+
+    def forward(
+        self, input: torch.Tensor, other: torch.Tensor | None = None, output_size: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """All parts in order; `other` is there if and only if `adds`."""
+        out = self._affine(input, output_size)
+        if self.bn is not None:
+            out = self.bn(out)
+        if self.adds:
+            if other is None:
+                raise TypeError(f"{type(self).__name__} adds: its forward needs 'other'")
+            # Nothing else has seen `out`, and none of the operators before needs it for its gradient.
+            in_place = out.shape == other.shape and out.dtype == other.dtype
+            out = out.add_(other) if in_place else out + other
+        return out if self.activation is None else self.activation.apply_(out)
+
+    def folding_scale(self) -> torch.Tensor | None:
+        """s of the formula above, a factor for each output channel; None without `bn`."""
+        if self.bn is None or self.bn.running_var is None:
+            return None
+        scale = torch.rsqrt(self.bn.running_var + self.bn.eps)
+        if self.bn.affine:
+            scale = scale * self.bn.weight
+        # A channel that gamma switched off would divide by zero; its weight is quantised as it is.
+        return torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+
+    def scaled_weight(self) -> torch.Tensor:
+        """The weight that `weight_fake_quant` sees: as it is, or as folding the batch norm makes it."""
+        scale = self.folding_scale()
+        return self.weight if scale is None else self.weight * self._by_channel(scale)
+
+    def _affine(self, input: torch.Tensor, output_size: Sequence[int] | None) -> torch.Tensor:
+        if self.weight_fake_quant is None:
+            return self._operate(input, self.weight, self.bias, output_size)
+        weight = self.weight_fake_quant(self.scaled_weight())
+        scale = self.folding_scale()
+        if scale is None:
+            return self._operate(input, weight, self.bias, output_size)
+        return self._operate(input, weight / self._by_channel(scale), self.bias, output_size)
+
+    def _by_channel(self, scale: torch.Tensor) -> torch.Tensor:
+        """`scale`, one value an output channel, in a shape that multiplies the weight."""
+        return scale.reshape(-1, *[1] * (self.weight.dim() - 1)).to(self.weight.dtype)
+
+    def _operate(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        output_size: Sequence[int] | None,
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """That of the plain module, and what is fused."""
+        parts = [super().extra_repr()]
+        if self.adds:
+            parts.append("adds=True")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation}")
+        return ", ".join(filter(None, parts))
+
+
+class FusedLinear(Fused, nn.Linear):
+    """`torch.nn.Linear` with what is fused around it."""
+
+    def _operate(self, input, weight, bias, output_size):  # type: ignore[no-untyped-def]
+        return F.linear(input, weight, bias)
+
+
+class _FusedConv(Fused):
+    def _operate(self, input, weight, bias, output_size):  # type: ignore[no-untyped-def]
+        return self._conv_forward(input, weight, bias)  # type: ignore[operator]
+
+
+class FusedConv1d(_FusedConv, nn.Conv1d):
+    """`torch.nn.Conv1d` with what is fused around it."""
+
+
+class FusedConv2d(_FusedConv, nn.Conv2d):
+    """`torch.nn.Conv2d` with what is fused around it."""
+
+
+class FusedConv3d(_FusedConv, nn.Conv3d):
+    """`torch.nn.Conv3d` with what is fused around it."""
+
+
+class _FusedTranspose(Fused, nn.modules.conv._ConvTransposeNd):
+    channel_axis = 1
+    spatial: ClassVar[int]
+
+    def _operate(self, input, weight, bias, output_size):  # type: ignore[no-untyped-def]
+        stride: Any = self.stride
+        crop: Any = self.padding
+        kernel: Any = self.kernel_size
+        dilation: Any = self.dilation
+        padding = self._output_padding(input, output_size, stride, crop, kernel, self.spatial, dilation)
+        operator: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
+        return operator(input, weight, bias, stride, crop, padding, self.groups, dilation)
+
+    def _by_channel(self, scale: torch.Tensor) -> torch.Tensor:
+        # The weight is (in, out / groups, ...): each group of inputs has its own outputs.
+        inputs, outputs = self.weight.shape[:2]
+        rows = scale.reshape(self.groups, 1, outputs).expand(self.groups, inputs // self.groups, outputs)
+        return rows.reshape(inputs, outputs, *[1] * (self.weight.dim() - 2)).to(self.weight.dtype)
+
+
+class FusedConvTranspose1d(_FusedTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose1d` with what is fused around it."""
+
+    spatial = 1
+
+
+class FusedConvTranspose2d(_FusedTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose2d` with what is fused around it."""
+
+    spatial = 2
+
+
+class FusedConvTranspose3d(_FusedTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose3d` with what is fused around it."""
+
+    spatial = 3
+
+
+_FORMS: dict[type[nn.Module], type[Fused]] = {
+    nn.Linear: FusedLinear,
+    nn.Conv1d: FusedConv1d,
+    nn.Conv2d: FusedConv2d,
+    nn.Conv3d: FusedConv3d,
+    nn.ConvTranspose1d: FusedConvTranspose1d,
+    nn.ConvTranspose2d: FusedConvTranspose2d,
+    nn.ConvTranspose3d: FusedConvTranspose3d,
+}
