@@ -1,0 +1,75 @@
+"""In training: the convolution and its batch norm as one module that runs both, ready for quantisation.
+
+    bn(conv(x))  =>  fused(x), which holds `bn` as a child and runs the same two steps
+
+Nothing is folded, since the batch norm still normalises by the batch and learns. The state of the batch norm
+moves from `bn1.` to `conv1.bn.`; a state_dict with the former names still loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+
+from fxopt.contract import Change, Skip
+from fxopt.graph import Affine, Region, source_of, why_not_plain
+from fxopt.modules import Fused
+from passes.fuse.norm import BatchNorm, rank_of
+from passes.fuse.shared import also_used, why_called_elsewhere
+
+
+@dataclass(frozen=True)
+class FormerName:
+    """Lets a state_dict from before the fusion load: a hook of the module that is the root of both names."""
+
+    old: str
+    new: str
+
+    def __call__(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Rename the keys under the old name, where there are such."""
+        former = f"{prefix}{self.old}."
+        for key in [key for key in state if key.startswith(former)]:
+            state[f"{prefix}{self.new}.{key.removeprefix(former)}"] = state.pop(key)
+
+
+def join(affine: Affine, node: fx.Node, region: Region) -> Change | Skip:
+    """Make one module of a layer and the batch norm `node` behind it."""
+    where, line = region.qualified(node), source_of(node)
+    reason = _why_not(affine, node, region)
+    if reason is not None:
+        return Skip(where, reason, line)
+    norm = region.submodule(node)
+    assert affine.module is not None and isinstance(norm, BatchNorm)
+    fused = Fused.of(affine.module)
+    fused.bn = norm
+    old, new = str(node.target), str(affine.node.target)
+    region.program.replace_module(affine.module, fused)
+    region.replace(node, affine.node)
+    # The public form of this hook keeps a reference to the module, which its own pickle can't follow.
+    region.module._register_load_state_dict_pre_hook(FormerName(old, f"{new}.bn"))  # type: ignore[no-untyped-call]
+    return Change(f"joined with '{region.qualified(affine.node)}' for training, not folded", where, line)
+
+
+def _why_not(affine: Affine, node: fx.Node, region: Region) -> str | None:
+    if affine.module is None or node.op != "call_module":
+        return "in training mode only modules are joined, and this is a function"
+    norm = region.submodule(node)
+    assert isinstance(norm, BatchNorm)
+    reason = why_not_plain(norm, next(k for k in type(norm).__mro__ if k.__module__.startswith("torch.nn.")))
+    if reason is not None:
+        return reason
+    if norm.running_var is None:
+        return "it keeps no running statistics, by which a joined weight would be quantised"
+    if not norm.training:
+        return "it is in evaluation mode while the model trains; call .eval() on the model to fold it"
+    if len(region.program.sites(norm)) > 1 or region.program.inside_opaque(norm):
+        return "it is called at more than one place"
+    wanted, rank = affine.weight.dim(), rank_of(affine.node)
+    if affine.kind in ("linear", "conv1d", "conv_transpose1d") and rank != wanted:
+        known = "not known" if rank is None else str(rank)
+        return f"the dimensions of its input must be {wanted} and are {known}"
+    if norm.num_features != affine.out_channels:
+        return f"it normalises {norm.num_features} channels, the layer has {affine.out_channels}"
+    return also_used(affine.node, region) or why_called_elsewhere(affine, region, [affine.node])
