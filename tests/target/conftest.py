@@ -1,0 +1,39 @@
+"""Model files, written for one test each."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.fc = nn.Linear(3, width)
+    def forward(self, x):
+        return self.fc(x)
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes `NET` and further lines to a file, and goes to its directory."""
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+
+    def write(source: str, name: str = "model.py", header: str = NET) -> str:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(header + textwrap.dedent(source))
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
