@@ -1,0 +1,12 @@
+"""The record itself, for programs."""
+
+from __future__ import annotations
+
+import json
+
+from fxopt.record.shape import Record
+
+
+def as_json(record: Record) -> str:
+    """The record as JSON text; a number that JSON lacks would be a bug, so it is refused."""
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

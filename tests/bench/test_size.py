@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.bench import Size, measure_size
+from fxopt.bench.size import state_bytes
+from fxopt.errors import EngineError
+
+
+class Chain(nn.Module):
+    """Holds two of its three steps at a time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = x + 1
+        return x
+
+
+class Views(nn.Module):
+    """Makes one new tensor and many views of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        return y.view(-1)[1:].reshape(1, -1).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "expected"),
+    [
+        pytest.param(nn.Linear(4, 5), (2, 4), Size(25, 0, 100, 2 * 2 * 4 * 5, 40), id="linear"),
+        pytest.param(nn.Identity(), (2, 4), Size(0, 0, 0, 0, 0), id="nothing"),
+        pytest.param(Chain(), (256,), Size(0, 0, 0, 0, 2048), id="what is freed counts no more"),
+        pytest.param(Views(), (256,), Size(0, 0, 0, 0, 1024), id="views and in-place calls hold nothing new"),
+        pytest.param(nn.Conv2d(3, 8, 3, bias=False), (1, 3, 6, 6), Size(216, 0, 864, 2 * 216 * 16, 512), id="conv"),
+        pytest.param(nn.BatchNorm1d(3).eval(), (2, 3), Size(6, 7, 24 + 32, 0, 24), id="buffers"),
+    ],
+)
+def test_size(module: nn.Module, shape: tuple[int, ...], expected: Size) -> None:
+    assert measure_size(module, torch.zeros(shape)) == expected
+
+
+def test_attention_counts_on_the_cpu_too() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True).eval()
+    projections, attention, forward = 10 * 16 * 64 * 2, 2 * 10 * 10 * 16 * 2, 10 * 16 * 32 * 2 * 2
+    found = measure_size(layer, torch.zeros(1, 10, 16))
+    assert found.flops == projections + attention + forward
+    assert found.peak_memory > 10 * 16 * 4
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_shared_memory_counts_once() -> None:
+    tied = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    tied[1].weight = tied[0].weight
+    assert state_bytes(tied) == 256
+    viewed = nn.Module()
+    viewed.whole = nn.Parameter(torch.zeros(8, 8))
+    viewed.register_buffer("transposed", viewed.whole.detach().t())
+    viewed.register_buffer("row", viewed.whole.detach()[3])
+    assert state_bytes(viewed) == 256
+
+
+def test_a_slice_counts_as_the_slice() -> None:
+    module = nn.Module()
+    module.register_buffer("row", torch.zeros(100, 8)[3])
+    assert state_bytes(module) == 32
+
+
+def test_sparse_memory_counts_what_is_stored() -> None:
+    module = nn.Module()
+    module.register_buffer("sparse", torch.eye(100).to_sparse_coo())
+    assert state_bytes(module) == 100 * (2 * 8 + 4)
+
+
+def test_the_module_is_left_alone() -> None:
+    module = nn.BatchNorm1d(3).train()
+    measure_size(module, torch.randn(4, 3))
+    assert module.training
+    assert module.num_batches_tracked == 0
+
+
+def test_a_module_that_raises() -> None:
+    with pytest.raises(EngineError, match=r"'module' \(Linear\) raised RuntimeError .* with inputs 1x3 float32"):
+        measure_size(nn.Linear(4, 4), torch.zeros(1, 3))
