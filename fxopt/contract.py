@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch.fx as fx
 
-    from fxopt.graph import Region
+    from fxopt.graph import GraphModule, Region
+    from fxopt.inputs import Inputs
 
 
 class Promise(enum.Enum):
@@ -74,6 +75,14 @@ class Pass(ABC):
 
         Never writes into a parameter or buffer: makes a new tensor or module and swaps it in.
         """
+
+    def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
+        """What is left to do once `run` has seen every region, and needs data or the whole module.
+
+        Called once, with the module in working order and whatever calibration inputs the user gave (maybe
+        none). It may set what the pass itself has added; it does not edit graphs. Nothing by default.
+        """
+        return iter(())
 
 
 M = TypeVar("M")

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from fxopt.contract import Skip
 from fxopt.graph.region import Region
 from fxopt.graph.source import source_of
-from fxopt.modules import Fused
+from fxopt.modules import FakeQuantize, Fused
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -141,6 +141,9 @@ def _read_function(node: fx.Node, region: Region) -> Affine | Skip | None:
     bias: Any = given.pop("bias", None)
     if not isinstance(source, fx.Node):
         return None
+    called = isinstance(weight, fx.Node) and weight.op == "call_module"
+    if called and isinstance(region.submodule(weight), FakeQuantize):
+        return Skip(region.qualified(node), "its weight is fake-quantised already", source_of(node))
     values = [_parameter(weight, region), None if bias is None else _parameter(bias, region)]
     if values[0] is None or (bias is not None and values[1] is None):
         return Skip(region.qualified(node), "its weight or bias is computed, not a parameter", source_of(node))

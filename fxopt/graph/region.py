@@ -67,11 +67,21 @@ class Program:
     def replace_module(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new` in the place of `old` under all of its names: all sites, in any graph, call it then."""
         sites = self.sites(old)
-        for alias in [name for name, module in self.root.named_modules(remove_duplicate=False) if module is old]:
-            self.root.set_submodule(alias, new)
+        for path in self.paths(old):
+            self.root.set_submodule(path, new)
         for node in sites:
             self._forget(node, old)
             self._note_call(node, new)
+
+    def paths(self, module: nn.Module) -> list[str]:
+        """All qualified names under which `module` is registered."""
+        return [path for path, child in self.root.named_modules(remove_duplicate=False) if child is module]
+
+    def remove_module(self, module: nn.Module) -> None:
+        """Take `module` out of the tree, under all of its names."""
+        for path in self.paths(module):
+            owner, _, leaf = path.rpartition(".")
+            del self.root.get_submodule(owner)._modules[leaf]
 
     def _forget(self, node: fx.Node, module: nn.Module) -> None:
         """`node` calls `module` no longer."""
