@@ -2,7 +2,8 @@
 
 from fxopt.contract import Pass
 from passes.fuse import Fuse
+from passes.qat import QAT
 
-__all__ = ["PASSES", "Fuse"]
+__all__ = ["PASSES", "QAT", "Fuse"]
 
-PASSES: tuple[type[Pass], ...] = (Fuse,)
+PASSES: tuple[type[Pass], ...] = (Fuse, QAT)

@@ -21,17 +21,20 @@ from passes.fuse.shared import also_used, why_called_elsewhere
 
 
 @dataclass(frozen=True)
-class FormerName:
-    """Lets a state_dict from before the fusion load: a hook of the module that is the root of both names."""
+class FormerNames:
+    """Lets a state_dict from before the fusion load: a hook of the root of all these names."""
 
-    old: str
-    new: str
+    old: tuple[str, ...]
+    new: tuple[str, ...]
 
     def __call__(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Rename the keys under the old name, where there are such."""
-        former = f"{prefix}{self.old}."
-        for key in [key for key in state if key.startswith(former)]:
-            state[f"{prefix}{self.new}.{key.removeprefix(former)}"] = state.pop(key)
+        """Move what is there under old names to the new ones."""
+        for name in self.old:
+            former = f"{prefix}{name}."
+            for key in [key for key in state if key.startswith(former)]:
+                value = state.pop(key)
+                for new in self.new:
+                    state[f"{prefix}{new}.{key.removeprefix(former)}"] = value
 
 
 def join(affine: Affine, node: fx.Node, region: Region) -> Change | Skip:
@@ -44,11 +47,13 @@ def join(affine: Affine, node: fx.Node, region: Region) -> Change | Skip:
     assert affine.module is not None and isinstance(norm, BatchNorm)
     fused = Fused.of(affine.module)
     fused.bn = norm
-    old, new = str(node.target), str(affine.node.target)
-    region.program.replace_module(affine.module, fused)
+    program, layer = region.program, affine.module
+    names = FormerNames(tuple(program.paths(norm)), tuple(f"{path}.bn" for path in program.paths(layer)))
+    program.remove_module(norm)
+    program.replace_module(layer, fused)
     region.replace(node, affine.node)
     # The public form of this hook keeps a reference to the module, which its own pickle can't follow.
-    region.module._register_load_state_dict_pre_hook(FormerName(old, f"{new}.bn"))  # type: ignore[no-untyped-call]
+    program.root._register_load_state_dict_pre_hook(names)  # type: ignore[no-untyped-call]
     return Change(f"joined with '{region.qualified(affine.node)}' for training, not folded", where, line)
 
 

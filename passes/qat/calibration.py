@@ -1,0 +1,78 @@
+"""Takes the ranges of activations from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.errors import FxoptError, PassError
+from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize, State
+
+_ADVICE = "give an iterable of inputs, each a tensor, a tuple of positional arguments or a dict of keyword ones"
+
+
+def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
+    """Run `module` on `data` and let its fake quantisers take their ranges from what they see.
+
+    Ranges start anew. The module runs in evaluation mode and unquantised while it is observed, and quantises
+    afterwards; its own mode is as before. Where anything goes wrong the ranges are as before too.
+
+    Args:
+        module: a module that the pass `qat` has been through.
+        data: batches of inputs, each a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Returns:
+        The names of the quantisers that no batch reached; they pass their input on unquantised.
+
+    Raises:
+        PassError: if there is nothing to calibrate, no data, or data that the module can't take.
+    """
+    quantizers = {name: child for name, child in module.named_modules() if isinstance(child, FakeQuantize)}
+    if not quantizers:
+        raise PassError("calibrate: the module has no fake quantisers; put them in with the pass 'qat' first")
+    if isinstance(data, torch.Tensor):
+        raise PassError(f"calibrate: the data is one tensor; {_ADVICE}")
+    before = {name: ({k: v.clone() for k, v in q.named_buffers()}, q.ready) for name, q in quantizers.items()}
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        for quantizer in quantizers.values():
+            quantizer.reset()
+            quantizer.state = State.OBSERVE
+        _observe(module, data)
+    except BaseException:
+        for name, (buffers, ready) in before.items():
+            quantizers[name].ready = ready
+            for key, value in buffers.items():
+                quantizers[name].get_buffer(key).copy_(value)
+        raise
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.state = State.QUANTIZE
+        for child, training in modes:
+            if child.training is not training:
+                child.train(training)
+    return tuple(name for name, quantizer in quantizers.items() if not quantizer.ready)
+
+
+@torch.no_grad()
+def _observe(module: nn.Module, data: Iterable[Any]) -> None:
+    count = 0
+    for count, batch in enumerate(data, start=1):
+        inputs = Inputs.of(batch)
+        for index, tensor in enumerate(inputs.tensors):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise PassError(f"calibrate: batch {count} holds NaN or Inf in its tensor {index}; leave it out")
+        try:
+            module(*inputs.args, **inputs.kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, FxoptError) as error:
+            raise PassError(
+                f"calibrate: the module does not take batch {count} ({inputs.describe()}): {error}; {_ADVICE}, "
+                "without labels"
+            ) from error
+    if count == 0:
+        raise PassError(f"calibrate: the data is empty; {_ADVICE}")
