@@ -35,13 +35,26 @@ def render(passes: Sequence[Pass]) -> str:
     return ",".join(map(_render, passes))
 
 
+def find(name: str, known: Mapping[str, type[Pass]] | None = None) -> type[Pass]:
+    """The pass of that name.
+
+    Raises:
+        SpecError: where there is none, with the name that was probably meant.
+    """
+    passes = registry.available() if known is None else known
+    if name in passes:
+        return passes[name]
+    near = nearest(name, passes)
+    meant = f"; did you mean '{near}'? `fxopt passes` lists them all" if near else f"; there are {_list(passes)}"
+    raise SpecError(f"unknown pass '{name}'{meant}")
+
+
 def _make(call: Call, known: Mapping[str, type[Pass]]) -> Pass:
     name = call.name.value
-    if name not in known:
-        near = nearest(name, known)
-        meant = f"; did you mean '{near}'? `fxopt passes` lists them all" if near else f"; there are {_list(known)}"
-        raise call.name.span.error(f"unknown pass '{name}'{meant}")
-    pass_class = known[name]
+    try:
+        pass_class = find(name, known)
+    except SpecError as error:
+        raise call.name.span.error(str(error)) from None
     options = _options(call, pass_class)
     missing = [
         field.name

@@ -1,0 +1,141 @@
+"""A result -> a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from fxopt import spec
+from fxopt.artifact.directory import RECIPE, writing
+from fxopt.artifact.source import source
+from fxopt.artifact.tree import encode
+from fxopt.artifact.weights import collect
+from fxopt.capture.captured import Captured
+from fxopt.contract import Pass
+from fxopt.errors import ArtifactError, SpecError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.record import Entry, Record
+from fxopt.record import plain as plain_json
+from fxopt.version import __version__
+
+SCHEMA = "1.0"
+"""Version of the recipe: the first number changes when old readers can't read it any more."""
+WEIGHTS = "weights.safetensors"
+INPUTS = "inputs.safetensors"
+CODE = "graph.py"
+
+
+class Result(Protocol):
+    """What a run gives, as far as it is kept."""
+
+    @property
+    def module(self) -> GraphModule:
+        """The rewritten module."""
+
+    @property
+    def ledger(self) -> Iterable[Entry]:
+        """What each pass did, in order."""
+
+    @property
+    def captured(self) -> Captured:
+        """What it was made from."""
+
+    @property
+    def record(self) -> Record:
+        """What there is to report."""
+
+
+def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None:
+    """Write a result: weights, the recipe to make it again, the code of its graphs, and its reports.
+
+    All of it or nothing is written; an older result in the same place is replaced.
+
+    Args:
+        result: of a run.
+        directory: a free name, an empty directory, or an older result.
+        renderings: the reports, by file name.
+
+    Raises:
+        ArtifactError: where the directory holds anything else or cannot be written, or a pass is not installed,
+            so that no recipe can name it.
+    """
+    passes = tuple(_pass(entry) for entry in result.ledger)
+    text = spec.render(passes)
+    target = result.record["target"]
+    code = source(result.module, target, text)
+    weights, tied = collect(result.module)
+    tensors: dict[str, torch.Tensor] = {}
+    recipe: dict[str, Any] = {
+        "schema": SCHEMA,
+        "versions": {"fxopt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "target": target,
+        "spec": text,
+        "passes": [{"name": e.pass_name, "options": plain_json(dict(e.options))} for e in result.ledger],
+        "inputs": _inputs(result.captured.inputs, tensors),
+        "guards": result.record["capture"]["guards"],
+        "modes": _modes(result.captured.module),
+        "tied": tied,
+        "graph": fingerprint(result.module),
+        "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *renderings]),
+    }
+    with writing(directory) as new:
+        _write(weights, new / WEIGHTS)
+        _write(tensors, new / INPUTS)
+        (new / CODE).write_text(code, encoding="utf-8")
+        for name, rendering in renderings.items():
+            (new / name).write_text(rendering, encoding="utf-8")
+        (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def fingerprint(module: GraphModule) -> str:
+    """A digest of what the graphs of a module do, the same for the same code."""
+    digest = hashlib.sha256()
+    for path, child in module.named_modules():
+        if isinstance(child, GraphModule):
+            for mode, graph in child.graphs.items():
+                digest.update(f"{path}\n{mode}\n{graph.python_code('self').src}\n".encode())
+    return digest.hexdigest()
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ArtifactError(f"cannot write '{path.name}': safetensors cannot hold these tensors: {error}") from error
+
+
+def _pass(entry: Entry) -> Pass:
+    try:
+        return spec.find(entry.pass_name)(**entry.options)
+    except SpecError as error:
+        raise ArtifactError(
+            f"cannot save the recipe: pass '{entry.pass_name}' is not installed; offer it by an entry point in the "
+            "group 'fxopt.passes'"
+        ) from error
+
+
+def _inputs(inputs: Inputs, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    described = {"description": inputs.describe()}
+    try:
+        return {
+            **described,
+            "args": encode(inputs.args, "args", tensors),
+            "kwargs": encode(dict(inputs.kwargs), "kwargs", tensors),
+        }
+    except ArtifactError as error:
+        tensors.clear()
+        return {**described, "not_saved": str(error)}
+
+
+def _modes(module: GraphModule) -> dict[str, Any]:
+    others = [path for path, child in module.named_modules() if child.training is not module.training]
+    return {"training": module.training, "except": others}

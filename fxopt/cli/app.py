@@ -1,0 +1,50 @@
+"""The subcommands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fxopt.cli.passes import passes
+from fxopt.cli.run import run
+from fxopt.version import __version__
+
+
+class _Group(TyperGroup):
+    """Ends on Ctrl-C as a shell expects, whatever the version of typer makes of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("fxopt: interrupted; nothing was written", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Optimize a PyTorch model by verified rewrites of its graph, and measure what that gained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run)
+app.command()(passes)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fxopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `fxopt` itself."""

@@ -1,0 +1,22 @@
+"""What a run is doing, on stderr, so that stdout holds the report alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Give a function that says which stage has begun: a live line on a terminal, a line a stage elsewhere."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    start = time.perf_counter()
+    if not console.is_terminal:
+        yield lambda stage: console.print(f"{time.perf_counter() - start:6.1f} s  {escape(stage)}", soft_wrap=True)
+        return
+    with console.status("load") as status:
+        yield lambda stage: status.update(f"{escape(stage)} [dim]{time.perf_counter() - start:.0f} s[/dim]")

@@ -1,0 +1,95 @@
+"""`fxopt run`: optimize a target, verify, measure, report."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fxopt.cli.formats import Format
+from fxopt.cli.progress import progress
+
+DEFAULT_PASSES = "clean,fuse"
+
+
+class Device(str, enum.Enum):
+    """What to measure on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    ALL = "all"
+
+
+def run(
+    target: Annotated[
+        str, typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET")
+    ],
+    passes: Annotated[
+        str,
+        typer.Option(help="What to do, in order: `fuse,qat{bits=8}`. `fxopt passes` lists them.", metavar="SPEC"),
+    ] = DEFAULT_PASSES,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Load these weights first: safetensors or a saved state_dict.", metavar="FILE")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to measure the latency.")] = Device.ALL,
+    style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the result there: report, weights, recipe and code.", metavar="DIR")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds that measuring one device may take.", min=0.1, metavar="SECONDS")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Capture a model, rewrite it by passes, verify each, measure the latency before and after, and report."""
+    with progress(quiet) as stage:
+        stage("load")
+        # What the user's code prints is not part of the report.
+        with contextlib.redirect_stdout(sys.stderr):
+            import torch
+
+            from fxopt import artifact, report, spec
+            from fxopt.optimize import optimize
+            from fxopt.target import load
+
+            pipeline = spec.parse(passes)
+            if out is not None:
+                artifact.check(out)
+            if threads is not None:
+                torch.set_num_threads(threads)
+            torch.manual_seed(seed)
+            loaded = load(target, inputs=inputs or (), weights=weights, train=train)
+            limits: dict[str, Any] = {} if budget is None else {"budget_seconds": budget}
+            result = optimize(
+                loaded.module,
+                loaded.inputs,
+                passes=pipeline,
+                devices=("cpu", "cuda") if device is Device.ALL else (device.value,),
+                evaluate=loaded.evaluate,
+                calibration_data=loaded.calibration_data,
+                target=loaded.name,
+                progress=stage,
+                seed=seed,
+                notes=loaded.notes,
+                **limits,
+            )
+            if out is not None:
+                stage("save")
+                renderings = {
+                    "report.json": report.render(result.record, "json"),
+                    "report.md": report.render(result.record, "markdown"),
+                }
+                artifact.save(result, out, renderings)
+    typer.echo(report.render(result.record, style.value), nl=False)
