@@ -74,6 +74,13 @@ class Arm:
                 f"with inputs {self._described}: {error}"
             ) from error
 
+    def watched(self, measure: Callable[[Callable[[], object]], T]) -> T | None:
+        """Let `measure` watch the operators of a call; None where that does not work for this module."""
+        try:
+            return self.under(measure)
+        except EngineError:
+            return None
+
     @property
     def writes_inputs(self) -> bool:
         """Whether a call so far wrote into the inputs."""

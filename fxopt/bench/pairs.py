@@ -175,7 +175,7 @@ def _peak(arm: Arm, device: torch.device) -> int | None:
     # On the CPU only torch's own operators are seen: the memory of another engine would read as none.
     if device.type == "cpu" and not isinstance(arm.module, torch.nn.Module):
         return None
-    return arm.under(lambda call: peak_memory(call, device))
+    return arm.watched(lambda call: peak_memory(call, device))
 
 
 def _limits(arms: Mapping[str, Arm]) -> tuple[str, ...]:

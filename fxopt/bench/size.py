@@ -26,15 +26,16 @@ class Size:
         bytes: of the memory behind parameters and buffers, shared memory counted once.
         flops: floating-point operations of one forward in matrix products, convolutions and attention; a
             multiply and its add are two. As torch.utils.flop_counter counts them: elementwise work is left out.
+            None where it can't be counted, since a custom operator refuses to be watched.
         peak_memory: bytes that one forward holds at its peak beyond weights and inputs, see
-            `fxopt.bench.memory.peak_memory`.
+            `fxopt.bench.memory.peak_memory`; None likewise.
     """
 
     parameters: int
     buffers: int
     bytes: int
-    flops: int
-    peak_memory: int
+    flops: int | None
+    peak_memory: int | None
 
 
 def measure_size(module: nn.Module, inputs: Any, device: torch.device | str = "cpu") -> Size:
@@ -52,8 +53,9 @@ def measure_size(module: nn.Module, inputs: Any, device: torch.device | str = "c
     with quiet(place):
         arm = Arm("module", module, Inputs.of(inputs), place)
         arm.keep_inputs(Inputs.of(inputs))
-        flops = arm.under(_flops)
-        peak = arm.under(lambda call: peak_memory(call, place))
+        arm.under(lambda call: call())  # A module that raises does so here, not while it is watched.
+        flops = arm.watched(_flops)
+        peak = arm.watched(lambda call: peak_memory(call, place))
     return Size(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         buffers=sum(buffer.numel() for buffer in module.buffers()),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.bench import Size, measure_size
+from fxopt.bench import Size, compare, measure_size
 from fxopt.bench.size import state_bytes
 from fxopt.errors import EngineError
 
@@ -83,3 +83,17 @@ def test_the_module_is_left_alone() -> None:
 def test_a_module_that_raises() -> None:
     with pytest.raises(EngineError, match=r"'module' \(Linear\) raised RuntimeError .* with inputs 1x3 float32"):
         measure_size(nn.Linear(4, 4), torch.zeros(1, 3))
+
+
+class Shy(nn.Module):
+    """Raises where its operators are watched."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise RuntimeError("watched")
+        return x
+
+
+def test_what_refuses_to_be_watched_has_no_numbers() -> None:
+    assert measure_size(Shy(), torch.zeros(1)) == Size(0, 0, 0, None, None)
+    assert compare(Shy(), Shy(), torch.zeros(1), pairs=2, budget_seconds=0.01).peak_memory.before is None
