@@ -1,0 +1,144 @@
+"""Casts that change nothing, reshapes of reshapes, transposes that undo each other.
+
+x.float()                      =>  x                     where x is float32 already
+x.view(a).view(b)              =>  x.view(b)
+x.transpose(1, 2).mT           =>  (kept; only calls with the same spelling are compared)
+x.permute(p).permute(q)        =>  x.permute(p[q]), or x where that is the order it had
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.contract import Change
+from fxopt.graph import Effects, Region, source_of
+
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "long": torch.int64,
+    "int": torch.int32,
+    "bool": torch.bool,
+}
+_RESHAPES = ("view", "reshape")
+_KEEP_ORDER = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
+
+
+def simplify(node: fx.Node, region: Region) -> Change | None:
+    """The first rule that fits `node`, applied."""
+    name = _name(node)
+    source = node.args[0] if node.args else None
+    if not name or not isinstance(source, fx.Node):
+        return None
+    if _is_no_cast(node, name, source) or (
+        name == "contiguous" and _name(source) == "contiguous" and _plain(node, source)
+    ):
+        return _drop(node, source, region, f"removed: '{name}' returns what it is given")
+    if name in _RESHAPES and _name(source) in _KEEP_ORDER:
+        return _reshape(node, source, region)
+    if name in ("permute", "transpose", "t"):
+        return _permute(node, source, region)
+    return None
+
+
+def _name(node: fx.Node) -> str:
+    """The method that a node calls, or the torch function of the same name."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    name = getattr(node.target, "__name__", "")
+    return name if getattr(torch, name, None) is node.target else ""
+
+
+def _plain(*nodes: fx.Node) -> bool:
+    return all(len(node.args) == 1 and not node.kwargs for node in nodes)
+
+
+def _is_no_cast(node: fx.Node, name: str, source: fx.Node) -> bool:
+    """Whether it casts to the dtype that the tensor has. Such a cast returns the very same tensor."""
+    dtype = getattr(source.meta.get("tensor_meta"), "dtype", None)
+    if dtype is None:
+        return False
+    if name in _CASTS and _plain(node):
+        return bool(_CASTS[name] is dtype)
+    wanted = node.args[1] if len(node.args) > 1 else node.kwargs.get("dtype")
+    options = set(node.kwargs) - {"dtype"}
+    return name in ("to", "type") and len(node.args) <= 2 and not options and wanted is dtype
+
+
+def _drop(node: fx.Node, source: fx.Node, region: Region, what: str) -> Change:
+    change = Change(what, region.qualified(node), source_of(node))
+    node.replace_all_uses_with(source)
+    region.graph.erase_node(node)
+    return change
+
+
+def _reshape(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:
+    origin = inner.args[0] if inner.args else None
+    if len(inner.users) != 1 or not isinstance(origin, fx.Node) or node.kwargs or inner.kwargs.get("dtype") is not None:
+        return None
+    if any(isinstance(item, torch.dtype) for item in (*node.args, *inner.args)):
+        return None
+    name = "view" if (_name(node), _name(inner)) == ("view", "view") else "reshape"
+    if name == "reshape" and _is_seen_to_alias(node, region):
+        return None
+    change = Change(f"joined with the {_name(inner)!r} before it", region.qualified(node), source_of(node))
+    with region.graph.inserting_before(node):
+        shape = tuple(node.args[1:])
+        region.replace(node, region.graph.call_method(name, (origin, *shape)))
+    return change
+
+
+def _is_seen_to_alias(node: fx.Node, region: Region) -> bool:
+    """Whether it may show if the result shares memory with the input, because something writes there.
+
+    A reshape copies where it can't be a view, so that two of them may copy where one would not.
+    """
+    effects = Effects(region)
+    shared = effects.aliases()(node)
+    return any(target in shared for other in region.graph.nodes for target in effects.writes(other))
+
+
+def _permute(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:
+    origin = inner.args[0] if inner.args else None
+    first, second = _order(inner), _order(node)
+    if not isinstance(origin, fx.Node) or first is None or second is None or len(inner.users) != 1:
+        return None
+    order = [first[axis] for axis in second]
+    if order == sorted(order):
+        return _drop(node, origin, region, f"removed: it undoes the {_name(inner)!r} before it")
+    if _name(node) != "permute" or _name(inner) != "permute":
+        return None
+    change = Change("joined with the 'permute' before it", region.qualified(node), source_of(node))
+    with region.graph.inserting_before(node):
+        region.replace(node, region.graph.call_method("permute", (origin, *order)))
+    return change
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """The order of axes that a transposition gives; None where it is none, or not known."""
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    name, given = _name(node), list(node.args[1:])
+    if shape is None or node.kwargs:
+        return None
+    rank = len(shape)
+    axes: list[Any] = list(range(rank))
+    if name == "t" and not given:
+        return axes[::-1] if rank == 2 else None
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        given = list(given[0])
+    if not all(isinstance(axis, int) for axis in given):
+        return None
+    if name == "permute" and len(given) == rank:
+        return [axes[axis] for axis in given]  # type: ignore[index]
+    if name == "transpose" and len(given) == 2:
+        one, two = given
+        axes[one], axes[two] = axes[two], axes[one]  # type: ignore[index]
+        return axes
+    return None
