@@ -1,4 +1,4 @@
-"""Model files, written for one test each."""
+"""What tests of several parts share: model files, written for one test each."""
 
 from __future__ import annotations
 

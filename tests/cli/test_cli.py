@@ -1,0 +1,86 @@
+"""The command itself, by real processes: help, versions, the list of passes, and how fast it starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxopt import registry
+from fxopt.version import __version__
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def fxopt(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fxopt", *arguments], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("command", [["-m", "fxopt"], [str(Path(sys.executable).with_name("fxopt"))]])
+def test_version(command):
+    start = [sys.executable] if command[0] == "-m" else []
+    done = subprocess.run([*start, *command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"fxopt {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"]])
+def test_what_needs_no_torch_does_not_wait_for_it(arguments):
+    code = (
+        "import sys\nfrom fxopt.cli import main\n"
+        f"sys.argv = ['fxopt', *{arguments!r}]\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_names_the_commands():
+    assert {"run", "passes"} <= set(fxopt("--help").stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "model.py", "--nothing"], ["nothing"], ["run", "m.py", "--device", "tpu"]]
+)
+def test_a_wrong_call_is_2(arguments):
+    done = fxopt(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_passes_are_listed():
+    done = fxopt("passes")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in registry.available())
+
+
+def test_passes_as_json_hold_all_that_is_known():
+    listed = json.loads(fxopt("passes", "--format", "json").stdout)
+    assert [item["name"] for item in listed] == list(registry.available())
+    assert all({"summary", "doc", "promise", "after", "conflicts", "options"} <= set(item) for item in listed)
+
+
+@pytest.mark.parametrize("style", ["table", "markdown"])
+def test_a_pass_shows_its_options(style):
+    done = fxopt("passes", "qat", "--format", style)
+    assert done.returncode == 0
+    assert "bits" in done.stdout
+    assert "per_channel" in done.stdout
+
+
+def test_an_unknown_pass_is_met_with_the_nearest():
+    done = fxopt("passes", "fuze")
+    assert done.returncode == 2
+    assert done.stderr == "fxopt: unknown pass 'fuze'; did you mean 'fuse'? `fxopt passes` lists them all\n"
+
+
+def test_the_readme_has_the_table_of_passes():
+    begin, end = "<!-- passes: begin -->\n", "<!-- passes: end -->"
+    table = README.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+    assert table.strip() == fxopt("passes", "--format", "markdown").stdout.strip(), (
+        "the table of passes in README.md is old: put there what `fxopt passes --format markdown` prints"
+    )
