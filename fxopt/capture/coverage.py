@@ -1,0 +1,105 @@
+"""How much of a module its graphs show, where parts of it are opaque."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxopt.capture.captured import Coverage
+from fxopt.capture.state import random_state_kept
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+
+def coverage(module: GraphModule, inputs: Inputs, calls: int, hidden_calls: int) -> Coverage:
+    """Measure by one forward what runs outside of the graphs.
+
+    Args:
+        module: the captured module.
+        inputs: what to run it with.
+        calls: torch calls that capture recorded.
+        hidden_calls: torch calls that it saw inside opaque parts.
+    """
+    total, hidden = _flops(module, inputs)
+    parameters = sum(p.numel() for p in module.parameters())
+    hidden_parameters = sum(p.numel() for p in _hidden_parameters(module))
+    return Coverage(
+        call_sites=_share(hidden_calls, calls + hidden_calls),
+        flops=_share(hidden, total),
+        parameters=_share(hidden_parameters, parameters),
+    )
+
+
+def _share(hidden: int, total: int) -> float:
+    return 1.0 - hidden / total if total else 1.0
+
+
+def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
+    counter = FlopCounterMode(display=False)
+    hidden = 0
+    depth: list[tuple[bool, int]] = []
+
+    def enter(child: nn.Module, args: Any) -> None:
+        nonlocal hidden
+        if depth and depth[-1][0]:
+            hidden += counter.get_total_flops() - depth[-1][1]
+        depth.append((_is_opaque(child), counter.get_total_flops()))
+
+    def leave(child: nn.Module, args: Any, output: Any) -> None:
+        nonlocal hidden
+        opaque, since = depth.pop()
+        if opaque:
+            hidden += counter.get_total_flops() - since
+        if depth:
+            depth[-1] = (depth[-1][0], counter.get_total_flops())
+
+    with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept():
+        module(*inputs.args, **inputs.kwargs)
+    return counter.get_total_flops(), hidden
+
+
+@contextmanager
+def _hooks(enter: Any, leave: Any) -> Iterator[None]:
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """A module with Python code of its own and graphs below, or without graphs and not one of torch's."""
+    if isinstance(module, GraphModule):
+        return False
+    return any(isinstance(child, GraphModule) for child in module.modules()) or bool(list(module.children()))
+
+
+def _hidden_parameters(module: GraphModule) -> list[nn.Parameter]:
+    shown: set[int] = set()
+    for child in module.modules():
+        if isinstance(child, GraphModule):
+            for graph in child.graphs.values():
+                for node in graph.nodes:
+                    if node.op == "call_module":
+                        callee = child.get_submodule(str(node.target))
+                        if not _is_opaque(callee):
+                            shown |= {id(p) for p in callee.parameters()}
+                    elif node.op == "get_attr" and isinstance(value := _attribute(child, str(node.target)), nn.Parameter):
+                        shown.add(id(value))
+    return [p for p in module.parameters() if id(p) not in shown]
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,65 @@
+"""Guards: what the user's code decided while it was recorded, checked again at each call.
+
+They are nodes of the graph, at the place where the decision was made, and so survive in generated source.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxopt.capture.traced import RELATIONS
+from fxopt.errors import GuardError
+
+
+def guard(actual: Any, relation: str, expected: Any, answer: bool, assumption: str, location: str) -> None:
+    """Check that a comparison still gives the answer that it gave when the module was captured.
+
+    Raises:
+        GuardError: naming the assumption and the user's line that made it.
+    """
+    if bool(RELATIONS[relation](actual, expected)) is not answer:
+        raise _broken(assumption, location, f"{actual} here")
+
+
+def guard_tensor(actual: torch.Tensor, expected: torch.Tensor, assumption: str, location: str) -> None:
+    """Check that a tensor, of which the user's code looked at all values, still has them.
+
+    Raises:
+        GuardError: naming the assumption and the user's line that made it.
+    """
+    if actual.shape != expected.shape or not torch.equal(actual.to(expected.device), expected):
+        raise _broken(assumption, location, "other values here")
+
+
+def guard_input(actual: Any, expected: Any, name: str) -> None:
+    """Check an input that is not a tensor: capture took its value for granted.
+
+    Raises:
+        GuardError: naming the input.
+    """
+    if actual is not expected and (type(actual) is not type(expected) or actual != expected):
+        raise _broken(f"{name} is {expected!r}", "an input", f"{actual!r} here")
+
+
+def guard_rank(actual: Any, dimensions: int, name: str) -> None:
+    """Check that an input is a tensor with as many dimensions as the one that was captured.
+
+    Raises:
+        GuardError: naming the input.
+    """
+    if not isinstance(actual, torch.Tensor):
+        raise _broken(f"{name} is a tensor", "an input", f"{type(actual).__name__} here")
+    if actual.dim() != dimensions:
+        raise _broken(f"{name} has {dimensions} dimensions", "an input", f"{actual.dim()} here")
+
+
+GUARDS = (guard, guard_tensor, guard_input, guard_rank)
+
+
+def _broken(assumption: str, location: str, found: str) -> GuardError:
+    return GuardError(
+        f"the captured graph holds for {assumption} ({location}), but it is {found}; "
+        "capture again with such inputs, or pass on_guard_failure='recapture'"
+    )

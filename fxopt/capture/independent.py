@@ -1,0 +1,70 @@
+"""A copy of a module that shares no state with it, and no memory that is written either."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def independent_copy(module: nn.Module) -> nn.Module:
+    """Copy a module tree.
+
+    Tensors are copied on write where torch can: training or editing one of the two never shows in the other,
+    and memory grows only by what is written. Tensors that share memory in the original share it in the copy.
+    Attributes that can't be copied (locks, handles) are shared.
+    """
+    memo: dict[int, Any] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        memo[id(tensor)] = _copy_tensor(tensor, storages)
+    modules = [child for child in module.modules() if _is_plain(child)]
+    for child in modules:
+        memo[id(child)] = type(child).__new__(type(child))
+    for child in modules:
+        _fill(memo[id(child)], child, memo)
+    result: nn.Module = copy.deepcopy(module, memo)
+    return result
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return not isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) and not hasattr(
+        type(module), "__deepcopy__"
+    )
+
+
+def _fill(duplicate: nn.Module, original: nn.Module, memo: dict[int, Any]) -> None:
+    for name, value in original.__dict__.items():
+        if name in _REGISTRIES:
+            continue
+        try:
+            duplicate.__dict__[name] = copy.deepcopy(value, memo)
+        except Exception:  # whatever a user's attribute raises when it is copied
+            duplicate.__dict__[name] = value
+    for name in _REGISTRIES:
+        duplicate.__dict__[name] = copy.deepcopy(original.__dict__[name], memo)
+
+
+def _copy_tensor(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    value = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.is_quantized or type(value) is not torch.Tensor:
+        return copy.deepcopy(tensor)
+    storage = value.untyped_storage()
+    key = storage._cdata
+    if key not in storages:
+        whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+        try:
+            storages[key] = torch._lazy_clone(whole).untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            storages[key] = whole.clone().untyped_storage()
+    shared = torch.empty(0, dtype=value.dtype, device=value.device)
+    shared.set_(storages[key], value.storage_offset(), value.shape, value.stride())
+    if not isinstance(tensor, nn.Parameter):
+        return shared.requires_grad_(tensor.requires_grad)
+    duplicate = nn.Parameter(shared, requires_grad=tensor.requires_grad)
+    duplicate.__dict__.update(tensor.__dict__)
+    return duplicate

@@ -1,0 +1,187 @@
+"""What torch's function mode does not see: module calls, the mode flag, builtins, autocast, autograd functions.
+
+All of it is replaced for the time of one recording, on the recording thread only, and put back whatever
+happens.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.provenance import Depends
+from fxopt.capture.recorder import Recorder
+from fxopt.capture.traced import concrete
+
+ModuleCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
+    """Send module calls to `on_module`, and what else torch's mode does not see to the recorder."""
+    thread = threading.get_ident()
+
+    def is_recording() -> bool:
+        return recorder.active and threading.get_ident() == thread
+
+    with ExitStack() as stack:
+        stack.enter_context(_module_calls(on_module, thread))
+        stack.enter_context(_mode_flag(recorder, is_recording))
+        stack.enter_context(_builtins(recorder, is_recording))
+        stack.enter_context(_autocast(recorder, is_recording))
+        stack.enter_context(_autograd_functions(recorder, is_recording))
+        stack.enter_context(_arrays(recorder, is_recording))
+        stack.enter_context(recorder)
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for a while."""
+    had = name in vars(owner)
+    original = getattr(owner, name, None) if not had else vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def _module_calls(on_module: ModuleCall, thread: int) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(self, *args, **kwargs)
+        return on_module(self, original, args, kwargs)
+
+    with replaced(nn.Module, "__call__", call):
+        yield
+
+
+@contextmanager
+def _mode_flag(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """A property on the class is asked before the attribute of the instance."""
+
+    def get(self: nn.Module) -> bool:
+        if is_recording():
+            recorder.asked_mode.add(recorder.path)
+        try:
+            value: bool = self.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+        return value
+
+    def set_(self: nn.Module, value: bool) -> None:
+        self.__dict__["training"] = value
+
+    with replaced(nn.Module, "training", property(get, set_)):
+        yield
+
+
+@contextmanager
+def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """`range`, `len` and `operator.index` read numbers past the methods that a traced number has."""
+    original_range, original_len, original_index = builtins.range, builtins.len, operator.index
+
+    class RangeType(type):
+        def __instancecheck__(cls, value: Any) -> bool:
+            return isinstance(value, original_range)
+
+        def __subclasscheck__(cls, other: type) -> bool:
+            return issubclass(other, original_range)
+
+        def __eq__(cls, other: object) -> bool:
+            return other is cls or other is original_range
+
+        def __hash__(cls) -> int:
+            return hash(original_range)
+
+    class Range(metaclass=RangeType):
+        def __new__(cls, *bounds: Any) -> Any:
+            return original_range(*(concrete(bound) for bound in bounds))
+
+    def length(value: Any, /) -> Any:
+        if isinstance(value, torch.Tensor) and is_recording() and value.dim() > 0:
+            return recorder.length(value)
+        return original_len(value)
+
+    def index(value: Any, /) -> int:
+        return original_index(concrete(value))
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(builtins, "range", Range))
+        stack.enter_context(replaced(builtins, "len", length))
+        stack.enter_context(replaced(operator, "index", index))
+        yield
+
+
+@contextmanager
+def _autocast(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """An autocast region becomes a pair of calls, as torch.fx itself records one."""
+    cls = torch.amp.autocast_mode.autocast
+    enter, leave = cls.__enter__, cls.__exit__
+    nodes: dict[int, Any] = {}
+
+    def on_enter(self: Any) -> Any:
+        if is_recording():
+            settings = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
+            nodes[id(self)] = recorder.emit("call_function", torch.amp.autocast_mode._enter_autocast, settings)
+        return enter(self)
+
+    def on_exit(self: Any, *error: Any) -> Any:
+        node = nodes.pop(id(self), None)
+        if node is not None:
+            recorder.emit("call_function", torch.amp.autocast_mode._exit_autocast, (node,))
+        return leave(self, *error)
+
+    with replaced(cls, "__enter__", on_enter), replaced(cls, "__exit__", on_exit):
+        yield
+
+
+@contextmanager
+def _autograd_functions(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """A custom autograd function stays one call, so that its own backward is used."""
+    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_recording():
+            return original(cls, *args, **kwargs)
+        recorder.calls += 1
+        with recorder.paused():
+            result = original(cls, *args, **kwargs)
+        try:
+            node = recorder.emit("call_function", cls.apply, recorder.argument(args), recorder.argument(kwargs))
+        except Exception as reason:
+            recorder.block(f"the autograd function '{cls.__name__}' was given {reason}")
+            return result
+        return recorder.adopt(node, result, Depends.DATA, Depends.SHAPE)
+
+    with replaced(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
+
+
+@contextmanager
+def _arrays(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """An array is a constant: to make one of a tensor is guarded or refused already."""
+    original = torch.from_numpy
+
+    def from_numpy(array: Any) -> torch.Tensor:
+        tensor = original(array)
+        if is_recording():
+            recorder.arrays.add(recorder.known(tensor).node.target)
+        return tensor
+
+    with replaced(torch, "from_numpy", from_numpy):
+        yield

@@ -1,0 +1,87 @@
+"""What recording has to know of torch's functions: which read values, which read shapes, which draw numbers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SHAPE_READS = frozenset("size numel nelement __len__ stride storage_offset".split())
+"""Methods that answer with sizes."""
+
+VALUE_READS = frozenset("item tolist".split())
+"""Methods that answer with the values of a tensor as Python numbers, which can be traced on."""
+
+CONCRETE_READS = frozenset(
+    "__bool__ __int__ __float__ __index__ __complex__ __contains__ numpy __array__ equal allclose is_nonzero".split()
+)
+"""Methods whose answer Python uses at once; nothing can be traced on."""
+
+SILENT = frozenset("__format__ __repr__ __str__ __hash__ __dir__".split())
+"""Methods for messages: what they show decides nothing."""
+
+TENSOR_PROPERTIES = frozenset("T mT H mH real imag data grad".split())
+"""Properties that are tensors."""
+
+SHAPE_ONLY = frozenset(
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full size numel".split()
+)
+"""Functions whose result depends on the shape of the tensor that they are given, not on its values."""
+
+RANDOM = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
+    "uniform_ poisson random_ exponential_ geometric_ cauchy_ log_normal_ gumbel_softmax".split()
+)
+"""Functions that draw random numbers in either mode."""
+
+SIZED_BY_VALUES = frozenset(
+    "nonzero unique unique_consecutive masked_select argwhere repeat_interleave bincount nms tensor_split "
+    "_unique2 unique_dim".split()
+)
+"""Functions whose result's size depends on the values of an argument."""
+
+ELEMENTWISE = frozenset("add sub mul div truediv pow rsub true_divide add_ sub_ mul_ div_ clamp clamp_ fill_".split())
+"""Functions whose result's size does not depend on the value of a number among the arguments."""
+
+IN_PLACE_NAMES = frozenset("__setitem__ backward".split())
+"""Functions that return nothing and are called for their effect."""
+
+STATE_SETTERS = frozenset("_set_grad_enabled".split())
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "matmul": operator.matmul,
+    "pow": operator.pow,
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "neg": operator.neg,
+    "__contains__": operator.contains,
+}
+_DUNDERS = {
+    f"__{name}__": getattr(operator, f"{name}_" if name in ("and", "or") else name)
+    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge".split()
+} | {
+    f"__{name}__": getattr(operator, name)
+    for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift neg pos abs invert".split()
+}
+
+
+def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
+    """How an fx node calls `function`: ("call_method" or "call_function", target, arguments)."""
+    name = function.__name__
+    if getattr(torch.Tensor, name, None) is not function:
+        return "call_function", function, args
+    if len(args) <= 2 and not kwargs and name in _OPERATORS and (len(args) == 2 or name == "neg"):
+        return "call_function", _OPERATORS[name], args
+    if name in _OPERATORS and name.startswith("__"):
+        return "call_function", _OPERATORS[name], args
+    if name in _DUNDERS:
+        return "call_function", _DUNDERS[name], args
+    if name.startswith("__r") and f"__{name[3:]}" in _DUNDERS and len(args) == 2:
+        return "call_function", _DUNDERS[f"__{name[3:]}"], (args[1], args[0])
+    return "call_method", name, args

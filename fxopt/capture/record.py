@@ -1,0 +1,248 @@
+"""One recording: a module run once on example inputs, and the graph of what it did."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fxopt.capture.captured import Guard
+from fxopt.capture.interception import intercept
+from fxopt.capture.leaves import is_leaf, switches_by_mode
+from fxopt.capture.provenance import Depends
+from fxopt.capture.recorder import Met, Recorder, Unrecordable
+from fxopt.capture.signature import bind, record_inputs
+from fxopt.capture.traced import plain
+from fxopt.graph import Source
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one run of a module left.
+
+    Attributes:
+        graph: the graph, complete only where nothing is in `blocked` and `failed` is empty.
+        output: what the run returned.
+        blocked: modules that did what can't be recorded: path -> (reason, location).
+        examples: for each module that an opaque one called: the arguments of its first call.
+        guards: what was assumed.
+        met: unregistered tensors that were used.
+        arrays: names of those of them that were made of arrays.
+        asked_mode: paths of modules that read their `training` flag.
+        calls: torch calls in the graph.
+        hidden_calls: torch calls inside opaque modules, and outside of the modules that they call.
+        notes: what else to tell.
+        seconds: wall time of the forward.
+    """
+
+    graph: fx.Graph
+    output: Any
+    blocked: Mapping[str, tuple[str, str]]
+    examples: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    guards: tuple[Guard, ...]
+    met: tuple[Met, ...]
+    arrays: frozenset[str]
+    asked_mode: frozenset[str]
+    calls: int
+    hidden_calls: int
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass
+class _Run:
+    """The module calls of one recording."""
+
+    recorder: Recorder
+    paths: Mapping[int, str]
+    opaque: frozenset[str]
+    examples: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    hidden: _Counter | None = None
+    hidden_calls: int = 0
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def on_module(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.paths.get(id(module))
+        if self.hidden is not None and self.hidden.active:
+            return self._called_by_opaque(module, call, path, args, kwargs)
+        if not self.recorder.active:
+            return call(module, *args, **kwargs)
+        if path is None or path == "":
+            return self._inside(module, call, path or self.recorder.path, args, kwargs)
+        if path in self.opaque:
+            return self._whole(module, self._observed(call), path, args, kwargs)
+        if is_leaf(module) or switches_by_mode(module):
+            return self._whole(module, call, path, args, kwargs)
+        if module._forward_hooks or module._forward_pre_hooks:
+            self.notes[f"hooks of '{path}' were recorded into the graph"] = None
+        return self._inside(module, call, path, args, kwargs)
+
+    def _inside(self, module: nn.Module, call: Callable[..., Any], path: str, args: Any, kwargs: Any) -> Any:
+        self.recorder.stack.append(path)
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            self.recorder.stack.pop()
+
+    def _whole(self, module: nn.Module, call: Callable[..., Any], path: str, args: Any, kwargs: Any) -> Any:
+        """A call that stays one node."""
+        recorder = self.recorder
+        recorder.calls += 1
+        try:
+            recorder.active = False
+            training = module.training
+            node_args, node_kwargs = recorder.argument(args), recorder.argument(kwargs)
+        except Unrecordable as reason:
+            recorder.block(f"'{path}' was given {reason}")
+            with recorder.paused():
+                return call(module, *args, **kwargs)
+        finally:
+            recorder.active = True
+        depends, shape = recorder._provenance("", args, kwargs)
+        if path in self.opaque or training:
+            depends = Depends.DATA
+        with recorder.paused():
+            result = call(module, *_numbers(args), **_numbers(kwargs))
+        recorder.active = False
+        try:
+            node = recorder.emit("call_module", path, node_args, node_kwargs)
+            return recorder.adopt(node, result, depends, shape)
+        finally:
+            recorder.active = True
+
+    def _observed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Run an opaque module, counting its own torch calls and keeping what it gives to its children."""
+
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            outer, self.hidden = self.hidden, _Counter()
+            try:
+                with self.hidden:
+                    return call(module, *args, **kwargs)
+            finally:
+                self.hidden_calls += self.hidden.calls
+                self.hidden = outer
+
+        return run
+
+    def _called_by_opaque(
+        self, module: nn.Module, call: Callable[..., Any], path: str | None, args: Any, kwargs: Any
+    ) -> Any:
+        assert self.hidden is not None
+        if path is None or path in self.opaque:
+            return call(module, *args, **kwargs)
+        if path not in self.examples:
+            self.examples[path] = _kept((args, kwargs))
+        self.hidden.active = False
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            self.hidden.active = True
+
+
+class _Counter(TorchFunctionMode):
+    """Counts torch calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.active = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.active and func.__name__ not in ("__get__", "__set__"):
+            self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    opaque: frozenset[str] = frozenset(),
+    source: Source | None = None,
+) -> Recording:
+    """Run `module` once on its arguments and record it.
+
+    Args:
+        module: run as it is, in its mode; its state changes as its forward changes it.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        opaque: paths of modules to keep as one call each.
+        source: where the module is called, for its placeholders.
+    """
+    paths = {id(child): path for path, child in reversed(list(module.named_modules(remove_duplicate=False)))}
+    tensors = {id(t): n for n, t in reversed(list(module.named_parameters(remove_duplicate=False)))}
+    tensors |= {id(t): n for n, t in reversed(list(module.named_buffers(remove_duplicate=False)))}
+    recorder = Recorder(module, paths, tensors)
+    bound = bind(module, args, kwargs)
+    record_inputs(recorder, bound)
+    buffers = _buffers(module)
+    run = _Run(recorder, paths, opaque)
+    began = time.perf_counter()
+    with intercept(recorder, run.on_module):
+        recorder.active = True
+        output = _call(module, bound)
+        recorder.active = False
+    seconds = time.perf_counter() - began
+    _record_reassigned(recorder, module, buffers)
+    try:
+        recorder.record_changed_objects()
+        recorder.graph.output(recorder.argument(output))
+    except Unrecordable as reason:
+        recorder.block(f"it returns or keeps {reason}", path="")
+        recorder.graph.output(None)
+    recorder.drop_unused()
+    return Recording(
+        graph=recorder.graph,
+        output=_numbers(output),
+        blocked=recorder.blocked,
+        examples=run.examples,
+        guards=tuple(recorder.guards),
+        met=tuple(recorder.met),
+        arrays=frozenset(recorder.arrays),
+        asked_mode=frozenset(recorder.asked_mode),
+        calls=recorder.calls,
+        hidden_calls=run.hidden_calls,
+        notes=tuple(run.notes),
+        seconds=seconds,
+    )
+
+
+def _call(module: nn.Module, bound: inspect.BoundArguments) -> Any:
+    return module(*bound.args, **bound.kwargs)
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_buffers(remove_duplicate=False))
+
+
+def _record_reassigned(recorder: Recorder, module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
+    """A buffer that the forward replaced is written instead, so that the captured module's state moves too."""
+    for name, after in _buffers(module).items():
+        old = before.get(name)
+        if old is after:
+            continue
+        owner = name.rpartition(".")[0]
+        if old is None or old.shape != after.shape or old.dtype != after.dtype:
+            recorder.block(f"it replaces its buffer '{name}' by one of another shape or dtype", path=owner)
+            continue
+        target = recorder.known(old).node
+        recorder.emit("call_method", "copy_", (target, recorder.known(after).node))
+
+
+def _numbers(value: Any) -> Any:
+    """A structure without traced numbers."""
+    return torch.utils._pytree.tree_map(plain, value)
+
+
+def _kept(value: Any) -> Any:
+    """Arguments as they are now, whatever is written into them later."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)

@@ -1,0 +1,66 @@
+"""Opaque roots: the user's own forward behind a graph of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from fxopt.capture.signature import bind
+from fxopt.graph import GraphModule
+
+
+class Shell:
+    """Calls a module that is not registered anywhere, so that the names of its parameters stay.
+
+    It shares its registries with the graph module that holds it: what is swapped there is swapped here.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, training: bool, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's forward, in the mode of the graph module."""
+        self.module.training = training
+        return self.module(*args, **kwargs)
+
+
+def shell_module(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
+    """A graph module whose one call runs the forward of `root` as it is."""
+    graph = fx.Graph()
+    parameters = bind(root, args, kwargs).signature.parameters
+    positional, keywords, starred = [], {}, []
+    for name, parameter in parameters.items():
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = () if prefix or parameter.default is parameter.empty else (parameter.default,)
+        node = graph.create_node("placeholder", prefix + name, default, {}, name)
+        if prefix:
+            starred.append((prefix, node))
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            keywords[name] = node
+        else:
+            positional.append(node)
+    shell, training = graph.create_node("get_attr", "_shell"), graph.create_node("get_attr", "training")
+    rest = dict(starred)
+    arguments = (tuple(positional), rest.get("*", ()), keywords, rest.get("**", {}))
+    call = graph.call_function(run_shell, (shell, training, *arguments))
+    call.meta["module_path"] = ""
+    graph.output(call)
+    module = GraphModule(root, {root.training: graph}, type(root).__name__)
+    module.__dict__["_shell"] = Shell(root)
+    module.recompile()
+    return module
+
+
+def run_shell(
+    shell: Shell,
+    training: bool,
+    positional: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    keywords: dict[str, Any],
+    more: dict[str, Any],
+) -> Any:
+    """Call a shell: what the node of an opaque root does."""
+    return shell(training, *positional, *rest, **keywords, **more)

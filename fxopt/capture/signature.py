@@ -1,0 +1,70 @@
+"""The placeholders of a graph: the captured module is called as the original one is."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.guards import guard_input, guard_rank
+from fxopt.capture.provenance import Depends
+from fxopt.capture.recorder import Recorder
+
+_MISSING = inspect.Parameter.empty
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Match arguments with the parameters of `module.forward`, defaults filled in.
+
+    Raises:
+        TypeError: as a call would.
+    """
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
+
+
+def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
+    """Append a placeholder for each parameter, and put traced values into `bound`."""
+    parameters = bound.signature.parameters
+    nodes = []
+    for name, parameter in parameters.items():
+        value = bound.arguments[name]
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        if prefix and not value:
+            continue
+        default = () if prefix or parameter.default is _MISSING else (parameter.default,)
+        if default and not _is_literal(default[0]):
+            default = (None,)
+        node = recorder.graph.create_node("placeholder", prefix + name, default, {}, name)
+        nodes.append((name, node, value))
+    for name, node, value in nodes:
+        bound.arguments[name] = recorder.adopt(node, value, Depends.DATA, Depends.SHAPE)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            bound.arguments[name].depends = Depends.SHAPE
+        _guard(recorder, node, value, name)
+
+
+def _guard(recorder: Recorder, node: Any, value: Any, name: str) -> None:
+    if isinstance(value, torch.Tensor):
+        recorder.emit("call_function", guard_rank, (node, value.dim(), name))
+    elif value is None or isinstance(value, (bool, str)):
+        recorder.emit("call_function", guard_input, (node, value, name))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if item is None or isinstance(item, (bool, str)):
+                part = recorder.emit("call_function", operator.getitem, (node, index))
+                recorder.emit("call_function", guard_input, (part, item, f"{name}[{index}]"))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if item is None or isinstance(item, (bool, str)):
+                part = recorder.emit("call_function", operator.getitem, (node, key))
+                recorder.emit("call_function", guard_input, (part, item, f"{name}[{key!r}]"))
+
+
+def _is_literal(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and not value)

@@ -1,0 +1,79 @@
+"""Objects that hold tensors: model outputs, dataclasses, caches. How to take them apart and build them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Build:
+    """A node's target that builds an object of one class from its parts, without running its `__init__`."""
+
+    def __init__(self, cls: type):
+        self.cls = cls
+        self.__name__ = f"build_{cls.__name__}"
+        self.__module__ = __name__
+
+    def __call__(self, attributes: Mapping[str, Any], items: Any = None) -> Any:
+        """Make an object with these attributes and, for a dict, list or tuple, items."""
+        cls = self.cls
+        if issubclass(cls, tuple):
+            return cls(*items) if hasattr(cls, "_fields") else cls(items)
+        result = cls.__new__(cls)
+        if issubclass(cls, dict):
+            # Model outputs override __setitem__ to set attributes, which come below.
+            base = OrderedDict if issubclass(cls, OrderedDict) else dict
+            for key, value in items.items():
+                base.__setitem__(result, key, value)
+        elif issubclass(cls, list):
+            list.extend(result, items)
+        for name, value in attributes.items():
+            object.__setattr__(result, name, value)
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Build) and other.cls is self.cls
+
+    def __hash__(self) -> int:
+        return hash(self.cls)
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+
+def replace_items(container: Any, items: Any) -> None:
+    """Give a list or dict that was passed in the contents that the forward left in it."""
+    container.clear()
+    if isinstance(container, dict):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that can be built again from them, else None."""
+    if isinstance(value, (nn.Module, torch.Tensor, type, enum.Enum)) or callable(value):
+        return None
+    if isinstance(value, dict) and dataclasses.is_dataclass(value):
+        # The fields of a model output are its items and its attributes at once.
+        return dict(vars(value))
+    state = getattr(value, "__dict__", None)
+    if state is None:
+        return None if not isinstance(value, (dict, list, tuple)) else {}
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    return None if [name for name in slots if name not in ("__dict__", "__weakref__")] else dict(state)
+
+
+def items_of(value: Any) -> Any:
+    """The items of a subclass of dict, list or tuple, else None."""
+    if isinstance(value, dict):
+        return dict(dict.items(value))
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return None
