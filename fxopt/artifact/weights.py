@@ -62,7 +62,9 @@ def restore(module: nn.Module, saved: Mapping[str, torch.Tensor], tied: Mapping[
         )
     with torch.no_grad():
         for name, value in wanted.items():
-            if present[name].shape == value.shape:
+            # Elements that share memory, as those of an expanded tensor do, cannot be written one by one.
+            expanded = any(stride == 0 for stride in present[name].stride())
+            if name in parameters or (present[name].shape == value.shape and not expanded):
                 present[name].copy_(value)
             else:
                 owner, _, leaf = name.rpartition(".")
