@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import nn
 from fxopt.modules.activation import Activation
 from fxopt.modules.fake_quantize import FakeQuantize
 from fxopt.modules.rebuild import rebuild
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Fused(nn.Module):
@@ -37,24 +39,40 @@ class Fused(nn.Module):
 
     activation: Activation | None
     adds: bool
-    bn: nn.modules.batchnorm._BatchNorm | None
-    weight_fake_quant: FakeQuantize | None
     weight: torch.Tensor
     bias: Any  # a Parameter or None; the plain classes disagree on how to say so
     channel_axis: ClassVar[int] = 0
     """The axis of the weight that counts output channels (of one group)."""
 
     @staticmethod
-    def of(module: nn.Module) -> Fused:
-        """The fused form of `module`, with nothing fused yet and the same parameters."""
+    def of(
+        module: nn.Module,
+        *,
+        activation: Activation | None = None,
+        adds: bool = False,
+        bn: BatchNorm | None = None,
+        weight_fake_quant: FakeQuantize | None = None,
+    ) -> Fused:
+        """The fused form of `module`, with the same parameters and, if it is fused already, all that it holds."""
         kind = next(fused for plain, fused in _FORMS.items() if isinstance(module, plain))
         fused: Fused = rebuild(module, kind)
-        if not isinstance(module, Fused):
-            fused.activation = None
-            fused.adds = False
-            fused.register_module("bn", None)
-            fused.register_module("weight_fake_quant", None)
+        held = module if isinstance(module, Fused) else None
+        fused.activation = activation or (held.activation if held is not None else None)
+        fused.adds = adds or (held is not None and held.adds)
+        for name, part in (("bn", bn), ("weight_fake_quant", weight_fake_quant)):
+            if part is not None:
+                fused._modules[name] = part
         return fused
+
+    @property
+    def bn(self) -> BatchNorm | None:
+        """The batch norm of the training form."""
+        return cast("BatchNorm | None", self._modules.get("bn"))
+
+    @property
+    def weight_fake_quant(self) -> FakeQuantize | None:
+        """What quantises the weight."""
+        return cast("FakeQuantize | None", self._modules.get("weight_fake_quant"))
 
     @property
     def is_bare(self) -> bool:

@@ -21,20 +21,26 @@ _FACTORIES = frozenset(
 
 
 class Sharing:
-    """Which values nobody writes into and nobody outside of the graph receives: these may become one object."""
+    """Which values nobody writes into, and which of these the caller receives."""
 
     def __init__(self, region: Region):
         self.effects = Effects(region)
-        self._aliases = self.effects.aliases()
-        self._touched: set[fx.Node] = set()
+        aliases = self.effects.aliases()
+        self._written: set[fx.Node] = set()
+        self._returned: set[fx.Node] = set()
         for node in region.graph.nodes:
-            seen = node.all_input_nodes if node.op == "output" else self.effects.writes(node)
-            for value in seen:
-                self._touched |= self._aliases(value)
+            for value in self.effects.writes(node):
+                self._written |= aliases(value)
+            for value in node.all_input_nodes if node.op == "output" else ():
+                self._returned |= aliases(value)
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether something may write into memory that `node` shares."""
+        return node in self._written
 
     def is_private(self, node: fx.Node) -> bool:
-        """Whether nothing writes into memory that `node` shares, and none of it is returned."""
-        return node not in self._touched
+        """Whether nothing writes into memory that `node` shares, here or where the outputs go."""
+        return node not in self._written and node not in self._returned
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether `node` always gives the same for the same arguments, and does nothing else."""
@@ -91,7 +97,11 @@ def merge_duplicates(region: Region) -> Iterator[Change]:
     sharing = Sharing(region)
     first: dict[Hashable, fx.Node] = {}
     for node in list(region.graph.nodes):
-        if not sharing.is_pure(node) or not all(map(sharing.is_private, (node, *node.all_input_nodes))):
+        if (
+            not sharing.is_pure(node)
+            or not sharing.is_private(node)
+            or any(map(sharing.is_written, node.all_input_nodes))
+        ):
             continue
         key = _key(node)
         if key is None:

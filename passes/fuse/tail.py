@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import nn
 
 from fxopt.contract import Change, Skip
 from fxopt.graph import Affine, Effects, Region, source_of
@@ -29,7 +30,7 @@ def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | Non
         return None
     for user in affine.node.users:
         if (activation := read_activation(user, region)) is not None:
-            return _fuse_activation(affine, user, activation, region)
+            return _fuse_activation(affine, module, user, activation, region)
     if not adds:
         return None
     for user in affine.node.users:
@@ -37,25 +38,26 @@ def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | Non
             last = next(iter(user.users))
             activation = read_activation(last, region)
             if isinstance(activation, Activation):
-                return _fuse_addition(affine, user, last, activation, region)
+                return _fuse_addition(affine, module, user, last, activation, region)
     return None
 
 
-def _fuse_activation(affine: Affine, node: fx.Node, found: Activation | Skip, region: Region) -> Change | Skip:
+def _fuse_activation(
+    affine: Affine, module: nn.Module, node: fx.Node, found: Activation | Skip, region: Region
+) -> Change | Skip:
     if isinstance(found, Skip):
         return found
     reason = also_used(affine.node, region) or why_called_elsewhere(affine, region, [affine.node])
     if reason is not None:
         return Skip(region.qualified(node), reason, source_of(node))
     change = Change(f"{found} fused into '{region.qualified(affine.node)}'", region.qualified(node), source_of(node))
-    fused = _fused(affine, found)
-    region.program.replace_module(affine.module, fused)  # type: ignore[arg-type]
+    region.program.replace_module(module, Fused.of(module, activation=found))
     region.replace(node, affine.node)
     return change
 
 
 def _fuse_addition(
-    affine: Affine, add: fx.Node, last: fx.Node, found: Activation, region: Region
+    affine: Affine, module: nn.Module, add: fx.Node, last: fx.Node, found: Activation, region: Region
 ) -> Change | Skip | None:
     operands = [*add.args, *add.kwargs.values()]
     if len(operands) != 2 or operands[0] is operands[1] or not all(isinstance(item, fx.Node) for item in operands):
@@ -72,21 +74,12 @@ def _fuse_addition(
         return Skip(region.qualified(add), reason, source_of(add))
     name = region.qualified(affine.node)
     change = Change(f"addition and {found} fused into '{name}'", region.qualified(add), source_of(add))
-    fused = _fused(affine, found)
-    fused.adds = True
-    region.program.replace_module(affine.module, fused)  # type: ignore[arg-type]
+    region.program.replace_module(module, Fused.of(module, activation=found, adds=True))
     add.prepend(affine.node)  # `other` may be computed after the place where the layer was called
     affine.node.args, affine.node.kwargs = (affine.input, other), {}
     region.replace(last, affine.node)
     region.graph.erase_node(add)
     return change
-
-
-def _fused(affine: Affine, activation: Activation) -> Fused:
-    assert affine.module is not None
-    fused = Fused.of(affine.module)
-    fused.activation = activation
-    return fused
 
 
 def _wrong_shapes(affine: Affine, add: fx.Node, other: fx.Node) -> str | None:

@@ -45,8 +45,7 @@ def join(affine: Affine, node: fx.Node, region: Region) -> Change | Skip:
         return Skip(where, reason, line)
     norm = region.submodule(node)
     assert affine.module is not None and isinstance(norm, BatchNorm)
-    fused = Fused.of(affine.module)
-    fused.bn = norm
+    fused = Fused.of(affine.module, bn=norm)
     program, layer = region.program, affine.module
     names = FormerNames(tuple(program.paths(norm)), tuple(f"{path}.bn" for path in program.paths(layer)))
     program.remove_module(norm)

@@ -23,10 +23,9 @@ def quantize_weight(affine: Affine, make: Callable[[int, torch.Tensor], FakeQuan
         return _quantize_parameter(affine, make, region)
     if isinstance(affine.module, Fused) and affine.module.weight_fake_quant is not None:
         return False
-    fused = Fused.of(affine.module)
-    weight = fused.scaled_weight().detach()
-    fused.weight_fake_quant = make(affine.channel_axis, weight).train(fused.training)
-    region.program.replace_module(affine.module, fused)
+    weight = Fused.of(affine.module).scaled_weight().detach()
+    fake = make(affine.channel_axis, weight).train(affine.module.training)
+    region.program.replace_module(affine.module, Fused.of(affine.module, weight_fake_quant=fake))
     return True
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from fxopt.contract import Change, Pass, Skip
-from fxopt.graph import GraphModule, Program, eliminate_dead
+from fxopt.graph import GraphModule, Program, eliminate_dead, observe
 
 
 @dataclass
@@ -38,16 +38,29 @@ class Outcome:
 
 
 def captured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
-    graph = fx.Tracer().trace(model, concrete_args=dict(kwargs) if kwargs else None)
-    program = GraphModule(copy.deepcopy(model), {model.training: graph}, type(model).__name__)
-    with torch.no_grad():
-        ShapeProp(copy.deepcopy(program)).propagate(*inputs)
-    shapes = copy.deepcopy(program)
-    with torch.no_grad():
-        ShapeProp(shapes).propagate(*inputs)
-    for node, shaped in zip(program.graph.nodes, shapes.graph.nodes, strict=True):
-        if "tensor_meta" in shaped.meta:
-            node.meta["tensor_meta"] = shaped.meta["tensor_meta"]
+    owner = copy.deepcopy(model)
+    graph = fx.Tracer().trace(owner)
+    for child in owner.modules():
+        for name in [name for name, value in vars(child).items() if isinstance(value, torch.Tensor)]:
+            value = child.__dict__.pop(name)
+            child.register_buffer(name, value, persistent=False)
+    program = GraphModule(owner, {model.training: graph}, type(model).__name__)
+    return shaped(program, inputs, dict(kwargs or {}))
+
+
+def shaped(program: GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
+    """Note the shape and dtype of each value, without a trace in the statistics of `program`."""
+    metas = {}
+
+    def visit(_: GraphModule, node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            metas[node.name] = _extract_tensor_metadata(value)
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        observe(copy.deepcopy(program), inputs, kwargs, visit)
+    for node in program.graph.nodes:
+        if node.name in metas:
+            node.meta["tensor_meta"] = metas[node.name]
     return program
 
 
