@@ -94,10 +94,19 @@ def _wrong_shapes(affine: Affine, add: fx.Node, other: fx.Node) -> str | None:
 def _why_not_later(affine: Affine, add: fx.Node, other: fx.Node, region: Region) -> str | None:
     if "output_size" in affine.options:
         return "the layer is called with an output size"
-    if add.target in _ADDS_IN_PLACE and add.args[0] is not affine.node:
+    into_other = add.target in _ADDS_IN_PLACE and add.args[0] is other
+    if into_other and not _is_fresh(other, add, region):
         return f"it adds in place into '{region.qualified(other)}', which is not the layer's own output"
     for value in (affine.input, affine.node):
         writer = Effects(region).written_between(value, affine.node, add)
         if writer is not None:
             return f"'{region.qualified(writer)}' writes in place what the layer reads, before the addition"
     return None
+
+
+def _is_fresh(value: fx.Node, user: fx.Node, region: Region) -> bool:
+    """Whether only `user` ever sees the memory of `value`."""
+    if value.op in ("placeholder", "get_attr") or len(value.users) > 1:
+        return False
+    effects = Effects(region)
+    return not effects.may_alias(value) and not effects.writes(value)

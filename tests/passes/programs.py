@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.fx as fx
 from torch import nn
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from fxopt.capture import capture
 from fxopt.contract import Change, Pass, Skip
-from fxopt.graph import GraphModule, Program, eliminate_dead, observe
+from fxopt.graph import GraphModule, Program, eliminate_dead
 
 
 @dataclass
@@ -34,34 +32,12 @@ class Outcome:
     def calls(self) -> list[str]:
         """What is called, in order, without guards and sizes."""
         nodes = [node for node in self.module.graph.nodes if node.op.startswith("call_")]
-        return [node.target if isinstance(node.target, str) else node.target.__name__ for node in nodes]
+        names = [node.target if isinstance(node.target, str) else node.target.__name__ for node in nodes]
+        return [name for name in names if not name.startswith("guard_")]
 
 
 def captured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
-    owner = copy.deepcopy(model)
-    graph = fx.Tracer().trace(owner)
-    for child in owner.modules():
-        for name in [name for name, value in vars(child).items() if isinstance(value, torch.Tensor)]:
-            value = child.__dict__.pop(name)
-            child.register_buffer(name, value, persistent=False)
-    program = GraphModule(owner, {model.training: graph}, type(model).__name__)
-    return shaped(program, inputs, dict(kwargs or {}))
-
-
-def shaped(program: GraphModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
-    """Note the shape and dtype of each value, without a trace in the statistics of `program`."""
-    metas = {}
-
-    def visit(_: GraphModule, node: fx.Node, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            metas[node.name] = _extract_tensor_metadata(value)
-
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        observe(copy.deepcopy(program), inputs, kwargs, visit)
-    for node in program.graph.nodes:
-        if node.name in metas:
-            node.meta["tensor_meta"] = metas[node.name]
-    return program
+    return capture(model, inputs, kwargs).module
 
 
 def rewrite(pass_: Pass, module: GraphModule) -> Outcome:
