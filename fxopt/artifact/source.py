@@ -13,27 +13,29 @@ import torch.fx as fx
 from fxopt.graph import GraphModule, source_of
 from fxopt.version import __version__
 
-_HEADER = '''"""The code of each graph of {target}, after the passes: {spec}
-
-For reading, and for seeing in a diff what changed: `fxopt.load` runs the graphs themselves. The comment at the
-end of a line is the line of the model that it comes from. Written by fxopt {version}.
+_HEADER = """\
+# The code of each graph of {target}, after the passes: {spec}
+#
+# For reading, and for seeing in a diff what changed: `fxopt.load` runs the graphs themselves. The comment at the
+# end of a line is the line of the model that it comes from. Written by fxopt {version}.
 """
-'''
 _FREED = re.compile(r";\s+(?:\w+ = )+None(?=\s*(?:#|$))")
+_INDEXED = re.compile(r"getattr\((self[\w.\[\]]*), \"(\d+)\"\)")
 _ASSIGNED = re.compile(r"^\s+(\w+)(?:\s*:[^=]+)? = ")
 
 
 def source(module: GraphModule, target: str, spec: str) -> str:
     """One class a graph; those inside opaque parts are named after their path."""
-    imports: dict[str, str] = {}
+    names: dict[str, Any] = {}
     classes: list[str] = []
     for name, graph in _graphs(module):
         code = graph.python_code("self")
-        for alias, value in code.globals.items():
-            imports[alias] = _import(alias, value)
+        names.update(code.globals)
         classes.append(f"class {name}:\n{_readable(code.src, graph)}")
+    used = set(re.findall(r"\w+", "\n".join(classes)))
+    imports = sorted(filter(None, (_import(alias, value) for alias, value in names.items() if alias in used)))
     header = _HEADER.format(target=target or "the module", spec=spec or "none", version=__version__)
-    return "\n\n".join([f"{header}\n" + "\n".join(sorted(filter(None, imports.values()))), *classes]) + "\n"
+    return "\n\n".join([header + "\n".join(["", *imports]).rstrip(), *classes]) + "\n"
 
 
 def _graphs(root: GraphModule) -> Iterator[tuple[str, fx.Graph]]:
@@ -52,6 +54,8 @@ def _readable(code: str, graph: fx.Graph) -> str:
     lines = []
     for line in code.strip().splitlines():
         line = _FREED.sub("", line.rstrip())
+        while (indexed := _INDEXED.sub(r"\1[\2]", line)) != line:
+            line = indexed
         assigned = _ASSIGNED.match(line)
         origin = origins.get(assigned.group(1), "") if assigned else ""
         lines.append(f"    {line}  # {origin}" if origin else f"    {line}".rstrip())
