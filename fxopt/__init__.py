@@ -1,5 +1,10 @@
 """Capture any PyTorch module as a graph, rewrite it by verified passes, measure what that gained."""
 
+from fxopt.artifact import load
+from fxopt.bench import Comparison, compare
+from fxopt.capture import Captured, capture
+from fxopt.inputs import Inputs
+from fxopt.optimize import Result, optimize
 from fxopt.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["Captured", "Comparison", "Inputs", "Result", "__version__", "capture", "compare", "load", "optimize"]

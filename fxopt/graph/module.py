@@ -62,7 +62,7 @@ class GraphModule(fx.GraphModule):
             self.graph = graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
-        duplicate = _blank(self._get_name())
+        duplicate = _blank(type(self).__name__)
         memo[id(self)] = duplicate
         for key, value in _state(self).items():
             duplicate.__dict__[key] = copy.deepcopy(value, memo)
@@ -71,7 +71,7 @@ class GraphModule(fx.GraphModule):
         return duplicate
 
     def __copy__(self) -> GraphModule:
-        duplicate = _blank(self._get_name())
+        duplicate = _blank(type(self).__name__)
         duplicate.__dict__.update(_state(self))
         duplicate._graphs = {mode: _copy_graph(graph) for mode, graph in self._graphs.items()}
         duplicate._restore()
@@ -79,7 +79,7 @@ class GraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         frozen = {mode: _freeze(graph) for mode, graph in self._graphs.items()}
-        return _thaw_module, (self._get_name(), _state(self), frozen)
+        return _thaw_module, (type(self).__name__, _state(self), frozen)
 
     def _restore(self) -> None:
         current = self._graphs.get(self.training)
@@ -147,8 +147,8 @@ def _thaw(frozen: list[tuple[Any, ...]]) -> fx.Graph:
         node = graph.create_node(
             op,
             target,
-            fx.node.map_aggregate(args, resolve),  # type: ignore[arg-type]
-            fx.node.map_aggregate(kwargs, resolve),  # type: ignore[arg-type]
+            fx.node.map_aggregate(args, resolve),
+            fx.node.map_aggregate(kwargs, resolve),
             name,
         )
         node.name = name

@@ -1,0 +1,138 @@
+"""The main job: capture, rewrite, verify, measure, and write down what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt import bench, record, spec
+from fxopt.capture import Captured, capture
+from fxopt.contract import Pass
+from fxopt.errors import FxoptError, LoadError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.pipeline import Ledger, run_passes
+from fxopt.verify import Oracle
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an optimization gave.
+
+    Attributes:
+        module: the rewritten module; independent of the original.
+        ledger: what each pass did and left alone.
+        record: everything that was found and measured, as plain JSON.
+        captured: what capture found.
+        passes: the passes that ran.
+        inputs: the example inputs.
+    """
+
+    module: GraphModule
+    ledger: Ledger
+    record: record.Record
+    captured: Captured
+    passes: tuple[Pass, ...]
+    inputs: Inputs
+
+
+def optimize(
+    module: nn.Module,
+    inputs: Any,
+    passes: Sequence[Pass] | str,
+    *,
+    devices: Sequence[str] = ("cpu",),
+    evaluate: Evaluate | None = None,
+    calibration_data: Callable[[], Iterable[Any]] | Iterable[Any] | None = None,
+    target: str = "",
+    progress: Callable[[str], None] | None = None,
+    budget_seconds: float = 10.0,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+) -> Result:
+    """Optimize a module by passes, each verified against the original, and measure what that gained.
+
+    Args:
+        module: the original, in the mode to optimize for. It is unchanged afterwards.
+        inputs: an example: a tensor, a tuple of positional or a dict of keyword arguments.
+        passes: `[Fuse(), QAT(bits=8)]`, or a spec: `"fuse,qat{bits=8}"`.
+        devices: where to measure latency; a device that is not there is reported as not measured. None to
+            measure nothing.
+        evaluate: gives named floats for a module, before and after.
+        calibration_data: batches of inputs for passes that need them, or a function that gives them.
+        target: what the report calls the model.
+        progress: told what begins.
+        budget_seconds: about how long to measure on each device.
+        seed: of everything random.
+        notes: to keep in the record.
+
+    Raises:
+        LoadError: inputs that the model can't take, or for which it gives NaN.
+        CaptureError, SpecError, PassError, VerifyError: see there.
+    """
+    tell = progress or (lambda stage: None)
+    example = Inputs.of(inputs)
+    pipeline = spec.parse(passes) if isinstance(passes, str) else tuple(passes)
+    tell("run the original")
+    oracle = Oracle(module, example, seed)
+    tell("capture")
+    captured = capture(module, example.args, example.kwargs)
+    captured = dataclasses.replace(captured, notes=(*notes, *captured.notes))
+    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell)
+    result = captured.module
+    metrics = None
+    if evaluate is not None:
+        tell("evaluate")
+        metrics = bench.BeforeAfter[Mapping[str, float]](_evaluated(evaluate, module), _evaluated(evaluate, result))
+    latency: dict[str, bench.Comparison | str] = {}
+    for device in devices:
+        tell(f"measure on {device}")
+        reason = bench.unavailable(device)
+        latency[device] = reason or bench.compare(
+            module, result, example, device, budget_seconds=budget_seconds, seed=seed
+        )
+    written = record.build(
+        target=target or type(module).__name__,
+        inputs=example,
+        machine=bench.fingerprint(),
+        captured=captured,
+        ledger=ledger.entries,
+        verified=True,
+        latency=latency,
+        memory=bench.BeforeAfter(bench.measure_size(module, example), bench.measure_size(result, example)),
+        metrics=metrics,
+    )
+    return Result(result, ledger, written, captured, pipeline, example)
+
+
+def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[Inputs]:
+    if data is None:
+        return []
+    try:
+        batches = data() if callable(data) else data
+        return [Inputs.of(batch) for batch in batches]
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise LoadError(f"calibration_data raises {type(error).__name__}: {error}") from error
+
+
+def _evaluated(evaluate: Evaluate, module: nn.Module) -> dict[str, float]:
+    mode = module.training
+    try:
+        with torch.no_grad():
+            found = {str(name): float(value) for name, value in evaluate(module).items()}
+    except Exception as error:
+        raise LoadError(
+            f"evaluate(module) raises {type(error).__name__}: {error}; it takes a module and returns a dict of floats"
+        ) from error
+    finally:
+        module.train(mode)
+    return found

@@ -1,0 +1,287 @@
+"""Does a rewritten module still compute what the original does?
+
+The original is the oracle. Both run on the example, on fresh random inputs, and on another batch size, from the
+same random state; and where a module trains, their gradients are compared too. Differences are relative errors
+against a float64 run of the original where that is affordable: `max |y - y*| / max |y*|`, the largest over all
+outputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.capture.independent import independent_copy
+from fxopt.capture.state import State, random_state_kept
+from fxopt.contract import Promise
+from fxopt.errors import GuardError, LoadError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Relative error that `Promise.CLOSE` allows, by the dtype of the output."""
+
+_AFFORDABLE_SECONDS = 2.0
+_GRADIENT_SLACK = 10.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one module gave for one input: flat values in order, their structure, gradients where it trains."""
+
+    values: tuple[Any, ...]
+    structure: pytree.TreeSpec
+    gradients: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two outcomes differ.
+
+    Attributes:
+        error: the largest relative error; infinite where shapes, dtypes or structures differ.
+        allowed: the error that is allowed at the tensor that has it.
+        what: in words, where the difference is not one of values.
+    """
+
+    error: float
+    allowed: float
+    what: str = ""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it is more than allowed."""
+        return not self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One input and what the original gives for it."""
+
+    inputs: Inputs
+    expected: Outcome
+    reference: Outcome
+
+
+class Oracle:
+    """Runs the original, and compares other modules with it.
+
+    Args:
+        module: the original; a copy of it is run, in the mode that it is in.
+        inputs: the example.
+        seed: of the random inputs and of the random stream that each run starts from.
+        fresh: how many random inputs to try beside the example.
+
+    Raises:
+        LoadError: the module raises, or gives NaN, on the example.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, seed: int = 0, fresh: int = 2):
+        self._seed = seed
+        self._trains = module.training
+        oracle = independent_copy(module)
+        began = time.perf_counter()
+        example = self._of_example(oracle, inputs)
+        seconds = time.perf_counter() - began
+        wide = _in_float64(module) if seconds < _AFFORDABLE_SECONDS else None
+        self.trials: list[Trial] = []
+        for candidate in _candidates(inputs, seed, fresh):
+            expected = example if candidate is inputs else self._try(oracle, candidate)
+            if expected is not None:
+                reference = self._try(wide, candidate.double()) if wide is not None else None
+                self.trials.append(Trial(candidate, expected, reference or expected))
+
+    def outcomes(self, module: GraphModule) -> list[Outcome | None]:
+        """What `module` gives for each trial; None where a guard of its capture refuses the input."""
+        return [self._run_guarded(module, trial.inputs) for trial in self.trials]
+
+    def error(self, outcomes: Sequence[Outcome | None]) -> float:
+        """Relative error of outputs against the original's, in float64 where that was affordable."""
+        pairs = zip(self.trials, outcomes, strict=True)
+        return max((_difference(t.reference, found, Promise.CLOSE).error for t, found in pairs if found), default=0.0)
+
+    def expected(self) -> list[Outcome | None]:
+        """What the original itself gives for each trial."""
+        return [trial.expected for trial in self.trials]
+
+    def _of_example(self, oracle: nn.Module, inputs: Inputs) -> Outcome:
+        try:
+            outcome = self._run(oracle, inputs)
+        except Exception as error:
+            raise LoadError(
+                f"the model itself raises {type(error).__name__} for the inputs {inputs.describe()}: {error}"
+            ) from error
+        if any(_has_nan(value) for value in outcome.values):
+            raise LoadError(
+                f"the model itself gives NaN for the inputs {inputs.describe()}: nothing can be verified against "
+                "that; check its weights, or give other inputs"
+            )
+        return outcome
+
+    def _try(self, module: nn.Module, inputs: Inputs) -> Outcome | None:
+        """None where the original can't take such an input: then nothing is asked of the others."""
+        try:
+            return self._run(module, inputs)
+        except Exception:  # whatever a user's forward raises
+            return None
+
+    def _run_guarded(self, module: nn.Module, inputs: Inputs) -> Outcome | None:
+        try:
+            return self._run(module, inputs)
+        except GuardError:
+            return None
+
+    def _run(self, module: nn.Module, inputs: Inputs) -> Outcome:
+        state = State(module)
+        with random_state_kept(), _gradients_apart(module):
+            torch.manual_seed(self._seed)
+            given = inputs.map(lambda tensor: tensor.detach().clone())
+            try:
+                with torch.set_grad_enabled(self._trains):
+                    output = module(*given.args, **given.kwargs)
+                    values, structure = pytree.tree_flatten(output)
+                    gradients = _gradients(module, values) if self._trains else {}
+            finally:
+                state.restore()
+        return Outcome(tuple(_detached(value) for value in values), structure, gradients)
+
+
+def compare_outcomes(before: Sequence[Outcome | None], after: Sequence[Outcome | None], promise: Promise) -> Difference:
+    """The worst difference between two modules over all inputs that both took."""
+    worst = Difference(0.0, 0.0)
+    for left, right in zip(before, after, strict=True):
+        if left is None or right is None:
+            if left is not None:
+                return Difference(float("inf"), 0.0, "it refuses an input that it took before")
+            continue
+        found = _difference(left, right, promise)
+        if found.is_broken or found.error > worst.error:
+            worst = found
+        if found.is_broken:
+            break
+    return worst
+
+
+def _candidates(inputs: Inputs, seed: int, fresh: int) -> Iterator[Inputs]:
+    yield inputs
+    for number in range(fresh):
+        yield inputs.fresh(seed + number)
+    batch = inputs.batch_size
+    if batch:
+        other = inputs.fresh(seed + fresh).with_batch(batch + 1)
+        if other is not None:
+            yield other
+
+
+def _in_float64(module: nn.Module) -> nn.Module | None:
+    try:
+        return independent_copy(module).double()
+    except Exception:  # quantized, sparse and scripted modules have no float64 form
+        return None
+
+
+@contextmanager
+def _gradients_apart(module: nn.Module) -> Iterator[None]:
+    """Compute gradients without leaving them in the module."""
+    before = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+def _gradients(module: nn.Module, values: Sequence[Any]) -> dict[str, torch.Tensor]:
+    outputs = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    if not outputs:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    # A random projection: the plain sum of a softmax or a normalised output has no gradient.
+    weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device, v.dtype) for v in outputs]
+    torch.autograd.backward(outputs, weights)
+    return {
+        name: parameter.grad.detach().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _difference(left: Outcome, right: Outcome, promise: Promise) -> Difference:
+    if left.structure != right.structure:
+        return Difference(float("inf"), 0.0, f"the output is {right.structure} in place of {left.structure}")
+    worst = Difference(0.0, 0.0)
+    for index, (expected, found) in enumerate(zip(left.values, right.values, strict=True)):
+        difference = _value_difference(expected, found, promise, f"output {index}" if index else "the output")
+        if difference.is_broken or difference.error > worst.error:
+            worst = difference
+        if difference.is_broken:
+            return worst
+    for name, expected in left.gradients.items():
+        found = right.gradients.get(name)
+        # A rewrite may replace a parameter: only those of the same name and shape can be compared.
+        if found is not None and found.shape == expected.shape and promise is not Promise.CHANGES:
+            difference = _value_difference(expected, found, Promise.CLOSE, f"the gradient of '{name}'")
+            if difference.error > _GRADIENT_SLACK * difference.allowed:
+                return Difference(difference.error, _GRADIENT_SLACK * difference.allowed, difference.what)
+    return worst
+
+
+def _value_difference(expected: Any, found: Any, promise: Promise, what: str) -> Difference:
+    if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
+        same = type(expected) is type(found) and (expected is found or bool(expected == found))
+        if isinstance(expected, float) and isinstance(found, float):
+            error = abs(expected - found) / (abs(expected) or 1.0)
+            return Difference(error, 0.0 if promise is Promise.EXACT else TOLERANCE[torch.float32], what)
+        return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")
+    if expected.shape != found.shape:
+        return Difference(float("inf"), 0.0, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    floating = expected.is_floating_point() or expected.is_complex()
+    if floating != (found.is_floating_point() or found.is_complex()):
+        return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
+    if expected.dtype != found.dtype and expected.dtype is not torch.float64:
+        return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
+    allowed = TOLERANCE.get(found.dtype, 0.0) if promise is not Promise.EXACT else 0.0
+    return Difference(relative_error(expected, found), allowed, what)
+
+
+def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """`max |found - expected| / max |expected|`; infinite where NaN or infinity differ, 0 for equal or empty."""
+    if expected.layout is not torch.strided:
+        expected, found = expected.to_dense(), found.to_dense()
+    if expected.is_quantized:
+        expected, found = expected.dequantize(), found.dequantize()
+    if torch.equal(expected, found) or expected.numel() == 0:
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    expected, found = expected.to(wide), found.to(wide)
+    odd = ~torch.isfinite(expected)
+    if not torch.equal(odd, ~torch.isfinite(found)) or not torch.equal(
+        expected[odd].nan_to_num(), found[odd].nan_to_num()
+    ):
+        return float("inf")
+    expected, found = expected.masked_fill(odd, 0), found.masked_fill(odd, 0)
+    scale = expected.abs().max().item()
+    worst = (found - expected).abs().max().item()
+    return worst / scale if scale else (0.0 if worst == 0 else float("inf"))
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
