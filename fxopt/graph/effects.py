@@ -242,8 +242,13 @@ def _operator_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "")
 
 
+# Methods that are another operator by a shorter name.
+_SHORT_FOR = dict.fromkeys("float double half bfloat16 long int short char bool type".split(), "to")
+
+
 @functools.cache
 def _schemas(name: str) -> tuple[Any, ...]:
+    name = _SHORT_FOR.get(name, name)
     for candidate in (name, f"__{name}__"):
         schemas = torch._C._jit_get_schemas_for_operator(f"aten::{candidate}")
         if schemas:

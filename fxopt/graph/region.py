@@ -168,7 +168,8 @@ class Region:
         """Register `module` under `hint`, or the first free name like it, and return that name."""
         module.train(self.training)
         name = self._free(hint)
-        self.module.add_submodule(name, module)
+        owner, _, leaf = name.rpartition(".")
+        self._owner(owner).add_module(leaf, module)
         return name
 
     def add_parameter(self, hint: str, value: torch.Tensor, *, trainable: bool = True) -> str:
@@ -263,7 +264,7 @@ class Region:
         owner: nn.Module = self.module
         for part in path.split(".") if path else ():
             if part not in owner._modules:
-                owner.add_module(part, nn.Module())
+                owner.add_module(part, nn.Module().train(self.training))
             owner = owner.get_submodule(part)
         return owner
 
