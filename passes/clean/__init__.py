@@ -46,12 +46,12 @@ class Clean(Pass):
                 yield change
 
     def _sweep(self, region: Region) -> Iterator[Change]:
-        for rule in (remove_identity, simplify):
-            for node in list(region.graph.nodes):
+        for node in list(region.graph.nodes):
+            for rule in (remove_identity, simplify):
                 change = None if region.is_erased(node) else rule(node, region)
                 if change is not None:
                     yield change
-            eliminate_dead(region)
+        eliminate_dead(region)
         if self.max_bytes:
             yield from fold_constants(region, self.max_bytes)
         yield from merge_duplicates(region)

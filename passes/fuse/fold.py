@@ -154,7 +154,7 @@ def _replace(affine: Affine, weight: torch.Tensor, bias: torch.Tensor, region: R
     """Put the new values in place, or say why they can't be."""
     dtype, module = affine.weight.dtype, affine.module
     new, offset = weight.to(dtype), bias.to(dtype)
-    if not (new.isfinite().all() and offset.isfinite().all()):
+    if not all(bound.isfinite() for tensor in (new, offset) for bound in torch.aminmax(tensor)):
         return f"the folded values do not fit {str(dtype).removeprefix('torch.')}"
     if isinstance(module, Fused) and module.weight_fake_quant is not None:
         return "the weight of the layer is fake-quantised already"
