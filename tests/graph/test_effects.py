@@ -1,0 +1,156 @@
+"""What writes, what aliases, and what may be removed because nothing can see it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead
+from fxopt.modules import FakeQuantize, Fused
+
+
+def region_of(build: Callable[[fx.Graph, fx.Node], object], **modules: nn.Module) -> Region:
+    root = nn.Module()
+    root.register_buffer("state", torch.zeros(4))
+    for name, module in modules.items():
+        root.add_module(name, module)
+    graph = fx.Graph()
+    graph.output(build(graph, graph.placeholder("x")))
+    return Program(GraphModule(root.eval(), {False: graph})).regions[0]
+
+
+def names(nodes: object) -> list[str]:
+    return [node.name for node in nodes]  # type: ignore[attr-defined]
+
+
+def call(graph: fx.Graph, target: object, *args: object, **kwargs: object) -> fx.Node:
+    if isinstance(target, str):
+        return graph.call_method(target, args, kwargs)  # type: ignore[arg-type]
+    return graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+
+
+WRITES: dict[str, tuple[object, tuple[object, ...], dict[str, object], bool]] = {
+    "mul_": ("mul_", (2,), {}, True),
+    "iadd": (operator.iadd, (1,), {}, True),
+    "setitem": (operator.setitem, (0, 1.0), {}, True),
+    "F.relu in place": (F.relu, (), {"inplace": True}, True),
+    "F.relu": (F.relu, (), {}, False),
+    "add": (operator.add, (1,), {}, False),
+    "view": ("view", (-1,), {}, False),
+    "dunder": ("__add__", (1,), {}, False),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes(name: str) -> None:
+    target, args, kwargs, expected = WRITES[name]
+    region = region_of(lambda graph, x: call(graph, target, x, *args, **kwargs))
+    x, node, _ = region.graph.nodes
+    assert Effects(region).writes(node) == ((x,) if expected else ())
+
+
+def test_aliases_follow_views_and_writes() -> None:
+    def build(graph: fx.Graph, x: fx.Node) -> object:
+        view = call(graph, "view", x, -1)
+        fresh = call(graph, torch.sin, view)
+        written = call(graph, "mul_", view, 2)
+        return fresh, written
+
+    region = region_of(build)
+    aliases = Effects(region).aliases()
+    x, view, sin, mul, _ = region.graph.nodes
+    assert aliases(x) == {x, view, mul}
+    assert aliases(sin) == {sin}
+
+
+def test_reads_of_one_memory_alias() -> None:
+    def build(graph: fx.Graph, x: fx.Node) -> object:
+        return graph.create_node("get_attr", "state"), graph.create_node("get_attr", "state")
+
+    region = region_of(build)
+    _, one, two, _ = region.graph.nodes
+    assert Effects(region).aliases()(one) == {one, two}
+
+
+def test_written_between() -> None:
+    def build(graph: fx.Graph, x: fx.Node) -> object:
+        start = call(graph, torch.sin, x)
+        view = call(graph, "view", x, -1)
+        write = call(graph, "mul_", view, 2)
+        return start, call(graph, torch.cos, write)
+
+    region = region_of(build)
+    x, sin, _, mul, cos, _ = region.graph.nodes
+    effects = Effects(region)
+    assert effects.written_between(x, sin, cos) is mul
+    assert effects.written_between(x, sin, mul) is None
+    assert effects.written_between(sin, x, cos) is None
+
+
+DEAD: dict[str, tuple[Callable[[fx.Graph, fx.Node], object], list[str]]] = {
+    "unused": (lambda g, x: (call(g, torch.sin, x), x)[1], ["sin"]),
+    "chain": (lambda g, x: (call(g, torch.cos, call(g, torch.sin, x)), x)[1], ["sin", "cos"]),
+    "write to an input": (lambda g, x: (call(g, "mul_", x, 2), x)[1], []),
+    "write through a view": (
+        lambda g, x: (y := call(g, torch.sin, x), call(g, "mul_", call(g, "view", y, -1), 2), y)[2],
+        [],
+    ),
+    "write to what is dead": (lambda g, x: (call(g, "mul_", call(g, torch.sin, x), 2), x)[1], ["sin", "mul_"]),
+    "write to a buffer": (lambda g, x: (call(g, "add_", g.create_node("get_attr", "state"), 1), x)[1], []),
+    "random": (lambda g, x: (call(g, torch.rand_like, x), x)[1], []),
+    "dropout in evaluation": (lambda g, x: (call(g, F.dropout, x, 0.5, False), x)[1], ["dropout"]),
+    "dropout in training": (lambda g, x: (call(g, F.dropout, x, 0.5, True), x)[1], []),
+    "unknown": (lambda g, x: (call(g, see, x), x)[1], []),
+    "statistics": (lambda g, x: (call(g, F.batch_norm, x, x, x, training=True), x)[1], []),
+}
+
+
+def see(value: object) -> None:
+    """A call that nothing is known about."""
+
+
+@pytest.mark.parametrize("name", DEAD)
+def test_eliminate_dead(name: str) -> None:
+    build, expected = DEAD[name]
+    region = region_of(build)
+    assert names(eliminate_dead(region)) == expected
+    region.graph.lint()
+
+
+MODULES: dict[str, tuple[nn.Module, bool]] = {
+    "relu": (nn.ReLU(), True),
+    "relu in place": (nn.ReLU(inplace=True), False),
+    "batch norm in evaluation": (nn.BatchNorm1d(4).eval(), True),
+    "fused": (Fused.of(nn.Linear(4, 4)), True),
+    "fake quantiser": (FakeQuantize(), True),
+    "unknown": (nn.Module(), False),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dead_modules(name: str) -> None:
+    module, dies = MODULES[name]
+    region = region_of(lambda g, x: (g.create_node("call_module", "m", (x,)), x)[1], m=module)
+    assert bool(eliminate_dead(region)) is dies
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm1d(4), nn.Dropout(), Fused.of(nn.Linear(4, 4), bn=nn.BatchNorm1d(4))])
+def test_modules_that_live_in_training(module: nn.Module) -> None:
+    region = region_of(lambda g, x: (g.create_node("call_module", "m", (x,)), x)[1], m=module)
+    module.train()
+    assert not eliminate_dead(region)
+    module.eval()
+    assert eliminate_dead(region)
+
+
+def test_a_hooked_module_lives() -> None:
+    module = nn.ReLU()
+    module.register_forward_hook(lambda *_: None)
+    region = region_of(lambda g, x: (g.create_node("call_module", "m", (x,)), x)[1], m=module)
+    assert not eliminate_dead(region)
