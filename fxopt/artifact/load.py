@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fxopt.artifact.directory import read_recipe
 from fxopt.artifact.save import INPUTS, SCHEMA, WEIGHTS, fingerprint
 from fxopt.artifact.tree import decode
 from fxopt.artifact.weights import restore
+from fxopt.contract import Pass
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -38,8 +38,6 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
         ArtifactError: where a file is missing or damaged, was written by an incompatible version, or belongs to
             another module.
     """
-    from fxopt.pipeline import replay
-
     path = Path(directory)
     recipe = read_recipe(path)
     _check_version(path, recipe)
@@ -52,16 +50,38 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
         ) from error
     example = _inputs(path, recipe) if inputs is None else Inputs.of(inputs)
     weights = _tensors(path / WEIGHTS)
-    with _modes_as(module, recipe["modes"]):
-        replayed: GraphModule = replay(module, example, passes)
-    if fingerprint(replayed) != recipe["graph"]:
-        raise ArtifactError(
-            f"the recipe in '{path}' makes another graph of this '{type(module).__name__}' than it did "
-            f"({_versions(recipe)}): expected the original module, of the same code and configuration; "
-            "else run `fxopt run` again"
-        )
+    replayed = _replay(path, recipe, module, example, passes)
     restore(replayed, weights, recipe["tied"], str(path))
+    replayed.train(recipe["modes"]["training"])
+    _set_modes(replayed, _recorded(replayed, recipe))
     return replayed
+
+
+def _replay(
+    path: Path, recipe: Mapping[str, Any], module: nn.Module, inputs: Inputs, passes: Sequence[Pass]
+) -> GraphModule:
+    """Make the graph again. A result may have changed its mode after it was captured: then other modes are tried."""
+    from fxopt.pipeline import replay
+
+    before = _modes(module)
+    failure: Exception | None = None
+    try:
+        for modes in (_recorded(module, recipe), dict.fromkeys(before, False), dict.fromkeys(before, True), before):
+            _set_modes(module, modes)
+            try:
+                replayed: GraphModule = replay(module, inputs, passes)
+            except Exception as error:  # another module may raise anything on these inputs
+                failure = failure or error
+                continue
+            if fingerprint(replayed) == recipe["graph"]:
+                return replayed
+    finally:
+        _set_modes(module, before)
+    problem = f"fails with {type(failure).__name__}: {failure}" if failure else "makes another graph than it did"
+    raise ArtifactError(
+        f"the recipe in '{path}' on this '{type(module).__name__}' {problem} ({_versions(recipe)}): expected the "
+        "original module, of the same code and configuration; else run `fxopt run` again"
+    ) from failure
 
 
 def _check_version(path: Path, recipe: Mapping[str, Any]) -> None:
@@ -99,15 +119,16 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(f"cannot read '{path}': {error}; run `fxopt run --out` again") from error
 
 
-@contextmanager
-def _modes_as(module: nn.Module, modes: Mapping[str, Any]) -> Iterator[None]:
-    """Put each part of a module into the mode it was captured in, and back."""
-    before = [(child, child.training) for child in module.modules()]
+def _modes(module: nn.Module) -> dict[str, bool]:
+    return {path: child.training for path, child in module.named_modules()}
+
+
+def _recorded(module: nn.Module, recipe: Mapping[str, Any]) -> dict[str, bool]:
+    modes = recipe["modes"]
     others = set(modes["except"])
-    try:
-        for path, child in module.named_modules():
-            child.training = modes["training"] is not (path in others)
-        yield
-    finally:
-        for child, training in before:
-            child.training = training
+    return {path: modes["training"] is not (path in others) for path, _ in module.named_modules()}
+
+
+def _set_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    for path, child in module.named_modules():
+        child.training = modes[path]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,18 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fxopt import spec
+from fxopt import registry, spec
 from fxopt.artifact.directory import RECIPE, writing
 from fxopt.artifact.source import source
 from fxopt.artifact.tree import encode
-from fxopt.artifact.weights import collect
-from fxopt.capture.captured import Captured
+from fxopt.artifact.weights import collect, named_tensors
 from fxopt.contract import Pass
-from fxopt.errors import ArtifactError, SpecError
+from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.record import Entry, Record
-from fxopt.record import plain as plain_json
+from fxopt.record import Record
 from fxopt.version import __version__
 
 SCHEMA = "1.0"
@@ -42,12 +40,12 @@ class Result(Protocol):
         """The rewritten module."""
 
     @property
-    def ledger(self) -> Iterable[Entry]:
-        """What each pass did, in order."""
+    def passes(self) -> Sequence[Pass]:
+        """The passes that made it, in order."""
 
     @property
-    def captured(self) -> Captured:
-        """What it was made from."""
+    def inputs(self) -> Inputs:
+        """What it was captured with."""
 
     @property
     def record(self) -> Record:
@@ -68,8 +66,7 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         ArtifactError: where the directory holds anything else or cannot be written, or a pass is not installed,
             so that no recipe can name it.
     """
-    passes = tuple(_pass(entry) for entry in result.ledger)
-    text = spec.render(passes)
+    text = _spec(result.passes)
     target = result.record["target"]
     code = source(result.module, target, text)
     weights, tied = collect(result.module)
@@ -79,10 +76,10 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         "versions": {"fxopt": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "target": target,
         "spec": text,
-        "passes": [{"name": e.pass_name, "options": plain_json(dict(e.options))} for e in result.ledger],
-        "inputs": _inputs(result.captured.inputs, tensors),
+        "passes": [{"name": one["name"], "options": one["options"]} for one in result.record["passes"]],
+        "inputs": _inputs(result.inputs, tensors),
         "guards": result.record["capture"]["guards"],
-        "modes": _modes(result.captured.module),
+        "modes": _modes(result.module),
         "tied": tied,
         "graph": fingerprint(result.module),
         "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *renderings]),
@@ -97,12 +94,14 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
 
 
 def fingerprint(module: GraphModule) -> str:
-    """A digest of what the graphs of a module do, the same for the same code."""
+    """A digest of the graphs of a module and of the modules and tensors that they use, whatever these hold."""
     digest = hashlib.sha256()
     for path, child in module.named_modules():
+        digest.update(f"{path} {type(child).__name__}\n".encode())
         if isinstance(child, GraphModule):
             for mode, graph in child.graphs.items():
-                digest.update(f"{path}\n{mode}\n{graph.python_code('self').src}\n".encode())
+                digest.update(f"{mode}\n{graph.python_code('self').src}\n".encode())
+    digest.update("\n".join(sorted(named_tensors(module))).encode())
     return digest.hexdigest()
 
 
@@ -113,14 +112,14 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise ArtifactError(f"cannot write '{path.name}': safetensors cannot hold these tensors: {error}") from error
 
 
-def _pass(entry: Entry) -> Pass:
-    try:
-        return spec.find(entry.pass_name)(**entry.options)
-    except SpecError as error:
-        raise ArtifactError(
-            f"cannot save the recipe: pass '{entry.pass_name}' is not installed; offer it by an entry point in the "
-            "group 'fxopt.passes'"
-        ) from error
+def _spec(passes: Sequence[Pass]) -> str:
+    for one in passes:
+        if registry.available().get(one.name) is not type(one):
+            raise ArtifactError(
+                f"cannot save the recipe: pass '{one.name}' ({type(one).__module__}.{type(one).__qualname__}) is not "
+                "installed; offer it by an entry point in the group 'fxopt.passes'"
+            )
+    return spec.render(passes)
 
 
 def _inputs(inputs: Inputs, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -60,15 +60,17 @@ def restore(module: nn.Module, saved: Mapping[str, torch.Tensor], tied: Mapping[
             f"the weights in '{where}' are not those of this module ({listed}): expected the module that "
             "`fxopt run` was given, of the same code and configuration"
         )
+    for name, value in wanted.items():
+        owner, _, leaf = name.rpartition(".")
+        # Elements that share memory, as those of an expanded tensor do, cannot be written one by one.
+        expanded = any(stride == 0 for stride in present[name].stride())
+        if name not in parameters and (present[name].shape != value.shape or expanded):
+            module.get_submodule(owner)._buffers[leaf] = torch.empty_like(value, device=present[name].device)
+    # Modules may read more off their tensors as they load them, so all that a state_dict has goes that way.
+    module.load_state_dict({name: wanted[name] for name in module.state_dict() if name in wanted}, strict=False)
     with torch.no_grad():
-        for name, value in wanted.items():
-            # Elements that share memory, as those of an expanded tensor do, cannot be written one by one.
-            expanded = any(stride == 0 for stride in present[name].stride())
-            if name in parameters or (present[name].shape == value.shape and not expanded):
-                present[name].copy_(value)
-            else:
-                owner, _, leaf = name.rpartition(".")
-                module.get_submodule(owner)._buffers[leaf] = value.to(present[name].device)
+        for name, tensor in named_tensors(module).items():
+            tensor.copy_(wanted[name])
 
 
 def _some(names: list[str]) -> str:
