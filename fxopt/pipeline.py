@@ -117,11 +117,11 @@ def run_passes(
     tell = progress or (lambda stage: None)
     module = captured.module
     batches = list(calibration)
-    _propagate_shapes(module, captured.inputs)
     outcomes = oracle.outcomes(module) if oracle else []
     if oracle:
         _check_capture(oracle, outcomes)
     entries = []
+    loosest = Promise.EXACT
     for each in passes:
         tell(f"pass {each.name}")
         before = independent_copy(module) if oracle else None
@@ -134,7 +134,8 @@ def run_passes(
             began = time.perf_counter()
             if changes:
                 outcomes = _verified(each, before, module, changes, oracle, outcomes)
-            error = oracle.error(outcomes)
+            loosest = each.promise if each.promise is Promise.CHANGES and changes else loosest
+            error = oracle.error(outcomes, loosest)
             verify_seconds = time.perf_counter() - began
         if changes:
             _propagate_shapes(module, captured.inputs)
@@ -206,7 +207,11 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
     for (path, name), module in called.items():
         dead = not after.sites(module) and not after.inside_opaque(module)
         registered = dict(owners[path].named_modules(remove_duplicate=False)).get(name) is module
-        if registered and dead and not any(after.readers(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        if (
+            registered
+            and dead
+            and not any(after.readers(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        ):
             owners[path].delete_submodule(name)
     for path, name in read - _read(after):
         owner_name, _, leaf = name.rpartition(".")

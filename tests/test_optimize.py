@@ -1,0 +1,110 @@
+"""The Python entry: `fxopt.optimize`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt import record
+from fxopt.errors import LoadError, SpecError
+from passes import QAT, Fuse
+from tests import models
+
+CASE = models.STATIC["conv_block"]
+
+
+def test_passes_may_be_objects_or_a_spec() -> None:
+    module, inputs = CASE.build(), CASE.example()
+    by_objects = fxopt.optimize(module, inputs, passes=[Fuse(), QAT(bits=6)], devices=())
+    by_spec = fxopt.optimize(module, inputs, passes="fuse,qat{bits=6}", devices=())
+    assert by_objects.passes == by_spec.passes
+    with torch.no_grad():
+        assert torch.equal(by_objects.module(*inputs), by_spec.module(*inputs))
+
+
+def test_the_module_passed_in_and_the_random_state_are_unchanged() -> None:
+    module, inputs = CASE.build().train(), CASE.example()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    result = fxopt.optimize(module, inputs, passes="fuse,qat", devices=())
+    assert module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        for parameter in result.module.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tensor", "tuple", "dict"])
+def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(name: str) -> None:
+    x = torch.linspace(0, 1, 6).reshape(2, 3)
+    inputs = {"tensor": x, "tuple": (x,), "dict": {"input": x}}[name]
+    result = fxopt.optimize(nn.Linear(3, 3).eval(), inputs, passes=[], devices=())
+    assert result.record["inputs"] == ("input=2x3 float32" if name == "dict" else "2x3 float32")
+
+
+def test_the_record_follows_the_schema_and_tells_of_each_change_with_its_line() -> None:
+    result = fxopt.optimize(
+        CASE.build(),
+        CASE.example(),
+        passes="fuse",
+        budget_seconds=0.3,
+        evaluate=lambda module: {"size": sum(p.numel() for p in module.parameters())},
+        devices=("cpu", "cuda"),
+    )
+    written = json.loads(json.dumps(result.record))
+    jsonschema.validate(written, record.schema())
+    assert set(written) == {
+        *("schema", "target", "inputs", "machine", "capture", "passes", "verified", "latency", "memory", "metrics")
+    }
+    assert written["passes"][0]["changes"][0]["source"].startswith("models.py:")
+    assert written["metrics"]["after"]["size"] < written["metrics"]["before"]["size"]
+    if not torch.cuda.is_available():
+        assert written["latency"]["cuda"] == {"not_measured": "no CUDA device"}
+
+
+def test_calibration_data_reaches_the_pass_that_needs_it() -> None:
+    def batches() -> Iterator[torch.Tensor]:
+        yield from (torch.randn(2, *CASE.example()[0].shape[1:]) for _ in range(3))
+
+    result = fxopt.optimize(CASE.build(), CASE.example(), passes="fuse,qat", calibration_data=batches, devices=())
+    assert any(change.what.startswith("calibrated on 3 batches") for change in result.ledger.changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"passes": "fuze"}, SpecError, "unknown pass 'fuze'"),
+        ({"passes": "qat,fuse"}, SpecError, "'qat' must come after 'fuse'"),
+        ({"passes": "fuse", "calibration_data": [3]}, LoadError, "expected a tensor"),
+        ({"passes": "fuse", "evaluate": lambda module: 3}, LoadError, r"evaluate\(module\) raises"),
+        ({"passes": "fuse", "inputs": torch.ones(1, 1, 1)}, LoadError, "the model itself raises"),
+        ({"passes": "fuse", "inputs": 3}, LoadError, "inputs: expected a tensor"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_reason(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    given = {"inputs": CASE.example(), "devices": (), **arguments}
+    with pytest.raises(error, match=message):
+        fxopt.optimize(CASE.build(), **given)  # type: ignore[arg-type]
+
+
+def test_a_saved_result_loads_to_equal_outputs(tmp_path: Path) -> None:
+    from fxopt import artifact
+
+    module, inputs = CASE.build(), CASE.example()
+    result = fxopt.optimize(module, inputs, passes="clean,fuse,qat", calibration_data=[inputs], devices=())
+    artifact.save(result, tmp_path / "out", {})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+        assert torch.equal(fxopt.load(tmp_path / "out", module)(*inputs), result.module(*inputs))

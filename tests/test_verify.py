@@ -1,0 +1,127 @@
+"""Verification: what counts as a difference, and what the oracle asks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.capture import capture
+from fxopt.contract import Promise
+from fxopt.errors import LoadError
+from fxopt.inputs import Inputs
+from fxopt.verify import Oracle, compare_outcomes, relative_error
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [1.0, 2.5], 0.25),
+        ([0.0, -4.0], [1.0, -4.0], 0.25),
+        ([0.0], [0.0], 0.0),
+        ([0.0], [1e-9], INF),
+        ([NAN, 2.0], [NAN, 2.0], 0.0),
+        ([NAN, 2.0], [1.0, 2.0], INF),
+        ([1.0, 2.0], [NAN, 2.0], INF),
+        ([INF, 2.0], [INF, 1.0], 0.5),
+        ([INF, 2.0], [-INF, 2.0], INF),
+        ([], [], 0.0),
+    ],
+)
+def test_relative_error_is_the_largest_difference_over_the_largest_value(
+    expected: list[float], found: list[float], error: float
+) -> None:
+    assert relative_error(torch.tensor(expected), torch.tensor(found)) == pytest.approx(error)
+
+
+def test_integers_and_booleans_are_compared_exactly() -> None:
+    assert relative_error(torch.tensor([3, 4]), torch.tensor([3, 5])) == 0.25
+    assert relative_error(torch.tensor([True]), torch.tensor([False])) == 1.0
+
+
+class Counts(nn.Module):
+    """Says what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.seen: list[torch.Size] = []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(x.shape)
+        return self.linear(x)
+
+
+def test_the_oracle_tries_fresh_inputs_and_another_batch_size_and_leaves_the_original_alone() -> None:
+    module = Counts().eval()
+    oracle = Oracle(module, Inputs((torch.ones(2, 3),)), fresh=2)
+    assert [tuple(trial.inputs.tensors[0].shape) for trial in oracle.trials] == [(2, 3), (2, 3), (2, 3), (3, 3)]
+    assert len({trial.inputs.tensors[0].sum().item() for trial in oracle.trials}) == 4
+    assert module.seen == []
+    assert module.calls == 0
+
+
+def test_random_models_are_compared_on_the_same_random_stream() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train()
+    inputs = Inputs((torch.ones(4, 8),))
+    oracle = Oracle(module, inputs)
+    found = oracle.outcomes(capture(module, inputs.args).module)
+    assert compare_outcomes(oracle.expected(), found, Promise.EXACT).error == 0.0
+
+
+def test_gradients_do_not_stay_in_the_module() -> None:
+    module = nn.Linear(3, 3).train()
+    kept = torch.ones(3, 3)
+    module.weight.grad = kept
+    oracle = Oracle(module, Inputs((torch.ones(2, 3),)))
+    assert module.weight.grad is kept
+    assert set(oracle.trials[0].expected.gradients) == {"weight", "bias"}
+
+
+def test_the_error_is_measured_against_float64() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]).eval()
+    oracle = Oracle(module, Inputs((torch.randn(8, 64),)))
+    own = oracle.error(oracle.expected(), Promise.CLOSE)
+    assert 0 < own < 1e-5
+
+
+def test_an_input_that_the_original_refuses_is_not_asked_of_others() -> None:
+    class One(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(2, 6)
+
+    oracle = Oracle(One(), Inputs((torch.ones(4, 3),)))
+    assert [trial.inputs.tensors[0].shape[0] for trial in oracle.trials] == [4, 4, 4]
+
+
+def test_a_model_that_gives_nan_is_refused_by_name() -> None:
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log()
+
+    with pytest.raises(LoadError, match="the model itself gives NaN for the inputs 2 float32"):
+        Oracle(Log(), Inputs((torch.tensor([-1.0, 1.0]),)))
+
+
+def test_a_model_that_raises_is_refused_with_its_error() -> None:
+    with pytest.raises(LoadError, match="the model itself raises RuntimeError for the inputs 1x5 float32") as caught:
+        Oracle(nn.Linear(3, 3), Inputs((torch.ones(1, 5),)))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_nan_that_a_rewrite_brings_breaks_every_promise_but_changes() -> None:
+    oracle = Oracle(nn.Identity(), Inputs((torch.ones(2, 2),)))
+    broken = [
+        type(outcome)(tuple(value * math.nan for value in outcome.values), outcome.structure, outcome.gradients)
+        for outcome in oracle.expected()
+        if outcome is not None
+    ]
+    assert compare_outcomes(oracle.expected(), list(broken), Promise.CLOSE).is_broken
