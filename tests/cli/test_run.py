@@ -139,13 +139,13 @@ def test_a_bad_call_says_what_and_where(write, tmp_path, arguments, said):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("def broken(:", ["model.py:17", "`def broken(:`"]),
-        ("raise OSError('no disk')", ["model.py:17", "OSError: no disk"]),
+        ("def broken(:", ["model.py:16", "`def broken(:`"]),
+        ("raise OSError('no disk')", ["model.py:16", "OSError: no disk"]),
         ("del model, Net", ["'model.py' has no model"]),
         ("class Two(Net): ...\ndel model", ["class 'Two': `fxopt run model.py:Two`"]),
-        ("Net.forward = lambda self, x: self.nothing", ["model.py:17", "nothing"]),
+        ("Net.forward = lambda self, x: self.nothing", ["model.py:16", "nothing"]),
         ("def evaluate(module): return 3", ["'evaluate' of 'model.py' returned a int"]),
-        ("def evaluate(module): raise OSError('no data')", ["model.py:17", "OSError: no data"]),
+        ("def evaluate(module): raise OSError('no data')", ["model.py:16", "OSError: no data"]),
     ],
 )
 def test_a_bad_file_says_what_and_where(write, tmp_path, source, said):
