@@ -151,6 +151,17 @@ class Region:
             value = getattr(value, part)
         return value
 
+    def flag(self, argument: Any) -> Any:
+        """`argument`, or the value that the `training` flag which it reads has in this graph's mode.
+
+        Capture makes `F.dropout(x, training=self.training)` read the flag of the module that ran it.
+        """
+        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+            return argument
+        if str(argument.target).rpartition(".")[2] != "training":
+            return argument
+        return self.training and bool(self.attribute(argument))
+
     def qualified(self, node: fx.Node) -> str:
         """What a report calls the node: the qualified name of its module or attribute, else its own name."""
         if node.op in ("call_module", "get_attr"):
