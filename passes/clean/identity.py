@@ -40,7 +40,7 @@ def remove_identity(node: fx.Node, region: Region) -> Change | None:
 def _returns_its_input(node: fx.Node, region: Region) -> bool:
     if node.op == "call_function" and node.target in _FUNCTIONS:
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
-        return training is False
+        return region.flag(training) is False
     if node.op != "call_module":
         return False
     module = region.submodule(node)

@@ -42,11 +42,7 @@ class Fuse(Pass):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Batch norms first, from the inputs to the outputs; then activations, the other way round."""
-        for node in list(region.graph.nodes):
-            if not region.is_erased(node) and is_norm(node, region):
-                outcome = self._norm(node, region)
-                if outcome is not None:
-                    yield outcome
+        yield from self._norms(region)
         if not self.activations:
             return
         # Of two layers that meet in an addition the later one takes it: it need not move past the other.
@@ -56,6 +52,21 @@ class Fuse(Pass):
                 outcome = fuse_tail(affine, region, self.adds)
                 if outcome is not None:
                     yield outcome
+
+    def _norms(self, region: Region) -> Iterator[Change | Skip]:
+        changed, skips = True, list[Skip]()
+        while changed:  # a fold may bring the next batch norm up to a layer
+            changed, skips = False, []
+            for node in list(region.graph.nodes):
+                outcome = None
+                if not region.is_erased(node) and is_norm(node, region):
+                    outcome = self._norm(node, region)
+                if isinstance(outcome, Skip):
+                    skips.append(outcome)
+                elif outcome is not None:
+                    changed = True
+                    yield outcome
+        yield from skips
 
     def _norm(self, node: fx.Node, region: Region) -> Change | Skip | None:
         source = node.args[0] if node.args else node.kwargs.get("input")

@@ -106,8 +106,8 @@ def _read_function(node: fx.Node, region: Region) -> Norm | str:
     if node.target is not F.batch_norm:
         return "torch.batch_norm is called directly; only torch.nn.functional.batch_norm is read"
     given: dict[str, Any] = {**dict(zip(_CALL, node.args, strict=False)), **node.kwargs}
-    if given.get("training", False) is not False:
-        return "it is called with training=True: it normalises by the batch"
+    if region.flag(given.get("training", False)) is not False:
+        return "it is called in training mode: it normalises by the batch"
     values: list[Any] = []
     for name in ("running_mean", "running_var", "weight", "bias"):
         source = given.get(name)

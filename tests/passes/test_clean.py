@@ -154,6 +154,15 @@ def test_dropout_stays_in_training() -> None:
     assert run(Clean(), model.eval(), (torch.randn(3, 4),)).calls == ["2"]
 
 
+def test_functional_dropout_follows_the_mode() -> None:
+    class Drops(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training).cos()
+
+    assert run(Clean(), Drops().eval(), (torch.randn(3, 4),)).calls == ["cos"]
+    assert run(Clean(), Drops().train(), (torch.randn(3, 4),)).calls == ["dropout", "cos"]
+
+
 def test_hooked_identity_stays() -> None:
     model = nn.Sequential(nn.Identity(), nn.Linear(4, 4)).eval()
     model[0].register_forward_hook(lambda module, args, output: output * 2)

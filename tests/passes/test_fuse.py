@@ -47,6 +47,12 @@ class Functional(nn.Module):
         return F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, False, 0.1, 1e-3)
 
 
+class ModeAware(Functional):
+    def forward(self, x):
+        y = F.conv2d(x, self.weight, self.offset)
+        return F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, self.training)
+
+
 class FunctionalLinear(nn.Module):
     def __init__(self):
         super().__init__()
@@ -144,9 +150,20 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
     "functional": (Functional, IMAGE, ["batch_norm: folded into 'conv2d'"]),
     "functional, no bias": (lambda: Functional(bias=False), IMAGE, ["batch_norm: folded into 'conv2d'"]),
     "functional, keywords": (lambda: Functional(keywords=True), IMAGE, ["batch_norm: folded into 'conv2d'"]),
+    "functional, mode-aware": (ModeAware, IMAGE, ["batch_norm: folded into 'conv2d'"]),
     "functional linear": (FunctionalLinear, (3, 4), ["bn: folded into 'linear'"]),
     "keywords": (Keywords, IMAGE, ["bn: folded into 'conv'", "relu: relu fused into 'conv'"]),
     "pair twice": (PairTwice, IMAGE, ["bn: folded into 'conv'"]),
+    "bn, bn, conv": (
+        sequence(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)),
+        IMAGE,
+        ["1: folded into '2'", "0: folded into '2'"],
+    ),
+    "conv, bn, bn": (
+        sequence(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+        IMAGE,
+        ["1: folded into '0'", "2: folded into '0'"],
+    ),
     "conv, bn, conv, bn": (
         sequence(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
         IMAGE,
@@ -261,7 +278,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "is an output": (AlsoReturned, IMAGE, "the output of 'conv' is used by 'bn', 'output'"),
     "written between": (WrittenBetween, IMAGE, "its input is written in place by 'mul_' meanwhile"),
     "computed weight": (ComputedWeight, IMAGE, "its weight or bias is computed, not a parameter"),
-    "batch statistics": (BatchStatistics, IMAGE, "it is called with training=True"),
+    "batch statistics": (BatchStatistics, IMAGE, "it is called in training mode"),
     "overflows": (overflowing, IMAGE, "the folded values do not fit float32"),
     "zero padding": (
         sequence(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)),
