@@ -27,7 +27,7 @@ class Fused(nn.Module):
 
         s = gamma / sqrt(var + eps);  y = bn( op(x, Q(W s)) / s + b )
 
-    (Jacob et al. 2018, section 3.2, in the form of Krishnamoorthi 2018, section 3.3.)
+    (Jacob et al. 2018, section 3.2; Krishnamoorthi 2018.)
 
     Attributes:
         activation: what is applied last, or None.
