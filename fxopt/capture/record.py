@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +12,14 @@ import torch
 import torch.fx as fx
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from fxopt.capture.captured import Guard
 from fxopt.capture.interception import intercept
 from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Met, Recorder, Unrecordable
-from fxopt.capture.signature import bind, record_inputs
+from fxopt.capture.signature import bind, call_as_given, record_inputs
 from fxopt.capture.traced import plain
 from fxopt.graph import Source
 
@@ -189,7 +190,7 @@ def record(
     began = time.perf_counter()
     with intercept(recorder, run.on_module):
         recorder.active = True
-        output = _call(module, bound)
+        output = call_as_given(module, bound, len(args))
         recorder.active = False
     seconds = time.perf_counter() - began
     _record_reassigned(recorder, module, buffers)
@@ -200,6 +201,7 @@ def record(
         recorder.block(f"it returns or keeps {reason}", path="")
         recorder.graph.output(None)
     recorder.drop_unused()
+    recorder.done = True
     return Recording(
         graph=recorder.graph,
         output=_numbers(output),
@@ -214,10 +216,6 @@ def record(
         notes=tuple(run.notes),
         seconds=seconds,
     )
-
-
-def _call(module: nn.Module, bound: inspect.BoundArguments) -> Any:
-    return module(*bound.args, **bound.kwargs)
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -240,9 +238,14 @@ def _record_reassigned(recorder: Recorder, module: nn.Module, before: Mapping[st
 
 def _numbers(value: Any) -> Any:
     """A structure without traced numbers."""
-    return torch.utils._pytree.tree_map(plain, value)
+    return pytree.tree_map(plain, value)
 
 
 def _kept(value: Any) -> Any:
     """Arguments as they are now, whatever is written into them later."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
+    copies = {id(leaf): leaf.detach().clone() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)}
+    try:
+        # Objects among the arguments, such as caches, are written into as well.
+        return copy.deepcopy(value, copies)
+    except Exception:  # whatever a user's object raises when it is copied
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: copies[id(tensor)], value)

@@ -18,19 +18,39 @@ _MISSING = inspect.Parameter.empty
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-    """Match arguments with the parameters of `module.forward`, defaults filled in.
+    """Match arguments with the parameters of `module.forward`.
 
     Raises:
         TypeError: as a call would.
     """
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound
+    return inspect.signature(module.forward).bind(*args, **kwargs)
+
+
+def call_as_given(module: nn.Module, bound: inspect.BoundArguments, positional: int) -> Any:
+    """Call `module` with `bound`, and with as many positional arguments as its user gave.
+
+    A decorator of `forward` may look for an argument among the keyword ones.
+    """
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            args.extend(value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        elif len(args) < positional:
+            args.append(value)
+        else:
+            kwargs[name] = value
+    return module(*args, **kwargs)
 
 
 def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
     """Append a placeholder for each parameter, and put traced values into `bound`."""
     parameters = bound.signature.parameters
+    given = set(bound.arguments)
+    bound.apply_defaults()
     nodes = []
     for name, parameter in parameters.items():
         value = bound.arguments[name]
@@ -47,6 +67,10 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             bound.arguments[name].depends = Depends.SHAPE
         _guard(recorder, node, value, name)
+        if name not in given and isinstance(value, (int, float)) and not isinstance(value, bool):
+            recorder.emit("call_function", guard_input, (node, value, name))
+    for name in set(parameters) - given:
+        del bound.arguments[name]
 
 
 def _guard(recorder: Recorder, node: Any, value: Any, name: str) -> None:

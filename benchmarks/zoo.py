@@ -1,0 +1,140 @@
+"""Captures the zoo: every model that torchvision has, a timm model of each family, transformers of each type.
+
+All are built by plain constructors with random weights. For each one it tells whether the captured module
+computes exactly what the original does, at the captured sizes and at others, how much of it is in the graph,
+and what capturing cost.
+
+    python benchmarks/zoo.py --library timm --only swin
+    python benchmarks/zoo.py --out benchmarks/results/zoo.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch
+
+from fxopt.bench import fingerprint
+from zoo_models import from_timm, from_torch, from_torchvision, from_transformers
+from zoo_models.check import check
+from zoo_models.specimen import Specimen
+from zoo_models.table import summary, table
+
+LIBRARIES: dict[str, Callable[[], Iterator[Specimen]]] = {
+    "torch": from_torch.specimens,
+    "torchvision": from_torchvision.specimens,
+    "timm": from_timm.specimens,
+    "transformers": from_transformers.specimens,
+}
+SMALL = frozenset(
+    "LSTM GRU TransformerEncoder resnet18 mobilenet_v3_small squeezenet1_1 raft_small ghostnet convit levit "
+    "bert gpt2 llama t5 vit mixtral mamba whisper".split()
+)
+MEMORY = 9 << 30
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=LIBRARIES, help="only this one")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only models with this in their names")
+    parser.add_argument("--small", action="store_true", help="only a dozen small models")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record here, and a table beside it")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once (default: 2)")
+    parser.add_argument("--timeout", type=float, default=150.0, metavar="SECONDS", help="for one model (default: 150)")
+    options = parser.parse_args()
+    chosen = [
+        specimen
+        for name, specimens in LIBRARIES.items()
+        if options.library in (None, name)
+        for specimen in specimens()
+        if options.only in specimen.name and (not options.small or specimen.name in SMALL)
+    ]
+    results = []
+    for result in _run_all(chosen, options.jobs, options.timeout):
+        results.append(result)
+        print(_line(result), flush=True)
+    order = {(specimen.library, specimen.name): index for index, specimen in enumerate(chosen)}
+    results.sort(key=lambda result: order[result["library"], result["name"]])
+    print("\n" + summary(results))
+    if options.out is not None:
+        record = {"machine": dataclasses.asdict(fingerprint()), "models": results}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(table(results))
+    return 1 if any(result["status"] in ("failed", "differs", "timeout") for result in results) else 0
+
+
+def _line(result: dict[str, Any]) -> str:
+    about = result.get("error") or "; ".join(
+        f"{part['path'] or 'the module'}: {part['reason']} ({part['location']})" for part in result.get("opaque", ())
+    )
+    sizes = " ".join(f"{name}:{answer}" for name, answer in result.get("sizes", {}).items() if answer != "exact")
+    seconds = result.get("capture_seconds", 0.0)
+    return f"{result['status']:<10} {result['library']}/{result['name']} {seconds:.1f}s {sizes} {about}"[:600]
+
+
+def _run_all(specimens: list[Specimen], jobs: int, timeout: float) -> Iterator[dict[str, Any]]:
+    """Each in a process of its own, so that none can take the others down."""
+    context = multiprocessing.get_context("fork")
+    # What is there before the fork is shared, and the collector would copy it.
+    gc.freeze()
+    waiting = list(reversed(specimens))
+    running: list[tuple[Specimen, Any, Any, float]] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            specimen = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(specimen, theirs))
+            process.start()
+            theirs.close()
+            running.append((specimen, process, ours, time.monotonic()))
+        multiprocessing.connection.wait([ours for _, _, ours, _ in running], timeout=1.0)
+        for item in list(running):
+            specimen, process, ours, began = item
+            late = time.monotonic() - began > timeout
+            if not (ours.poll() or late or not process.is_alive()):
+                continue
+            facts = {"library": specimen.library, "name": specimen.name, "kind": specimen.kind}
+            try:
+                answer = ours.recv() if ours.poll() else {"status": "timeout" if late else "failed"}
+            except EOFError:
+                answer = {"status": "failed", "error": "its process ended"}
+            process.kill()
+            process.join()
+            running.remove(item)
+            yield facts | answer
+
+
+def _work(specimen: Specimen, pipe: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        pipe.send(check(specimen))
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        pipe.send({"status": "failed", "error": message[:400]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The smallest model of each timm family, where a family is a file of timm/models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from fxopt.inputs import Inputs
+from fxopt.torchvision_operators import declare_missing
+from zoo_models.specimen import Built, Specimen
+
+
+def specimens() -> Iterator[Specimen]:
+    """One of each family."""
+    declare_missing()
+    import timm
+
+    for family in sorted(timm.list_modules()):
+        names = timm.list_models(module=family)
+        if names:
+            yield Specimen(family, "timm", "vision", functools.partial(_build, tuple(names)))
+
+
+def _build(names: tuple[str, ...]) -> Built:
+    import timm
+
+    torch.manual_seed(0)
+    module = timm.create_model(_smallest(names), pretrained=False).eval()
+    channels, height, width = module.pretrained_cfg["input_size"]
+
+    def inputs(batch: int, more: int = 0) -> Inputs:
+        return Inputs((torch.randn(batch, channels, height + more, width + more),))
+
+    return module, {"example": inputs(2), "batch": inputs(3), "size": inputs(2, 32)}
+
+
+def _smallest(names: tuple[str, ...]) -> str:
+    """By what names tell of sizes; making all 1,200 models to count their parameters takes minutes."""
+
+    def rank(name: str) -> tuple[int, int]:
+        return next((rank for rank, word in enumerate(_SMALL) if word in name), len(_SMALL)), len(name)
+
+    return min(names, key=rank)
+
+
+_SMALL = "test pico atto femto nano xxt xxs tiny xs small mini 050 035 lite s0 b0 t0 0".split()
