@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def binaries(wheel, tmp_path_factory) -> Path:
 
 
 def call(binaries: Path, *command: str, cwd: Path) -> str:
-    done = subprocess.run([str(binaries / command[0]), *command[1:]], capture_output=True, text=True, cwd=cwd)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    path = str(binaries / command[0])
+    done = subprocess.run([path, *command[1:]], capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
