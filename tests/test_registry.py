@@ -6,12 +6,16 @@ import sys
 import textwrap
 from importlib.metadata import EntryPoint
 from itertools import count
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from fxopt import registry
+from fxopt import registry, spec
 from fxopt.contract import Pass
 from fxopt.errors import PassError
+from fxopt.optimize import optimize
 
 HEADER = """
 from dataclasses import dataclass
@@ -89,3 +93,15 @@ def test_the_library_is_found_like_any_other():
     import passes
 
     assert set(registry.available().values()) == set(passes.PASSES)
+
+
+def test_the_pass_that_the_readme_shows_works(point):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (source,) = (block for block in readme.split("```python\n")[1:] if "PASSES = " in block)
+    known = registry.available([point(source.partition("```")[0])])
+    module = nn.Sequential(nn.Linear(3, 3), nn.GELU()).eval()
+    result = optimize(module, torch.randn(2, 3), spec.parse("quick-gelu", known), devices=())
+    (change,) = result.ledger.changes
+    assert (change.what, change.where) == ("computed by tanh", "1")
+    assert module[1].approximate == "none"
+    assert result.module.get_submodule("1").approximate == "tanh"
