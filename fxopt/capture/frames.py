@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -10,20 +11,28 @@ import torch
 
 from fxopt.graph import Source
 
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_FXOPT = str(Path(__file__).parents[1]) + os.sep
+_RECORDING = str(Path(__file__).with_name("record.py"))
 
 
 @functools.cache
 def _is_users(file: str) -> bool:
-    return not file.startswith(_OWN) and not file.endswith(("/contextlib.py", "/functools.py"))
+    return not file.startswith((_TORCH, _FXOPT, "<")) and not file.endswith(("/contextlib.py", "/functools.py"))
 
 
 def user_source() -> Source | None:
-    """The innermost frame that belongs neither to torch nor to capture."""
+    """The innermost frame of the recorded forward that belongs neither to torch nor to fxopt.
+
+    None where there is none, as in a model that consists of torch's own modules.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if _is_users(code.co_filename):
             return Source(code.co_filename, frame.f_lineno, getattr(code, "co_qualname", code.co_name))
+        # Module calls pass through the recording; what stands below `record` itself is not the forward.
+        if code.co_filename == _RECORDING and code.co_name == "record":
+            return None
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -17,6 +17,7 @@ from fxopt.target.find import find
 from fxopt.target.inputs import find_inputs
 from fxopt.target.source import Source, open_source, same_randomness, split
 from fxopt.target.weights import load_weights
+from fxopt.torchvision_operators import declare_missing
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
         LoadError: where anything of it is missing, ambiguous or broken; the message says what to type instead.
     """
     place, name = split(target)
+    declare_missing()
     with same_randomness():
         source = open_source(place)
         found = find(source, name)

@@ -197,3 +197,8 @@ def test_random_states_are_as_before(write):
     load("model.py")
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_models_of_torchvision_load_beside_a_torch_for_which_it_was_not_built() -> None:
+    target = load("torchvision.models:squeezenet1_1", inputs=["1x3x64x64"])
+    assert type(target.module).__name__ == "SqueezeNet"
