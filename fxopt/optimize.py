@@ -16,7 +16,8 @@ from fxopt.contract import Pass
 from fxopt.errors import FxoptError, LoadError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.pipeline import Ledger, run_passes
+from fxopt.ledger import Ledger
+from fxopt.pipeline import run_passes
 from fxopt.verify import Oracle
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]

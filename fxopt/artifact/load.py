@@ -21,6 +21,7 @@ from fxopt.contract import Pass
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.pipeline import replay
 from fxopt.version import __version__
 
 
@@ -61,8 +62,6 @@ def _replay(
     path: Path, recipe: Mapping[str, Any], module: nn.Module, inputs: Inputs, passes: Sequence[Pass]
 ) -> GraphModule:
     """Make the graph again. A result may have changed its mode after it was captured: then other modes are tried."""
-    from fxopt.pipeline import replay
-
     before = _modes(module)
     failure: Exception | None = None
     try:

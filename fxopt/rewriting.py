@@ -1,0 +1,108 @@
+"""One pass over a captured module, and the tidying up behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+
+from fxopt.capture.state import State, random_state_kept
+from fxopt.contract import Change, Pass, Skip
+from fxopt.errors import FxoptError, PassError
+from fxopt.graph import GraphModule, Program, eliminate_dead, observe
+from fxopt.inputs import Inputs
+
+
+def run_pass(
+    each: Pass, module: GraphModule, calibration: Sequence[Inputs], limit: int | None = None
+) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
+    """Run one pass over every region, up to `limit` changes, and tidy up behind it.
+
+    Dead nodes go, and the modules and tensors that nothing uses any more; code is generated anew. With a limit
+    the pass is not finished: that is for finding the change that broke it.
+    """
+    found: list[Change | Skip] = []
+    program = Program(module)
+    called, read = _called(program), _read(program)
+    try:
+        for region in program.regions:
+            for item in each.run(region):
+                found.append(item)
+                if limit is not None and sum(isinstance(one, Change) for one in found) >= limit:
+                    break
+            eliminate_dead(region)
+            region.graph.lint()
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"{each.name}: failed with {type(error).__name__}: {error}; this is a bug of the pass: nothing was saved"
+        ) from error
+    _remove_dead_state(program, called, read)
+    for region in program.regions:
+        region.module.recompile()
+    if limit is None:
+        found += list(each.finish(module, calibration))
+    changes = tuple(item for item in found if isinstance(item, Change))
+    return changes, tuple(item for item in found if isinstance(item, Skip))
+
+
+def _called(program: Program) -> dict[tuple[str, str], nn.Module]:
+    return {
+        (region.path, str(node.target)): region.submodule(node)
+        for region in program.regions
+        for node in region.graph.nodes
+        if node.op == "call_module"
+    }
+
+
+def _read(program: Program) -> set[tuple[str, str]]:
+    return {
+        (region.path, str(node.target))
+        for region in program.regions
+        for node in region.graph.nodes
+        if node.op == "get_attr"
+    }
+
+
+def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module], read: set[tuple[str, str]]) -> None:
+    """Remove the modules, parameters and buffers whose last use the pass took away."""
+    after = Program(program.root)
+    owners = {region.path: region.module for region in after.regions}
+    for (path, name), module in called.items():
+        dead = not after.sites(module) and not after.inside_opaque(module)
+        registered = dict(owners[path].named_modules(remove_duplicate=False)).get(name) is module
+        if (
+            registered
+            and dead
+            and not any(after.readers(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        ):
+            owners[path].delete_submodule(name)
+    for path, name in read - _read(after):
+        owner_name, _, leaf = name.rpartition(".")
+        try:
+            owner = owners[path].get_submodule(owner_name)
+        except AttributeError:  # went away with its module
+            continue
+        tensor = owner._parameters.get(leaf) if leaf in owner._parameters else owner._buffers.get(leaf)
+        if isinstance(tensor, torch.Tensor) and not after.readers(tensor) and not after.inside_opaque(owner):
+            delattr(owner, leaf)
+
+
+def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
+    """Run `module` once and write shape and dtype of each value into the metadata of its node."""
+
+    def visit(_: GraphModule, node: torch.fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized:
+            node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+
+    state = State(module)
+    try:
+        with torch.no_grad(), random_state_kept():
+            given = inputs.map(lambda tensor: tensor.detach().clone())
+            observe(module, given.args, given.kwargs, visit)
+    finally:
+        state.restore()
