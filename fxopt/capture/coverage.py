@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxopt.capture.call import Call
 from fxopt.capture.captured import Coverage
-from fxopt.capture.state import random_state_kept
+from fxopt.capture.chance import random_state_kept
+from fxopt.capture.state import State
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 
@@ -58,8 +60,12 @@ def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
         if depth:
             depth[-1] = (depth[-1][0], counter.get_total_flops())
 
-    with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept():
-        module(*inputs.args, **inputs.kwargs)
+    state = State(module)
+    try:
+        with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept():
+            Call(inputs.args, inputs.kwargs).run(module)
+    finally:
+        state.restore()
     return counter.get_total_flops(), hidden
 
 
@@ -93,7 +99,9 @@ def _hidden_parameters(module: GraphModule) -> list[nn.Parameter]:
                         callee = child.get_submodule(str(node.target))
                         if not _is_opaque(callee):
                             shown |= {id(p) for p in callee.parameters()}
-                    elif node.op == "get_attr" and isinstance(value := _attribute(child, str(node.target)), nn.Parameter):
+                    elif node.op == "get_attr" and isinstance(
+                        value := _attribute(child, str(node.target)), nn.Parameter
+                    ):
                         shown.add(id(value))
     return [p for p in module.parameters() if id(p) not in shown]
 

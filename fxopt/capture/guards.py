@@ -55,7 +55,18 @@ def guard_rank(actual: Any, dimensions: int, name: str) -> None:
         raise _broken(f"{name} has {dimensions} dimensions", "an input", f"{actual.dim()} here")
 
 
-GUARDS = (guard, guard_tensor, guard_input, guard_rank)
+def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
+    """Check that a module is in the mode in which its graph was recorded.
+
+    Raises:
+        GuardError: naming the module, and why there is no graph for the other mode.
+    """
+    if training is not expected:
+        raise _broken(f"{path} in {_MODES[expected]} mode", reason, f"in {_MODES[training]} mode here")
+
+
+_MODES = {True: "training", False: "evaluation"}
+GUARDS = (guard, guard_tensor, guard_input, guard_rank, guard_mode)
 
 
 def _broken(assumption: str, location: str, found: str) -> GuardError:

@@ -22,6 +22,10 @@ def independent_copy(module: nn.Module) -> nn.Module:
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         memo[id(tensor)] = _copy_tensor(tensor, storages)
+    for child in module.modules():
+        if isinstance(child, torch.jit.ScriptModule) and id(child) not in memo:
+            memo[id(child)] = _copy_script(child)
+            memo |= {id(part): part for part in child.modules() if part is not child}
     modules = [child for child in module.modules() if _is_plain(child)]
     for child in modules:
         memo[id(child)] = type(child).__new__(type(child))
@@ -35,6 +39,15 @@ def _is_plain(module: nn.Module) -> bool:
     return not isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) and not hasattr(
         type(module), "__deepcopy__"
     )
+
+
+def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    # Under autograd, the parameters of torch's own copy have a history and can't be trained.
+    with torch.no_grad():
+        duplicate: torch.jit.ScriptModule = copy.deepcopy(module)
+    for parameter, original in zip(duplicate.parameters(), module.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    return duplicate
 
 
 def _fill(duplicate: nn.Module, original: nn.Module, memo: dict[int, Any]) -> None:

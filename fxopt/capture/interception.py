@@ -18,6 +18,7 @@ from torch import nn
 
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
+from fxopt.capture.tensors import Origin
 from fxopt.capture.traced import concrete
 
 ModuleCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -161,12 +162,15 @@ def _autograd_functions(recorder: Recorder, is_recording: Callable[[], bool]) ->
         recorder.calls += 1
         with recorder.paused():
             result = original(cls, *args, **kwargs)
+        recorder.active = False
         try:
             node = recorder.emit("call_function", cls.apply, recorder.argument(args), recorder.argument(kwargs))
+            return recorder.adopt(node, result, Origin(Depends.DATA, Depends.SHAPE, Depends.DATA))
         except Exception as reason:
             recorder.block(f"the autograd function '{cls.__name__}' was given {reason}")
             return result
-        return recorder.adopt(node, result, Depends.DATA, Depends.SHAPE)
+        finally:
+            recorder.active = True
 
     with replaced(torch.autograd.Function, "apply", classmethod(apply)):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,9 @@ SIZED_BY_VALUES = frozenset(
 ELEMENTWISE = frozenset("add sub mul div truediv pow rsub true_divide add_ sub_ mul_ div_ clamp clamp_ fill_".split())
 """Functions whose result's size does not depend on the value of a number among the arguments."""
 
+HOOKS = frozenset("register_hook register_post_accumulate_grad_hook".split())
+"""Methods that hang the user's code on a tensor's gradient."""
+
 IN_PLACE_NAMES = frozenset("__setitem__ backward".split())
 """Functions that return nothing and are called for their effect."""
 
@@ -73,8 +77,8 @@ _DUNDERS = {
 
 def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
     """How an fx node calls `function`: ("call_method" or "call_function", target, arguments)."""
-    name = function.__name__
-    if getattr(torch.Tensor, name, None) is not function:
+    name = _method_name(function)
+    if name is None:
         return "call_function", function, args
     if len(args) <= 2 and not kwargs and name in _OPERATORS and (len(args) == 2 or name == "neg"):
         return "call_function", _OPERATORS[name], args
@@ -85,3 +89,18 @@ def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if name.startswith("__r") and f"__{name[3:]}" in _DUNDERS and len(args) == 2:
         return "call_function", _DUNDERS[f"__{name[3:]}"], (args[1], args[0])
     return "call_method", name, args
+
+
+def _method_name(function: Any) -> str | None:
+    """The name under which torch.Tensor has a function: `__pow__` is a function that calls itself `pow`."""
+    if getattr(torch.Tensor, function.__name__, None) is function:
+        name: str = function.__name__
+        return name
+    return _RENAMED.get(function)
+
+
+_RENAMED: dict[Any, str] = {
+    value: name
+    for name in dir(torch.Tensor)
+    if callable(value := inspect.getattr_static(torch.Tensor, name)) and getattr(value, "__name__", name) != name
+}

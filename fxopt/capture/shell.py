@@ -30,10 +30,12 @@ class Shell:
 def shell_module(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
     """A graph module whose one call runs the forward of `root` as it is."""
     graph = fx.Graph()
+    positional: list[fx.Node] = []
+    keywords: dict[str, fx.Node] = {}
+    starred: list[tuple[str, fx.Node]] = []
     parameters = bind(root, args, kwargs).signature.parameters
-    positional, keywords, starred = [], {}, []
     for name, parameter in parameters.items():
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         default = () if prefix or parameter.default is parameter.empty else (parameter.default,)
         node = graph.create_node("placeholder", prefix + name, default, {}, name)
         if prefix:
@@ -43,12 +45,12 @@ def shell_module(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         else:
             positional.append(node)
     shell, training = graph.create_node("get_attr", "_shell"), graph.create_node("get_attr", "training")
-    rest = dict(starred)
-    arguments = (tuple(positional), rest.get("*", ()), keywords, rest.get("**", {}))
+    rest: dict[str, Any] = dict(starred)
+    arguments: tuple[Any, ...] = (tuple(positional), rest.get("*", ()), keywords, rest.get("**", {}))
     call = graph.call_function(run_shell, (shell, training, *arguments))
     call.meta["module_path"] = ""
     graph.output(call)
-    module = GraphModule(root, {root.training: graph}, type(root).__name__)
+    module = GraphModule(root, {root.training: graph}, type(root).__name__, origin=root)
     module.__dict__["_shell"] = Shell(root)
     module.recompile()
     return module

@@ -1,65 +1,123 @@
-"""The state of a module, so that recording leaves it as it was."""
+"""The state of a module, so that recording leaves it as it was and knows what a forward changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fxopt.capture.attributes import Attribute, lazy_copy, look
+from fxopt.capture.chance import random_state_kept
+
+__all__ = ["State", "random_state_kept"]
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class State:
-    """Buffers, parameters and plain attributes of a module tree at one moment."""
+    """Buffers, parameters, submodules and plain attributes of a module tree at one moment."""
 
     def __init__(self, module: nn.Module):
-        self._attributes = [(child, _attributes(child)) for child in module.modules()]
-        self._buffers = [(child, dict(child._buffers)) for child in module.modules()]
+        memo: dict[int, Attribute] = {}
+        self._modules = [child for child in _all_modules(module) if not isinstance(child, torch.jit.ScriptModule)]
+        self._attributes = [
+            {name: look(value, memo) for name, value in _attributes(child).items()} for child in self._modules
+        ]
+        self._registries = [
+            {name: child.__dict__[name].copy() for name in _REGISTRIES if name in child.__dict__}
+            for child in self._modules
+        ]
         tensors = [*module.parameters(), *module.buffers()]
-        self._tensors = [(tensor, tensor._version, _clone(tensor)) for tensor in tensors]
+        self._tensors = [(tensor, tensor._version, lazy_copy(tensor)) for tensor in tensors if not is_lazy(tensor)]
 
-    def changed_numbers(self) -> list[tuple[nn.Module, str]]:
-        """Plain attributes that hold another number, text or flag than before: counters, mostly."""
+    def changed(self, *, by_value: bool = False) -> list[tuple[nn.Module, str]]:
+        """Attributes that were set, deleted or filled since: (module, name).
+
+        `by_value` takes a tensor with equal values for the same one.
+        """
         changed = []
-        for module, before in self._attributes:
-            for name, value in module.__dict__.items():
-                if isinstance(value, (int, float, str)) and name in before and before[name] != value:
+        for module, before in zip(self._modules, self._attributes, strict=True):
+            now = _attributes(module)
+            for name in {**before, **now}:
+                is_left = name in before and name in now and before[name].is_left(now[name], None, by_value)
+                if not is_left and name != "training":
                     changed.append((module, name))
         return changed
 
+    def changed_tree(self) -> list[tuple[nn.Module, str]]:
+        """Parameters and submodules that were registered or replaced since: (module, name)."""
+        changed = []
+        for module, before in zip(self._modules, self._registries, strict=True):
+            for registry in ("_parameters", "_modules"):
+                old, now = before[registry], module.__dict__[registry]
+                changed += [(module, name) for name in {**old, **now} if old.get(name) is not now.get(name)]
+        return changed
+
+    def written(self) -> set[int]:
+        """Positions of the parameters and buffers whose values are others than before."""
+        return {
+            index for index, (tensor, version, copy) in enumerate(self._tensors) if _is_written(tensor, version, copy)
+        }
+
     def restore(self) -> None:
         """Put everything back, in place."""
-        for module, buffers in self._buffers:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for tensor, version, clone in self._tensors:
-                # Batch norm writes its running statistics without counting it as a version.
-                written = tensor._version != version or not isinstance(tensor, nn.Parameter)
-                if written and not torch.equal(tensor, clone):
-                    tensor.copy_(clone)
-        for module, before in self._attributes:
-            for name in [name for name in module.__dict__ if name not in before and not name.startswith("_")]:
+        self.restore_tensors()
+        for module, registries in zip(self._modules, self._registries, strict=True):
+            for name, before in registries.items():
+                registry = module.__dict__[name]
+                if isinstance(before, set) or _is_other(before, registry):
+                    registry.clear()
+                    registry.update(before)
+        seen: set[int] = set()
+        for module, attributes in zip(self._modules, self._attributes, strict=True):
+            for name in [name for name in _attributes(module) if name not in attributes]:
                 del module.__dict__[name]
-            module.__dict__.update(before)
+            for name, attribute in attributes.items():
+                module.__dict__[name] = attribute.restore(seen)
+
+    def restore_tensors(self) -> None:
+        """Put the values of parameters and buffers back, and which tensor is registered as what."""
+        for module, registries in zip(self._modules, self._registries, strict=True):
+            module._buffers.update(registries["_buffers"])
+        with torch.no_grad():
+            for tensor, version, copy in self._tensors:
+                if copy is not None and _is_written(tensor, version, copy):
+                    tensor.copy_(copy)
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave torch's random streams as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
+def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules of a tree, and the originals whose Python code captured ones run."""
+    for child in module.modules():
+        yield child
+        origin = child.__dict__.get("_origin")
+        if isinstance(origin, nn.Module):
+            yield origin
+
+
+def _is_written(tensor: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
+    # Writes through `.data`, and those of batch norm into its statistics, don't count as a version.
+    if copy is None or (tensor._version == version and _is_untouched(tensor)):
+        return False
+    try:
+        return not torch.equal(tensor, copy)
+    except (RuntimeError, NotImplementedError):  # fake, sparse and quantized tensors can't always be compared
+        return tensor._version != version
+
+
+def _is_untouched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor still shares memory with the copy that was made of it."""
+    try:
+        return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _is_other(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return list(before) != list(now) or any(now[name] is not value for name, value in before.items())
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    registries = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return {name: value for name, value in module.__dict__.items() if name not in registries}
-
-
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    try:
-        return torch._lazy_clone(tensor.detach())
-    except (RuntimeError, NotImplementedError):
-        return tensor.detach().clone()
+    return {name: value for name, value in module.__dict__.items() if name not in _REGISTRIES}

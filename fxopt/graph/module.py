@@ -10,6 +10,12 @@ import torch.fx as fx
 from torch import nn
 
 _TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class GraphModule(fx.GraphModule):
@@ -24,14 +30,26 @@ class GraphModule(fx.GraphModule):
         root: the module whose tree is taken over. It is not copied.
         graphs: the graph of each mode (`True`: training), or of one mode where both are the same.
         name: what error messages and `repr` call the module; mostly the class name of the original.
+        origin: the original, where its own Python code is to be asked for more than `forward`: how it switches
+            modes, what its state is, and the attributes and methods that this module has not. It shares the
+            tree with this module.
     """
 
-    def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], name: str = "GraphModule"):
+    def __init__(
+        self,
+        root: nn.Module,
+        graphs: Mapping[bool, fx.Graph],
+        name: str = "GraphModule",
+        origin: nn.Module | None = None,
+    ):
         empty = fx.Graph()
         empty.output(None)
         super().__init__(nn.Module(), empty, name)
         for part in _TREE:
             self.__dict__[part] = root.__dict__[part]
+        for part in _STATE_HOOKS:
+            self.__dict__[part] = root.__dict__.get(part, self.__dict__[part])
+        self.__dict__["_origin"] = origin
         self.training = root.training
         self._graphs = dict(graphs)
         self._select()
@@ -45,9 +63,31 @@ class GraphModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> GraphModule:
         """Switch to training (or evaluation) mode, and to the graph of that mode where there are two."""
-        super().train(mode)
+        if self._origin is None:
+            super().train(mode)
+        else:
+            self._origin.train(mode)
+            self.training = self._origin.training
         self._select()
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        origin = self.__dict__.get("_origin")
+        if origin is None or name.startswith("__") or name in self._parameters or name in self._modules:
+            return super().__getattr__(name)
+        return getattr(origin, name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._origin is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        else:
+            self._origin._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._origin is None:
+            super()._load_from_state_dict(*args, **kwargs)
+        else:
+            self._origin._load_from_state_dict(*args, **kwargs)
 
     def recompile(self) -> Any:
         """Regenerate the code of the graph at hand (and drop what was compiled of the other one)."""

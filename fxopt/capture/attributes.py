@@ -1,0 +1,140 @@
+"""Plain attributes of modules at one moment: what they were, whether they changed, and how to put them back."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.traced import plain
+
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, torch.dtype)
+_DEPTH = 4
+
+
+class Attribute:
+    """A value and, where it is a container or a plain object, what it held.
+
+    Args:
+        value: any attribute of a module.
+        memo: what has been looked at in the same walk, by identity.
+        depth: how much deeper to look.
+    """
+
+    def __init__(self, value: Any, memo: dict[int, Attribute], depth: int = _DEPTH):
+        self.value = value = plain(value)
+        self.copy = lazy_copy(value) if isinstance(value, torch.Tensor) else None
+        self.version = value._version if self.copy is not None else 0
+        self.contents: Any = None
+        if isinstance(value, (*_NUMBERS, *_OPAQUE)) or depth == 0:
+            return
+        memo[id(value)] = self
+        kind, items = _contents(value)
+        if kind is dict:
+            self.contents = {key: look(item, memo, depth - 1) for key, item in items.items()}
+        elif kind is list:
+            self.contents = [look(item, memo, depth - 1) for item in items]
+        elif kind is set:
+            self.contents = set(items)
+
+    def is_left(self, now: Any, seen: set[int] | None = None, by_value: bool = False) -> bool:
+        """Whether the attribute is as it was: the same number, the same object with the same contents.
+
+        A write into a tensor is no change of the attribute: graphs keep those. `by_value` asks for equal
+        values instead, be it in another tensor.
+        """
+        seen = set() if seen is None else seen
+        if isinstance(self.value, _NUMBERS):
+            number = plain(now)
+            return type(number) is type(self.value) and (number == self.value or number != number)
+        if self.copy is not None and by_value:
+            return _equal(self.copy, now)
+        if now is not self.value and not (by_value and type(now) is type(self.value) and self.contents is not None):
+            return False
+        if self.contents is None or id(self) in seen:
+            return True
+        seen.add(id(self))
+        _, items = _contents(now)
+        if isinstance(self.contents, set):
+            return bool(self.contents == set(items))
+        if len(self.contents) != len(items):
+            return False
+        if isinstance(self.contents, dict):
+            return all(key in items and part.is_left(items[key], seen, by_value) for key, part in self.contents.items())
+        return all(part.is_left(item, seen, by_value) for part, item in zip(self.contents, items, strict=True))
+
+    def restore(self, seen: set[int] | None = None) -> Any:
+        """Put the contents back, in place, and return the value."""
+        seen = set() if seen is None else seen
+        if id(self) in seen:
+            return self.value
+        seen.add(id(self))
+        if self.copy is not None and self.value._version != self.version:
+            with torch.no_grad():
+                self.value.copy_(self.copy)
+        if self.contents is not None and not self.is_left(self.value):
+            _refill(self.value, self._old_contents(seen))
+        elif self.contents:
+            self._old_contents(seen)
+        return self.value
+
+    def _old_contents(self, seen: set[int]) -> Any:
+        if isinstance(self.contents, dict):
+            return {key: part.restore(seen) for key, part in self.contents.items()}
+        if isinstance(self.contents, list):
+            return [part.restore(seen) for part in self.contents]
+        return self.contents
+
+
+def look(value: Any, memo: dict[int, Attribute], depth: int = _DEPTH) -> Attribute:
+    """What `value` is now; the same object is looked at once a walk."""
+    known = memo.get(id(value))
+    return known if known is not None and known.value is value else Attribute(value, memo, depth)
+
+
+def _contents(value: Any) -> tuple[type | None, Any]:
+    if isinstance(value, dict):
+        return dict, value
+    if isinstance(value, (list, deque)):
+        return list, value
+    if isinstance(value, set):
+        return set, value
+    if type(value) is tuple:
+        return list, value
+    if type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
+        return dict, vars(value)
+    return None, None
+
+
+def _refill(value: Any, contents: Any) -> None:
+    if isinstance(value, tuple):
+        return
+    target = value if isinstance(value, (dict, list, deque, set)) else vars(value)
+    target.clear()
+    if isinstance(target, (dict, set)):
+        target.update(contents)
+    else:
+        target.extend(contents)
+
+
+def lazy_copy(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A copy that takes no memory until one of the two is written, where torch can do that; None where it has none."""
+    try:
+        return torch._lazy_clone(tensor.detach())
+    except (RuntimeError, NotImplementedError):
+        pass
+    try:
+        return tensor.detach().clone()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _equal(before: torch.Tensor, now: Any) -> bool:
+    if not isinstance(now, torch.Tensor) or now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    with torch.no_grad():
+        return bool(torch.allclose(now.detach(), before, rtol=0, atol=0, equal_nan=True))

@@ -1,0 +1,97 @@
+"""Which module is behind something that capture did not expect: an exception, or numbers drawn by Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.chance import RandomState
+from fxopt.errors import CaptureError
+from fxopt.graph import Source
+
+_TORCH = str(Path(torch.__file__).parent)
+_OWN = str(Path(__file__).parent)
+
+
+def paths_of(root: nn.Module) -> dict[int, str]:
+    """The first qualified name of each module below `root`, by identity."""
+    return {id(child): path for path, child in reversed(list(root.named_modules(remove_duplicate=False)))}
+
+
+def raised_in(error: BaseException, root: nn.Module) -> tuple[str, str]:
+    """The innermost module of `root` whose code was running when `error` was raised, and its line."""
+    paths = paths_of(root)
+    found, location = "", ""
+    for frame, line in _frames(error):
+        file = frame.f_code.co_filename
+        if file.startswith((_OWN, "<")):
+            continue
+        if not file.startswith(_TORCH):
+            location = str(Source(file, line))
+        running = frame.f_locals.get("self")
+        if isinstance(running, nn.Module) and not file.startswith(_TORCH):
+            found = paths.get(id(running), found)
+    return found, location
+
+
+def came_from(error: BaseException, root: nn.Module) -> None:
+    """Add a line to an error that the model's own forward raised, so that nobody looks for it in fxopt."""
+    _, location = raised_in(error, root)
+    where = f" at {location}" if location else ""
+    text = f"raised by the forward of '{type(root).__name__}' itself{where}, run as it is on the example inputs"
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+    elif error.__cause__ is None:
+        error.__cause__ = CaptureError(text)
+
+
+def drew_numbers(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Run `root` and see which modules draw numbers from Python's or numpy's streams."""
+    drew: dict[str, None] = {}
+    paths = paths_of(root)
+    stack: list[str] = [""]
+    last = [RandomState()]
+
+    def look() -> None:
+        if last[0].python_drew():
+            drew[stack[-1]] = None
+            last[0] = RandomState()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        look()
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        look()
+        stack.pop()
+
+    with _watched(enter, leave):
+        root(*args, **kwargs)
+    return list(drew)
+
+
+@contextmanager
+def _watched(enter: Any, leave: Any) -> Iterator[None]:
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next

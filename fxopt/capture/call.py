@@ -1,0 +1,63 @@
+"""One example call: its arguments, fresh each time, since a forward may write into them."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a module."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def fresh(self) -> Call:
+        """Copies that a forward may write into; what can't be copied is shared."""
+        both = (self.args, dict(self.kwargs))
+        try:
+            return Call(*copy.deepcopy(both))
+        except Exception:  # a tensor with a history, or whatever an object of the user's raises
+            memo: dict[int, Any] = {}
+            return Call(*pytree.tree_map(lambda leaf: _copied(leaf, memo), both))
+
+    def run(self, module: nn.Module) -> Any:
+        """Call `module` with fresh arguments."""
+        fresh = self.fresh()
+        return module(*fresh.args, **fresh.kwargs)
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse arguments that can be read once only.
+
+        Raises:
+            CaptureError: naming the argument.
+        """
+        for name, value in (*enumerate(self.args), *self.kwargs.items()):
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, (types.GeneratorType, map, filter, zip)):
+                    raise CaptureError(
+                        f"input {name!r} of '{type(module).__name__}' is a {type(leaf).__name__}, which can be read "
+                        "only once; capture runs the module more than once: give a list"
+                    )
+
+
+def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
+    if id(leaf) not in memo:
+        if isinstance(leaf, torch.Tensor):
+            memo[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        else:
+            try:
+                memo[id(leaf)] = copy.deepcopy(leaf)
+            except Exception:
+                memo[id(leaf)] = leaf
+    return memo[id(leaf)]

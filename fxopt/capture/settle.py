@@ -1,0 +1,185 @@
+"""Record again and again, each time with what could not be recorded left whole, until a recording is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fxopt.capture.blame import came_from, drew_numbers, paths_of, raised_in
+from fxopt.capture.call import Call
+from fxopt.capture.chance import RandomState
+from fxopt.capture.leaves import is_leaf
+from fxopt.capture.record import Recording, record
+from fxopt.capture.same import difference
+from fxopt.capture.state import State
+
+Reason = tuple[str, str]
+"""Why a module is opaque, and the user's line."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The last recording and what it left whole.
+
+    Attributes:
+        recording: complete but for modules in `opaque`; None where not even an incomplete one could be made.
+        opaque: path -> (reason, location); only "" where the module itself can't be recorded.
+        notes: what else to tell.
+    """
+
+    recording: Recording | None
+    opaque: Mapping[str, Reason]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Attempt:
+    recording: Recording | None
+    blocked: dict[str, Reason]
+    notes: dict[str, None] = field(default_factory=dict)
+
+
+def settle(root: nn.Module, call: Call, state: State, whole: Mapping[str, Reason], *, fake: bool = False) -> Settled:
+    """Record `root` until nothing blocks any more.
+
+    Args:
+        root: is afterwards as it was before.
+        call: the example.
+        state: of `root`, as it was before.
+        whole: modules that are to be left whole from the start.
+        fake: whether tensors have no values, so that what needs them raises.
+
+    Raises:
+        Exception: what the forward of `root` raises in eager, unchanged but for a note.
+    """
+    opaque = dict(whole)
+    while "" not in opaque:
+        attempt = _attempt(root, call, state, opaque, fake)
+        if not attempt.blocked:
+            return Settled(attempt.recording, opaque, tuple(attempt.notes))
+        if "" in attempt.blocked:
+            return Settled(attempt.recording, {"": attempt.blocked[""]}, tuple(attempt.notes))
+        opaque = _outermost(opaque | _further(attempt.blocked, opaque))
+    return Settled(None, {"": opaque[""]})
+
+
+def hooked_backward(root: nn.Module) -> dict[str, Reason]:
+    """Modules whose hooks on gradients a graph that records through them would lose."""
+    return {
+        path: (f"it has a hook on its gradients, which runs only where '{type(module).__name__}' is called", "")
+        for path, module in root.named_modules()
+        if (module._backward_hooks or module._backward_pre_hooks) and not (path and is_leaf(module))
+    }
+
+
+def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Reason], fake: bool) -> _Attempt:
+    began = RandomState()
+    try:
+        fresh = call.fresh()
+        recording = record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque))
+        attempt = _Attempt(recording, dict(recording.blocked))
+        if not fake:
+            _find_what_stays(attempt, root, call, state, began)
+    except Exception as error:
+        attempt = _Attempt(None, {})
+        state.restore()
+        began.restore()
+        if not fake:
+            _raise_if_eager_does(root, call, error)
+        path, location = raised_in(error, root)
+        what = "it needs values, which fake tensors don't have" if fake else "recording it failed"
+        attempt.blocked[path] = (f"{what} ({type(error).__name__}: {_first_line(error)})", location)
+    finally:
+        state.restore()
+        began.restore()
+    return attempt
+
+
+def _raise_if_eager_does(root: nn.Module, call: Call, error: Exception) -> None:
+    try:
+        call.run(root)
+    except Exception as eager:
+        came_from(eager, root)
+        raise eager from eager.__cause__
+
+
+def _find_what_stays(attempt: _Attempt, root: nn.Module, call: Call, state: State, began: RandomState) -> None:
+    """Block the modules whose calls leave something behind that the next call reads, and no graph keeps."""
+    assert attempt.recording is not None
+    paths = paths_of(root)
+    blocked, notes = attempt.blocked, attempt.notes
+    drew, built, changed = began.python_drew(), state.changed_tree(), state.changed()
+    for module, name in built:
+        _block(blocked, paths[id(module)], f"its forward registers '{name}', which a graph can't")
+    if changed and not built:
+        _compare_with_second_call(attempt, root, call, state, began, changed)
+    if drew:
+        state.restore()
+        began.restore()
+        fresh = call.fresh()
+        for path in drew_numbers(root, fresh.args, fresh.kwargs):
+            _block(blocked, path, "it draws from Python's or numpy's random numbers, which a graph can't")
+    for module, name in changed:
+        path = paths[id(module)]
+        if path not in blocked:
+            notes[f"'{name}', an attribute that the forward of '{path or type(root).__name__}' sets, is not kept"] = (
+                None
+            )
+
+
+def _compare_with_second_call(
+    attempt: _Attempt,
+    root: nn.Module,
+    call: Call,
+    state: State,
+    began: RandomState,
+    changed: list[tuple[nn.Module, str]],
+) -> None:
+    """A cache is filled once and changes nothing; a counter, a state or a first call that is special do."""
+    assert attempt.recording is not None
+    paths = paths_of(root)
+    written = state.written()
+    state.restore_tensors()
+    after = State(root)
+    began.restore()
+    try:
+        second = call.run(root)
+    except Exception as error:
+        for module, name in changed:
+            reason = f"its second call raises {type(error).__name__}, after '{name}' changed"
+            _block(attempt.blocked, paths[id(module)], reason)
+        return
+    for module, name in after.changed(by_value=True):
+        _block(attempt.blocked, paths[id(module)], f"each call changes its attribute '{name}', which a graph can't")
+    differs = difference(attempt.recording.output, second) is not None or after.written() != written
+    for module, name in changed if differs and not attempt.blocked else ():
+        _block(attempt.blocked, paths[id(module)], f"its second call does something else, by its attribute '{name}'")
+
+
+def _block(blocked: dict[str, Reason], path: str, reason: str) -> None:
+    blocked.setdefault(path, (reason, ""))
+
+
+def _further(blocked: Mapping[str, Reason], opaque: Mapping[str, Reason]) -> dict[str, Reason]:
+    """What to leave whole now. Where that is whole already, so is what holds it."""
+    further = {}
+    for path, reason in blocked.items():
+        outer = path
+        while outer in opaque:
+            outer = outer.rpartition(".")[0]
+        further[outer] = reason
+    return further
+
+
+def _outermost(opaque: Mapping[str, Reason]) -> dict[str, Reason]:
+    return {
+        path: reason
+        for path, reason in opaque.items()
+        if not any(path != other and (not other or path.startswith(f"{other}.")) for other in opaque)
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]

@@ -1,0 +1,107 @@
+"""The graphs of both modes of one module, from a recording in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from fxopt.capture.call import Call
+from fxopt.capture.chance import RandomState
+from fxopt.capture.guards import guard_mode
+from fxopt.capture.modes import merge_modes
+from fxopt.capture.record import Recording, record
+from fxopt.capture.state import State
+
+
+@dataclass(frozen=True)
+class TwoModes:
+    """What came of recording a module in both modes.
+
+    Attributes:
+        graphs: mode -> graph, or one graph for both under the mode at hand.
+        recordings: those that the graphs came from, in the order of their constants' names.
+        notes: why there is no graph for one of the modes.
+    """
+
+    graphs: dict[bool, fx.Graph]
+    recordings: tuple[Recording, ...]
+    notes: tuple[str, ...] = ()
+
+
+def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: frozenset[str], state: State) -> TwoModes:
+    """Record `root` in the mode that it is not in, and merge the two recordings where they differ in no path taken.
+
+    Leaves `root` as it was.
+    """
+    here = root.training
+    modes = {True: {}, False: {}, here: _modes(root, first)}  # type: dict[bool, dict[str, bool]]
+    began = RandomState()
+    children = [(child, child.training) for child in root.modules()]
+    root.train(not here)
+    try:
+        fresh = call.fresh()
+        other = record(root, fresh.args, fresh.kwargs, opaque=opaque)
+        changed = state.changed_tree() or [
+            (module, name) for module, name in state.changed() if isinstance(getattr(module, name, None), (int, float))
+        ]
+        if changed:
+            why: str | None = f"its forward changes its attribute '{changed[0][1]}'"
+        elif other.blocked:
+            reason, location = next(iter(other.blocked.values()))
+            why = f"{reason} ({location})"
+        else:
+            why = None
+            modes[not here] = _modes(root, other)
+    except Exception as error:  # whatever the user's forward raises in that mode
+        why = f"it raises {type(error).__name__}: {error}"
+    finally:
+        state.restore()
+        began.restore()
+        for child, training in children:
+            child.training = training
+    if why is not None:
+        reason = f"in {'evaluation' if here else 'training'} mode {why}"
+        _guard(first.graph, {"": here}, reason)
+        return TwoModes({here: first.graph}, (first,), (f"captured for one mode only: {reason}",))
+    return _combine(here, first, other, modes)
+
+
+def _combine(here: bool, first: Recording, other: Recording, modes: dict[bool, dict[str, bool]]) -> TwoModes:
+    evaluation, training = (other, first) if here else (first, other)
+    if _same_constants(evaluation, training) and merge_modes(evaluation.graph, training.graph):
+        # A part that both recordings found in one mode is not asked for it again.
+        fixed = {path: mode for path, mode in modes[here].items() if modes[not here].get(path) is mode}
+        _guard(evaluation.graph, fixed, "part of the module, kept in that mode by its train()")
+        return TwoModes({here: evaluation.graph}, (evaluation,))
+    for mode, recording in ((False, evaluation), (True, training)):
+        _guard(recording.graph, modes[mode], "the two modes take different paths, and are switched for the whole only")
+    return TwoModes({False: evaluation.graph, True: training.graph}, (evaluation, training))
+
+
+def _modes(root: nn.Module, recording: Recording) -> dict[str, bool]:
+    return {path: root.get_submodule(path).training for path in sorted(recording.asked_mode)}
+
+
+def _guard(graph: fx.Graph, modes: dict[str, bool], reason: str) -> None:
+    start = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    if start is None:
+        return
+    with graph.inserting_before(start):
+        for path, mode in modes.items():
+            # Nested names are as valid as flat ones; torch warns where it cannot see them.
+            flag = graph.create_node("get_attr", f"{path}.training" if path else "training")
+            graph.call_function(guard_mode, (flag, mode, f"'{path}'" if path else "the module", reason))
+
+
+def _same_constants(left: Recording, right: Recording) -> bool:
+    if len(left.met) != len(right.met):
+        return False
+    for one, other in zip(left.met, right.met, strict=True):
+        if one.tensor.shape != other.tensor.shape or one.tensor.dtype != other.tensor.dtype:
+            return False
+        if one.tensor is not other.tensor and not torch.equal(one.tensor, other.tensor):
+            return False
+    return True

@@ -1,0 +1,482 @@
+"""Modules that do what few do, each a `Case` by name: capture keeps it in a graph, or leaves it whole with a reason."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.models import Case, normal
+
+
+class Counter(nn.Module):
+    """Counts its calls in a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+class BufferCounter(nn.Module):
+    """Counts its calls in a buffer that it assigns anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return self.fc(x) * self.count
+
+
+class HiddenState(nn.Module):
+    """Keeps a tensor from one call to the next, unregistered."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(8, 4)
+        self.state = torch.zeros(2, 4)
+
+    def forward(self, x):
+        self.state = torch.tanh(self.cell(torch.cat([x[:2], self.state.detach()], -1)))
+        return self.state
+
+
+class History(nn.Module):
+    """Appends to a list in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.seen: deque[int] = deque(maxlen=10)
+
+    def forward(self, x):
+        self.seen.append(len(self.seen))
+        return self.fc(x) + len(self.seen)
+
+
+class ShapeCache(nn.Module):
+    """Keeps positions for the longest input so far: a cache, not a counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.rows = 0
+        self.positions: torch.Tensor | None = None
+
+    def forward(self, x):
+        if self.positions is None or self.rows != x.shape[0]:
+            self.rows = x.shape[0]
+            self.positions = torch.arange(x.shape[0]).unsqueeze(1) / 10
+        return self.fc(x) + self.positions
+
+
+class LastValue(nn.Module):
+    """Leaves what it computed for others to look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.last = None
+
+    def forward(self, x):
+        self.last = torch.softmax(self.fc(x), -1)
+        return self.last * x
+
+
+class InitializedByData(nn.Module):
+    """Sets its parameters from the first batch that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(4))
+        self.ready = False
+
+    def forward(self, x):
+        if not self.ready:
+            self.shift.data.copy_(x.mean(0))
+            self.ready = True
+        return x - self.shift
+
+
+class BuiltByForward(nn.Module):
+    """Makes a layer in its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer: nn.Module | None = None
+
+    def forward(self, x):
+        if self.layer is None:
+            self.layer = nn.Linear(x.shape[1], 3)
+        return self.layer(x)
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class WithinNoGrad(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(4, 4)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = torch.relu(self.frozen(x))
+        return self.fc(y) + self.frozen(x).detach()
+
+
+class Decorated(WithinNoGrad):
+    @torch.no_grad()
+    def features(self, x):
+        return self.frozen(x)
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+class WithinAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.fc(x) @ x.T
+        with torch.autocast("cpu", enabled=False):
+            return y.float().sum(-1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(checkpoint(lambda y: torch.tanh(self.a(y)), x, use_reentrant=False))
+
+
+class Double(torch.autograd.Function):
+    """Its backward is not what autograd would derive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 7
+
+
+class OwnBackward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return Double.apply(self.fc(x)) + 1
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.script = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+    def forward(self, x):
+        return self.script(self.fc(x))
+
+
+class Vmapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.func.vmap(lambda row: torch.tanh(row @ self.weight).sum())(x)
+
+
+class InnerGradient(nn.Module):
+    """Computes a gradient within its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+
+    def forward(self, x):
+        y = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.fc(y).pow(2).sum(), y, create_graph=True)
+        return x + slope
+
+
+class BackwardHooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.block.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 3,))
+
+    def forward(self, x):
+        return self.block(x * 2)
+
+
+class TensorHooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.fc(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * 3)
+        return y * 2
+
+
+class Hooked(nn.Module):
+    """Forward hooks on the root, on a container and on a leaf."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.block.register_forward_hook(lambda module, inputs, output: output * 2)
+        self.block[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+        self.register_forward_hook(lambda module, inputs, output: output - 1)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class FrozenNorm(nn.Module):
+    """Keeps its batch norm in evaluation mode whatever the caller says: `train` is overridden."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.bn = nn.BatchNorm1d(4)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+    def forward(self, x):
+        return self.bn(self.fc(x))
+
+
+class FunctionalNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+class Noise(nn.Module):
+    """Two paths by mode, inside a module with parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        if self.training:
+            return x + torch.randn_like(x) * self.scale
+        return x * self.scale
+
+
+class PartlyFrozen(nn.Module):
+    """Parts that are left in evaluation mode while the rest trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = FunctionalNorm()
+        self.noise = Noise()
+        self.frozen_norm = FunctionalNorm()
+        self.frozen_noise = Noise()
+
+    def forward(self, x):
+        return self.frozen_noise(self.frozen_norm(self.noise(self.norm(x))))
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class Shapes(nn.Module):
+    """Nested inputs and outputs: dicts, lists, named tuples, an input that is an output, None."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, data, *, scale=2.0, flag=None):
+        left, rest = data["left"], data["rest"]
+        total = self.fc(left) + sum(rest) * scale
+        return {"pair": Pair(total, left), "none": None, "list": [left, {"n": len(rest), "rows": left.shape[0]}]}
+
+
+class Attributes(nn.Module):
+    """Opaque code that calls a method of its child, and reads attributes of it, besides calling it."""
+
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.table = {"gain": 3.0}
+
+        def score(self, x):
+            return self.fc(x).sum()
+
+        def forward(self, x):
+            return torch.relu(self.fc(x))
+
+    def __init__(self):
+        super().__init__()
+        self.child = self.Child()
+
+    def forward(self, x):
+        if self.child.score(x).item() > 0:
+            return self.child(x) * self.child.table["gain"]
+        return -self.child(x)
+
+
+class SharedExpert(nn.Module):
+    """Opaque code that calls one module under two names, and a graph that calls it as well."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.experts = nn.ModuleList([shared, nn.Sequential(nn.Linear(4, 4), nn.ReLU()), shared])
+
+    def forward(self, x):
+        return self.experts[int(x.sum() > 0) * 2](x) + self.experts[1](x)
+
+
+class OpaqueInside(nn.Module):
+    """A router in the middle of layers that are captured, and which shares an activation with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.route = SharedExpert()
+        self.last = nn.Sequential(nn.Linear(4, 4), self.first[1])
+
+    def forward(self, x):
+        return self.last(self.route(self.first(x)))
+
+
+class ModeInsideOpaque(nn.Module):
+    """Opaque code around a child that takes two paths by mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = Noise()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.noise(x)
+        return self.fc(y) if y.sum().item() > 0 else y
+
+
+class FailsInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.training:
+            raise NotImplementedError("inference only")
+        return self.fc(x)
+
+
+class OpaqueInTraining(nn.Module):
+    """A graph in evaluation; in training it decides on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.fc(x)
+        if self.training and y.sum().item() > 0:
+            return y * 2
+        return y
+
+
+class PlainWritten(nn.Module):
+    """Writes in place into a tensor that is not registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = torch.zeros(4)
+
+    def forward(self, x):
+        self.total.add_(x.detach().mean(0))
+        return x + self.total
+
+
+class WritesInput(nn.Module):
+    def forward(self, x):
+        x[:, 0] = 0
+        x.mul_(2)
+        return x + 1
+
+
+ODD: dict[str, Case] = {
+    "counter": Case(Counter, normal(3, 4)),
+    "buffer_counter": Case(BufferCounter, normal(3, 4)),
+    "hidden_state": Case(HiddenState, normal(3, 4)),
+    "history": Case(History, normal(3, 4)),
+    "shape_cache": Case(ShapeCache, normal(3, 4)),
+    "last_value": Case(LastValue, normal(3, 4)),
+    "initialized_by_data": Case(InitializedByData, normal(3, 4)),
+    "within_no_grad": Case(WithinNoGrad, normal(3, 4)),
+    "decorated": Case(Decorated, normal(3, 4)),
+    "within_autocast": Case(WithinAutocast, normal(3, 4)),
+    "checkpointed": Case(Checkpointed, normal(3, 4)),
+    "own_backward": Case(OwnBackward, normal(3, 4)),
+    "scripted": Case(Scripted, normal(3, 4)),
+    "vmapped": Case(Vmapped, normal(3, 4)),
+    "inner_gradient": Case(InnerGradient, normal(3, 4)),
+    "backward_hooked": Case(BackwardHooked, normal(3, 4)),
+    "tensor_hooked": Case(TensorHooked, normal(3, 4)),
+    "hooked": Case(Hooked, normal(3, 4)),
+    "frozen_norm": Case(FrozenNorm, normal(3, 4)),
+    "functional_norm": Case(FunctionalNorm, normal(3, 4)),
+    "noise": Case(Noise, normal(3, 4)),
+    "partly_frozen": Case(PartlyFrozen, normal(3, 4)),
+    "shapes": Case(
+        Shapes, lambda: ({"left": torch.randn(3, 4), "rest": [torch.randn(3, 4), torch.randn(3, 4)]},), {"scale": 0.5}
+    ),
+    "attributes": Case(Attributes, normal(3, 4)),
+    "shared_expert": Case(SharedExpert, normal(3, 4)),
+    "opaque_inside": Case(OpaqueInside, normal(3, 4)),
+    "mode_inside_opaque": Case(ModeInsideOpaque, normal(3, 4)),
+    "opaque_in_training": Case(OpaqueInTraining, normal(3, 4)),
+    "plain_written": Case(PlainWritten, normal(3, 4)),
+    "writes_input": Case(WritesInput, normal(3, 4)),
+}
+"""Modules that run in both modes, and whose state follows from the calls alone."""
