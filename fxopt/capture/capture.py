@@ -48,7 +48,9 @@ def capture(
     call.check(module)
     duplicate = independent_copy(module)
     with random_state_kept():
-        graph_module, found = Builder(check=check).build(duplicate, call, "")
+        builder = Builder(check=check)
+        notes = builder.materialize(duplicate, call)
+        graph_module, found = builder.build(duplicate, call, "")
         return Captured(
             module=graph_module,
             inputs=inputs,
@@ -56,7 +58,7 @@ def capture(
             opaque=tuple(found.opaque),
             guards=tuple(found.guards),
             constants=tuple(found.constants),
-            notes=tuple(found.notes),
+            notes=(*notes, *found.notes),
             seconds=time.perf_counter() - began,
             forward_seconds=found.forward_seconds,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -21,6 +22,8 @@ def independent_copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in (*module.parameters(), *module.buffers()):
+        if is_lazy(tensor):
+            continue
         memo[id(tensor)] = _copy_tensor(tensor, storages)
     for child in module.modules():
         if isinstance(child, torch.jit.ScriptModule) and id(child) not in memo:

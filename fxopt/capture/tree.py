@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.capture.below import calls_from, put_graphs_below, with_unchosen
+from fxopt.capture.blame import came_from
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Constant, Opaque
 from fxopt.capture.chance import RandomState
@@ -72,6 +74,25 @@ class Builder:
         if problem is not None:
             return self.build(root, call, path, {"": (f"as a graph {problem}", "")})
         return module, found
+
+    def materialize(self, root: nn.Module, call: Call) -> tuple[str, ...]:
+        """Give lazy parameters their shapes, by one forward, and say so."""
+        lazy = [name for name, parameter in root.named_parameters() if is_lazy(parameter)]
+        if not lazy:
+            return ()
+        began, modes = RandomState(), [(child, child.training) for child in root.modules()]
+        root.eval()
+        try:
+            with torch.no_grad():
+                call.run(root)
+        except Exception as error:
+            came_from(error, root)
+            raise
+        finally:
+            began.restore()
+            for child, training in modes:
+                child.training = training
+        return (f"lazy parameters got the shapes that the example asks for: {', '.join(lazy)}",)
 
     def _two_modes(
         self, root: nn.Module, call: Call, state: State, settled: Settled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def step(module: nn.Module, args: tuple[Any, ...], kwargs: Any, seed: int = 0) -
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and _may_require_grad(module):
             leaf.requires_grad_()
     torch.manual_seed(seed)
+    random.seed(seed)
     module.zero_grad(set_to_none=True)
     output = module(*args, **kwargs)
     differentiable = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import deque
 from typing import Any, NamedTuple
@@ -438,6 +439,17 @@ class PlainWritten(nn.Module):
         return x + self.total
 
 
+class PythonDropout(nn.Module):
+    """Skips its layer by Python's own random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if random.random() > 0.5 else x
+
+
 class WritesInput(nn.Module):
     def forward(self, x):
         x[:, 0] = 0
@@ -477,6 +489,7 @@ ODD: dict[str, Case] = {
     "mode_inside_opaque": Case(ModeInsideOpaque, normal(3, 4)),
     "opaque_in_training": Case(OpaqueInTraining, normal(3, 4)),
     "plain_written": Case(PlainWritten, normal(3, 4)),
+    "python_dropout": Case(PythonDropout, normal(3, 4)),
     "writes_input": Case(WritesInput, normal(3, 4)),
 }
 """Modules that run in both modes, and whose state follows from the calls alone."""
