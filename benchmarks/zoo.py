@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import gc
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
@@ -25,15 +25,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 import torch
-
-from fxopt.bench import fingerprint
 from zoo_models import from_timm, from_torch, from_torchvision, from_transformers
 from zoo_models.check import check
 from zoo_models.specimen import Specimen
 from zoo_models.table import summary, table
+
+from fxopt.bench import fingerprint
 
 LIBRARIES: dict[str, Callable[[], Iterator[Specimen]]] = {
     "torch": from_torch.specimens,

@@ -77,9 +77,10 @@ _DUNDERS = {
 
 def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
     """How an fx node calls `function`: ("call_method" or "call_function", target, arguments)."""
-    name = _method_name(function)
-    if name is None:
+    method = _method_name(function)
+    if method is None:
         return "call_function", function, args
+    name = method
     if len(args) <= 2 and not kwargs and name in _OPERATORS and (len(args) == 2 or name == "neg"):
         return "call_function", _OPERATORS[name], args
     if name in _OPERATORS and name.startswith("__"):

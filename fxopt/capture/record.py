@@ -18,9 +18,11 @@ from fxopt.capture.captured import Guard
 from fxopt.capture.interception import intercept
 from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
-from fxopt.capture.recorder import Met, Recorder, Unrecordable
+from fxopt.capture.recorder import Recorder
 from fxopt.capture.signature import bind, call_as_given, record_inputs
-from fxopt.capture.traced import plain
+from fxopt.capture.structure import without_numbers
+from fxopt.capture.tape import Unrecordable
+from fxopt.capture.tensors import Met, Origin
 from fxopt.graph import Source
 
 
@@ -108,15 +110,19 @@ class _Run:
                 return call(module, *args, **kwargs)
         finally:
             recorder.active = True
-        depends, shape = recorder._provenance("", args, kwargs)
+        origin = recorder.origin("", args, kwargs)
         if path in self.opaque or training:
-            depends = Depends.DATA
+            origin = Origin(Depends.DATA, origin.shape, Depends.DATA)
         with recorder.paused():
-            result = call(module, *_numbers(args), **_numbers(kwargs))
+            result = call(module, *without_numbers(args), **without_numbers(kwargs))
         recorder.active = False
         try:
             node = recorder.emit("call_module", path, node_args, node_kwargs)
-            return recorder.adopt(node, result, depends, shape)
+            if path in self.opaque:
+                recorder.take_up_changes((args, kwargs))
+                if any(isinstance(leaf, bool) for leaf in pytree.tree_leaves(result)):
+                    recorder.block(f"'{path}', which is opaque, returns a flag that it may decide on")
+            return recorder.adopt(node, result, origin)
         finally:
             recorder.active = True
 
@@ -204,7 +210,7 @@ def record(
     recorder.done = True
     return Recording(
         graph=recorder.graph,
-        output=_numbers(output),
+        output=without_numbers(output),
         blocked=recorder.blocked,
         examples=run.examples,
         guards=tuple(recorder.guards),
@@ -234,11 +240,6 @@ def _record_reassigned(recorder: Recorder, module: nn.Module, before: Mapping[st
             continue
         target = recorder.known(old).node
         recorder.emit("call_method", "copy_", (target, recorder.known(after).node))
-
-
-def _numbers(value: Any) -> Any:
-    """A structure without traced numbers."""
-    return pytree.tree_map(plain, value)
 
 
 def _kept(value: Any) -> Any:

@@ -109,7 +109,7 @@ class Recorder(Decisions, TorchFunctionMode):
             if known.shape is Depends.CONSTANT:
                 return value
             return torch.Size([self.size(known, dim, size) for dim, size in enumerate(value)])
-        if name == "device" and self.values.get(tensor) is not None:
+        if name == "device" and tensor in self.values:
             self._devices[id(value)] = (value, self.emit("call_function", getattr, (self.known(tensor).node, name)))
         if name in operators.TENSOR_PROPERTIES and isinstance(value, torch.Tensor):
             known = self.known(tensor)

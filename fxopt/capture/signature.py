@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import nn
 from fxopt.capture.guards import guard_input, guard_rank
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
+from fxopt.capture.tensors import Origin
 
 _MISSING = inspect.Parameter.empty
+_GIVEN = Origin(Depends.DATA, Depends.SHAPE, numbers=Depends.SHAPE, given=True)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -63,31 +64,13 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
         node = recorder.graph.create_node("placeholder", prefix + name, default, {}, name)
         nodes.append((name, node, value))
     for name, node, value in nodes:
-        bound.arguments[name] = recorder.adopt(node, value, Depends.DATA, Depends.SHAPE)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            bound.arguments[name].depends = Depends.SHAPE
-        _guard(recorder, node, value, name)
+        bound.arguments[name] = recorder.adopt(node, value, _GIVEN)
+        if isinstance(value, torch.Tensor):
+            recorder.emit("call_function", guard_rank, (node, value.dim(), name))
         if name not in given and isinstance(value, (int, float)) and not isinstance(value, bool):
             recorder.emit("call_function", guard_input, (node, value, name))
     for name in set(parameters) - given:
         del bound.arguments[name]
-
-
-def _guard(recorder: Recorder, node: Any, value: Any, name: str) -> None:
-    if isinstance(value, torch.Tensor):
-        recorder.emit("call_function", guard_rank, (node, value.dim(), name))
-    elif value is None or isinstance(value, (bool, str)):
-        recorder.emit("call_function", guard_input, (node, value, name))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            if item is None or isinstance(item, (bool, str)):
-                part = recorder.emit("call_function", operator.getitem, (node, index))
-                recorder.emit("call_function", guard_input, (part, item, f"{name}[{index}]"))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if item is None or isinstance(item, (bool, str)):
-                part = recorder.emit("call_function", operator.getitem, (node, key))
-                recorder.emit("call_function", guard_input, (part, item, f"{name}[{key!r}]"))
 
 
 def _is_literal(value: Any) -> bool:

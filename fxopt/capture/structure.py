@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.capture.traced import Traced, plain
+
 
 class Build:
     """A node's target that builds an object of one class from its parts, without running its `__init__`."""
@@ -77,3 +79,36 @@ def items_of(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return list(value)
     return None
+
+
+def put_item(container: Any, key: Any, item: Any) -> None:
+    """Set an item as its base class does: model outputs override it to set attributes as well."""
+    (dict if isinstance(container, dict) else list).__setitem__(container, key, item)
+
+
+def put_attribute(value: Any, name: str, item: Any) -> None:
+    """Set an attribute, of a frozen dataclass too."""
+    value.__dict__[name] = item
+
+
+def without_numbers(value: Any, seen: set[int] | None = None) -> Any:
+    """The same value with plain numbers for traced ones. Lists, dicts and objects are changed in place."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Traced):
+        return plain(value)
+    if type(value) in (tuple, torch.Size):
+        return type(value)(without_numbers(item, seen) for item in value)
+    items, attributes = items_of(value), attributes_of(value)
+    if (items is None and not attributes) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, (dict, list)):
+        for key, item in items.items() if isinstance(items, dict) else enumerate(items):
+            replaced = without_numbers(item, seen)
+            if replaced is not item:
+                put_item(value, key, replaced)
+    for name, item in (attributes or {}).items():
+        replaced = without_numbers(item, seen)
+        if replaced is not item:
+            put_attribute(value, name, replaced)
+    return value

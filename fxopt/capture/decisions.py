@@ -1,0 +1,83 @@
+"""Numbers that remember their nodes, and guards for what Python code decides on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.capture.captured import Guard
+from fxopt.capture.describe import describe
+from fxopt.capture.frames import user_source
+from fxopt.capture.guards import guard, guard_tensor
+from fxopt.capture.objects import Objects
+from fxopt.capture.provenance import Depends
+from fxopt.capture.tensors import Value
+from fxopt.capture.traced import Traced, traced
+
+_NEGATION = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
+
+
+class Decisions(Objects):
+    """What traced numbers report: arithmetic becomes nodes, comparisons become guards."""
+
+    def __init__(self, tensors: Mapping[int, str]) -> None:
+        super().__init__(tensors)
+        self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._compared: set[Any] = set()
+
+    def size(self, known: Value, dim: int, size: int) -> Any:
+        """A size of a tensor as a traced number."""
+        key = (known.node, dim)
+        if key not in self._sizes:
+            self._sizes[key] = self.emit("call_method", "size", (known.node, dim))
+        return traced(size, self._sizes[key], known.shape, self)
+
+    def arithmetic(self, function: Callable[..., Any], operands: tuple[Any, ...], result: Any) -> Any:
+        """Record an operation on numbers and return the traced result."""
+        if not self.active:
+            return result
+        depends = max(value.depends for value in operands if isinstance(value, Traced))
+        node = self.emit("call_function", function, tuple(self.argument(value) for value in operands))
+        return traced(result, node, depends, self)
+
+    def compared(self, relation: str, left: Traced, right: Any, answer: bool) -> None:
+        """Guard the answer of a comparison of traced numbers, unless it depends on the values of the input."""
+        if self.done or (isinstance(right, Traced) and right.trace is self and right.node is left.node):
+            return
+        depends = max(left.depends, right.depends) if isinstance(right, Traced) else left.depends
+        negated = relation if answer else _NEGATION[relation]
+        assumption = f"{describe(left.node)} {negated} {describe(self.argument(right))}"
+        if depends is Depends.DATA:
+            self.block(f"it decides on a number that depends on the values of the input ({assumption})")
+        else:
+            self._guard(left.node, relation, self.argument(right), answer, assumption)
+
+    def decided(self, node: fx.Node, answer: bool, depends: Depends, what: str) -> None:
+        """Guard the answer of a question to a tensor, unless it depends on the values of the input."""
+        if depends is Depends.DATA:
+            self.block(f"it decides on the value of a tensor ({what}), which depends on the input")
+        else:
+            self._guard(node, "==", answer, True, f"{describe(node)} is {answer}")
+
+    def read_whole(self, tensor: torch.Tensor) -> None:
+        """Guard all values of a tensor."""
+        known = self.known(tensor)
+        if self.depends(tensor) is Depends.CONSTANT:
+            return
+        kept = tensor.detach().clone()
+        assumption, location = f"the values of {known.node.name}", str(user_source() or "")
+        self.guards[Guard(assumption, location)] = None
+        expected = self.known(kept).node
+        self.emit("call_function", guard_tensor, (known.node, expected, assumption, location))
+
+    def _guard(self, node: fx.Node, relation: str, expected: Any, answer: bool, assumption: str) -> None:
+        key = (node, relation, expected, answer)
+        if key in self._compared:
+            return
+        self._compared.add(key)
+        location = str(user_source() or "")
+        self.guards[Guard(assumption, location)] = None
+        self.emit("call_function", guard, (node, relation, expected, answer, assumption, location))

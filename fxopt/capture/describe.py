@@ -1,0 +1,41 @@
+"""Nodes in words."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch.fx as fx
+
+_SYMBOLS: dict[Any, str] = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+    operator.pow: "**",
+}
+
+
+def describe(value: Any) -> str:
+    """A node as its user would write it: `x.shape[2] // 2`."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    if value.op == "call_method" and value.target == "size":
+        return f"{describe(value.args[0])}.shape[{value.args[1]}]"
+    if (
+        value.op == "call_function"
+        and len(value.args) == 2
+        and value.target in _SYMBOLS
+        and "tensor_meta" not in value.meta
+    ):
+        return f"({describe(value.args[0])} {_SYMBOLS[value.target]} {describe(value.args[1])})"
+    if value.op == "call_function" and value.target in (getattr, operator.getitem):
+        owner, part = value.args[0], value.args[1]
+        return f"{describe(owner)}.{part}" if value.target is getattr else f"{describe(owner)}[{part!r}]"
+    if value.op == "call_method" and value.target == "item":
+        return f"{describe(value.args[0])}.item()"
+    if value.op in ("get_attr", "call_module"):
+        return str(value.target)
+    return value.name

@@ -1,0 +1,177 @@
+"""What is known of each tensor while a module is recorded: its node, and what its values and shape depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeGuard, cast
+
+import torch
+import torch.fx as fx
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxopt.capture import operators
+from fxopt.capture.frames import user_source
+from fxopt.capture.provenance import Depends
+from fxopt.capture.tape import Tape
+from fxopt.capture.traced import Traced
+
+
+class Origin(NamedTuple):
+    """What a result depends on.
+
+    Attributes:
+        values: what the values of its tensors depend on.
+        shape: what their shapes do.
+        numbers: what Python numbers in it do.
+        given: whether it is an input, so that a guard can check what it holds besides tensors and numbers.
+    """
+
+    values: Depends
+    shape: Depends
+    numbers: Depends
+    given: bool = False
+
+
+@dataclass
+class Value:
+    """What is known of a tensor: the node that computes it, what its values and its shape depend on."""
+
+    node: fx.Node
+    depends: Depends
+    shape: Depends
+
+
+@dataclass(frozen=True)
+class Met:
+    """An unregistered tensor that the forward used, and who used it."""
+
+    tensor: torch.Tensor
+    name: str
+    path: str
+    location: str
+
+
+class Tensors(Tape):
+    """Tensors and their nodes.
+
+    Args:
+        tensors: qualified name of each parameter and buffer, by identity.
+
+    Attributes:
+        values: what is known of each tensor.
+        met: unregistered tensors.
+        arrays: names of those of them that were made of arrays.
+    """
+
+    def __init__(self, tensors: Mapping[int, str]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.values = WeakTensorKeyDictionary()
+        self.met: list[Met] = []
+        self.arrays: set[Any] = set()
+        self._written: dict[int, Depends] = {}
+
+    def owns(self, value: Any) -> TypeGuard[Traced]:
+        """Whether a value is a number that is traced by this recording, not by one before."""
+        return isinstance(value, Traced) and cast("object", value.trace) is self
+
+    def known(self, tensor: torch.Tensor) -> Value:
+        """What is known of a tensor; a parameter, buffer or constant is met here for the first time."""
+        value: Value | None = self.values.get(tensor)  # type: ignore[no-untyped-call]
+        if value is None:
+            name = self.tensors.get(id(tensor))
+            if name is None:
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    self.block("it uses a tensor that was computed before or outside of what torch lets be recorded")
+                name = f"_constant_{len(self.met)}"
+                self.met.append(Met(tensor, name, self.path, str(user_source() or "")))
+            value = Value(self.emit("get_attr", name), Depends.CONSTANT, Depends.CONSTANT)
+            value.node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
+            self.values[tensor] = value
+        return value
+
+    def adopt_tensor(self, node: fx.Node, tensor: torch.Tensor, origin: Origin) -> torch.Tensor:
+        """Let `node` stand for a tensor."""
+        if tensor.layout is torch.strided and self._written and tensor not in self.values:
+            fresh = tensor._base is None and tensor.grad_fn is None and id(tensor) not in self.tensors
+            if fresh:
+                # The memory of a tensor that is gone.
+                self._written.pop(tensor.untyped_storage()._cdata, None)
+        self.values[tensor] = Value(node, origin.values, origin.shape)
+        if tensor.layout is torch.strided and not tensor.is_quantized:
+            node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
+        return tensor
+
+    def depends(self, tensor: torch.Tensor) -> Depends:
+        """What the values of a tensor depend on, with what was written into its memory through others."""
+        value = self.known(tensor)
+        if not self._written or tensor.layout is not torch.strided:
+            return value.depends
+        return max(value.depends, self._written.get(tensor.untyped_storage()._cdata, Depends.CONSTANT))
+
+    def note_write(self, tensor: torch.Tensor, depends: Depends) -> None:
+        """Note that values that depend on `depends` were written into a tensor."""
+        value = self.known(tensor)
+        value.depends = max(value.depends, depends)
+        if tensor.layout is torch.strided:
+            key = tensor.untyped_storage()._cdata
+            self._written[key] = max(depends, self._written.get(key, Depends.CONSTANT))
+
+    def origin(self, name: str, args: Any, kwargs: Any) -> Origin:
+        """What the result of a call depends on, by what it is given and by the function's name."""
+        depends = shape = Depends.CONSTANT
+        by_number = name not in operators.ELEMENTWISE
+        boolean_index = False
+        for leaf in leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                depends = max(depends, self.depends(leaf))
+                shape = max(shape, self.known(leaf).shape)
+                boolean_index = boolean_index or leaf.dtype in (torch.bool, torch.uint8)
+            elif self.owns(leaf):
+                depends = max(depends, leaf.depends)
+                if by_number and isinstance(leaf, int):
+                    shape = max(shape, leaf.depends)
+        if (
+            name in operators.SIZED_BY_VALUES
+            or (name in ("__getitem__", "index") and boolean_index)
+            or (name == "where" and len(args) == 1)
+        ):
+            shape = max(shape, depends)
+        if name in operators.SHAPE_ONLY:
+            depends = shape
+        if name in operators.RANDOM or _drops(name, args, kwargs):
+            depends = Depends.DATA
+        return Origin(depends, shape, depends)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What plain lists, tuples, dicts and slices hold."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, slice):
+        yield from (value.start, value.stop, value.step)
+    else:
+        yield value
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether there is a tensor among the leaves."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in leaves(value))
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node computes a tensor."""
+    return "tensor_meta" in node.meta
+
+
+def _drops(name: str, args: Any, kwargs: Any) -> bool:
+    if "dropout" not in name:
+        return False
+    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    return bool(training)
