@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.capture.copy_on_write import lazy_copy
 from fxopt.capture.traced import plain
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
@@ -119,18 +120,6 @@ def _refill(value: Any, contents: Any) -> None:
         target.update(contents)
     else:
         target.extend(contents)
-
-
-def lazy_copy(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A copy that takes no memory until one of the two is written, where torch can do that; None where it has none."""
-    try:
-        return torch._lazy_clone(tensor.detach())
-    except (RuntimeError, NotImplementedError):
-        pass
-    try:
-        return tensor.detach().clone()
-    except (RuntimeError, NotImplementedError):
-        return None
 
 
 def _equal(before: torch.Tensor, now: Any) -> bool:

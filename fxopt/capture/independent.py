@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxopt.capture.copy_on_write import lazy_copy
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -73,10 +75,9 @@ def _copy_tensor(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
     key = storage._cdata
     if key not in storages:
         whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-        try:
-            storages[key] = torch._lazy_clone(whole).untyped_storage()
-        except (RuntimeError, NotImplementedError):
-            storages[key] = whole.clone().untyped_storage()
+        duplicate_storage = lazy_copy(whole)
+        assert duplicate_storage is not None
+        storages[key] = duplicate_storage.untyped_storage()
     shared = torch.empty(0, dtype=value.dtype, device=value.device)
     shared.set_(storages[key], value.storage_offset(), value.shape, value.stride())
     if not isinstance(tensor, nn.Parameter):

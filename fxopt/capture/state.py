@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fxopt.capture.attributes import Attribute, lazy_copy, look
+from fxopt.capture.attributes import Attribute, look
 from fxopt.capture.chance import random_state_kept
+from fxopt.capture.copy_on_write import lazy_copy
 
 __all__ = ["State", "random_state_kept"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,7 +120,8 @@ class GraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         frozen = {mode: _freeze(graph) for mode, graph in self._graphs.items()}
-        return _thaw_module, (type(self).__name__, _state(self), frozen)
+        # Bytes of their own, since torch.save insists on a protocol that can't name torch's functions.
+        return _thaw_module, (type(self).__name__, _state(self), pickle.dumps(frozen))
 
     def _restore(self) -> None:
         current = self._graphs.get(self.training)
@@ -197,9 +199,9 @@ def _thaw(frozen: list[tuple[Any, ...]]) -> fx.Graph:
     return graph
 
 
-def _thaw_module(name: str, state: dict[str, Any], frozen: dict[bool, list[tuple[Any, ...]]]) -> GraphModule:
+def _thaw_module(name: str, state: dict[str, Any], frozen: bytes) -> GraphModule:
     module = _blank(name)
     module.__dict__.update(state)
-    module._graphs = {mode: _thaw(nodes) for mode, nodes in frozen.items()}
+    module._graphs = {mode: _thaw(nodes) for mode, nodes in pickle.loads(frozen).items()}
     module._restore()
     return module

@@ -310,4 +310,3 @@ def test_capturing_a_captured_module():
     module, case = build("holder", False)
     captured = capture(capture(module, case.example()).module, case.example())
     agree(module, captured.module, case)
-
