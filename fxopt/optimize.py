@@ -130,6 +130,8 @@ def _evaluated(evaluate: Evaluate, module: nn.Module) -> dict[str, float]:
     try:
         with torch.no_grad():
             found = {str(name): float(value) for name, value in evaluate(module).items()}
+    except FxoptError:
+        raise
     except Exception as error:
         raise LoadError(
             f"evaluate(module) raises {type(error).__name__}: {error}; it takes a module and returns a dict of floats"

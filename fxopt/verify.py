@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxopt.capture.blame import raised_in
 from fxopt.capture.independent import independent_copy
 from fxopt.capture.state import State, random_state_kept
 from fxopt.contract import Promise
@@ -124,8 +125,10 @@ class Oracle:
         try:
             outcome = self._run(oracle, inputs)
         except Exception as error:
+            _, location = raised_in(error, oracle)
+            at = f" at {location}" if location else ""
             raise LoadError(
-                f"the model itself raises {type(error).__name__} for the inputs {inputs.describe()}: {error}"
+                f"the model itself raises {type(error).__name__}{at} for the inputs {inputs.describe()}: {error}"
             ) from error
         if any(_has_nan(value) for value in outcome.values):
             raise LoadError(

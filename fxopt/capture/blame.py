@@ -5,19 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxopt.capture.chance import RandomState
+from fxopt.capture.frames import is_users
 from fxopt.errors import CaptureError
 from fxopt.graph import Source
-
-_TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parent)
 
 
 def paths_of(root: nn.Module) -> dict[int, str]:
@@ -31,12 +27,11 @@ def raised_in(error: BaseException, root: nn.Module) -> tuple[str, str]:
     found, location = "", ""
     for frame, line in _frames(error):
         file = frame.f_code.co_filename
-        if file.startswith((_OWN, "<")):
+        if not is_users(file):
             continue
-        if not file.startswith(_TORCH):
-            location = str(Source(file, line))
+        location = str(Source(file, line))
         running = frame.f_locals.get("self")
-        if isinstance(running, nn.Module) and not file.startswith(_TORCH):
+        if isinstance(running, nn.Module):
             found = paths.get(id(running), found)
     return found, location
 

@@ -17,7 +17,8 @@ _RECORDING = str(Path(__file__).with_name("record.py"))
 
 
 @functools.cache
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a source file belongs neither to torch nor to fxopt, nor is generated."""
     return not file.startswith((_TORCH, _FXOPT, "<")) and not file.endswith(("/contextlib.py", "/functools.py"))
 
 
@@ -29,7 +30,7 @@ def user_source() -> Source | None:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if _is_users(code.co_filename):
+        if is_users(code.co_filename):
             return Source(code.co_filename, frame.f_lineno, getattr(code, "co_qualname", code.co_name))
         # Module calls pass through the recording; what stands below `record` itself is not the forward.
         if code.co_filename == _RECORDING and code.co_name == "record":

@@ -26,17 +26,6 @@ def test_version(command):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"fxopt {__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"]])
-def test_what_needs_no_torch_does_not_wait_for_it(arguments):
-    code = (
-        "import sys\nfrom fxopt.cli import main\n"
-        f"sys.argv = ['fxopt', *{arguments!r}]\n"
-        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_help_names_the_commands():
     assert {"run", "passes"} <= set(fxopt("--help").stdout.split())
 
