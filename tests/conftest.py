@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; threads of their own would only wait for each other.
+    torch.set_num_threads(1)
 
 NET = """
 import torch
