@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from fxopt.capture.captured import Captured, Coverage
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.found import Found
 from fxopt.capture.independent import independent_copy
+from fxopt.capture.recapture import Recapturing
 from fxopt.capture.tree import Builder
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -24,6 +25,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     check: bool = True,
+    on_guard_failure: Literal["error", "recapture"] = "error",
 ) -> Captured:
     """Capture `module` as a graph by running it once on example inputs.
 
@@ -36,6 +38,8 @@ def capture(
         args: positional arguments of an example call; a single tensor stands for itself.
         kwargs: keyword arguments of it.
         check: run what came out on the example, and keep as opaque what gives other outputs than the module.
+        on_guard_failure: what a call outside of the guards does: raise a `GuardError`, or capture once more and
+            keep both. What recaptures is for use as it is, not for passes: they would not see later captures.
 
     Raises:
         CaptureError: an argument is a generator, which can be read only once.
@@ -50,9 +54,15 @@ def capture(
     with random_state_kept():
         builder = Builder(check=check)
         notes = builder.materialize(duplicate, call)
-        graph_module, found = builder.build(duplicate, call, "")
+        result: nn.Module
+        if on_guard_failure == "recapture":
+            result = Recapturing(duplicate, builder)
+            graph_module, found = result.add(call)
+        else:
+            graph_module, found = builder.build(duplicate, call, "")
+            result = graph_module
         return Captured(
-            module=graph_module,
+            module=cast(GraphModule, result),
             inputs=inputs,
             coverage=_coverage(graph_module, inputs, found),
             opaque=tuple(found.opaque),

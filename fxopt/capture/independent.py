@@ -31,6 +31,17 @@ def independent_copy(module: nn.Module) -> nn.Module:
         if isinstance(child, torch.jit.ScriptModule) and id(child) not in memo:
             memo[id(child)] = _copy_script(child)
             memo |= {id(part): part for part in child.modules() if part is not child}
+    return _copy_tree(module, memo)
+
+
+def same_tensors_copy(module: nn.Module) -> nn.Module:
+    """Copy a module tree over the very same parameters and buffers."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    memo |= {id(child): child for child in module.modules() if isinstance(child, torch.jit.ScriptModule)}
+    return _copy_tree(module, memo)
+
+
+def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     modules = [child for child in module.modules() if _is_plain(child)]
     for child in modules:
         memo[id(child)] = type(child).__new__(type(child))

@@ -196,7 +196,7 @@ def test_a_part_that_is_switched_alone_is_refused_where_one_graph_holds_for_the_
     module, case = build("partly_frozen", True)
     captured = capture(module, case.example()).module
     captured.noise.eval()
-    with pytest.raises(GuardError, match="'noise' in training mode .* is in evaluation mode here"):
+    with pytest.raises(GuardError, match=r"'noise' in training mode .* is in evaluation mode here"):
         captured(*case.example())
 
 

@@ -1,0 +1,135 @@
+"""A captured module takes other sizes where the original does; where the user decided on a size, a guard says so."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.capture import capture
+from fxopt.errors import GuardError
+from tests.capture.agree import same, step
+
+
+class Sizes(nn.Module):
+    """Convolutions over any image, attention over any sequence: nothing is decided on a size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.query = nn.Linear(8, 8)
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        y = self.bn(self.conv(x))
+        rows = y.flatten(2).transpose(1, 2)
+        heads = self.query(rows).view(batch, rows.size(1), 2, 4).transpose(1, 2)
+        mask = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool).tril()
+        positions = torch.arange(rows.shape[1]).float() / (height * width)
+        y = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        y = y.transpose(1, 2).reshape(batch, -1, 8) + positions[:, None]
+        return y.mean(1), F.interpolate(x, (height // 2, width // 2)).sum((2, 3))
+
+
+class Decides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x, flag: bool = False):
+        y = self.bn(self.fc(x))
+        if x.shape[0] > 4:
+            return y * 2
+        for _ in range(x.shape[1] // 4):
+            y = y + 1
+        return -y if flag else y
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_other_batch_sizes_sequence_lengths_and_image_sizes(training):
+    torch.manual_seed(0)
+    module = Sizes().train(training)
+    captured = capture(module, (torch.randn(2, 3, 12, 12),))
+    assert captured.opaque == ()
+    assert captured.guards == ()
+    for size in ((1, 3, 12, 12), (5, 3, 12, 12), (2, 3, 20, 20), (3, 3, 7, 9), (2, 3, 33, 12)):
+        x = torch.randn(size)
+        same(step(module, (x,), {}), step(captured.module, (x,), {}))
+
+
+def test_a_guard_names_the_line_that_decided():
+    lines = Path(__file__).read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if text.strip() == "if x.shape[0] > 4:")
+    captured = capture(Decides().eval(), (torch.randn(2, 4),))
+    assert any(g.assumption == "x.shape[0] <= 4" and g.location == f"test_sizes.py:{line}" for g in captured.guards)
+    with pytest.raises(GuardError, match=rf"x\.shape\[0\] <= 4 \(test_sizes\.py:{line}\), but it is 5 here"):
+        captured.module(torch.randn(5, 4))
+    assert captured.module(torch.randn(4, 4)).shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "said"),
+    [
+        ((torch.randn(2, 4),), {"flag": True}, "flag is False"),
+        ((torch.randn(2, 2, 4),), {}, "x has 2 dimensions"),
+        (("text",), {}, "x is a tensor"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(args, kwargs, said):
+    captured = capture(Decides().eval(), (torch.randn(2, 4),)).module
+    with pytest.raises(GuardError, match=said):
+        captured(*args, **kwargs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_recapture_keeps_both(training):
+    torch.manual_seed(0)
+    module = Decides().train(training)
+    captured = capture(copy.deepcopy(module), (torch.randn(2, 4),), on_guard_failure="recapture").module
+    for size in (2, 8, 3, 6):
+        x = torch.randn(size, 4)
+        same(step(module, (x,), {}), step(captured, (x,), {}))
+    same(module(torch.ones(2, 4), flag=True), captured(torch.ones(2, 4), flag=True))
+    assert len(captured.captures) == 3
+    assert list(captured.state_dict()) == list(module.state_dict())
+    module.train(not training)
+    captured.train(not training)
+    for size in (2, 8):
+        x = torch.randn(size, 4)
+        same(step(module, (x,), {}), step(captured, (x,), {}))
+
+
+def test_all_captures_share_the_parameters():
+    module = Decides().eval()
+    captured = capture(module, (torch.randn(2, 4),), on_guard_failure="recapture").module
+    small, large = torch.randn(2, 4), torch.randn(8, 4)
+    captured(large)
+    assert len(list(captured.parameters())) == len(list(module.parameters()))
+    torch.manual_seed(3)
+    other = Decides().eval()
+    captured.load_state_dict(other.state_dict())
+    same((other(small), other(large)), (captured(small), captured(large)))
+    same(other.double()(large.double()), captured.double()(large.double()))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_what_recaptures(duplicate):
+    module = Decides().eval()
+    captured = capture(module, (torch.randn(2, 4),), on_guard_failure="recapture").module
+    captured(torch.randn(8, 4))
+    other = duplicate(captured)
+    assert len(other.captures) == 2
+    for size in (2, 8):
+        x = torch.randn(size, 4)
+        same(module(x), other(x))
+    with torch.no_grad():
+        other.fc.weight.zero_()
+    assert not torch.equal(other(torch.ones(2, 4)), module(torch.ones(2, 4)))
+    assert len(other.captures) == 2
