@@ -1,0 +1,167 @@
+"""What can't be captured is refused as eager refuses it; unusual inputs and outputs are handled."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.capture import capture
+from tests.capture.agree import same
+
+
+class Raises(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        raise LookupError(f"no row {x.shape[0]}")
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Raises()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("factory", [Raises, Outer])
+def test_an_error_of_the_model_stays_what_it_is(factory):
+    with pytest.raises(LookupError, match="no row 3") as raised:
+        capture(factory(), (torch.ones(3, 4),))
+    functions = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert functions[-1] == "forward"
+    said = raised.value.__notes__[0] if sys.version_info >= (3, 11) else str(raised.value.__cause__)
+    assert said.startswith(f"raised by the forward of '{factory.__name__}' itself at test_bad_inputs.py:")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error"),
+    [((), {}, TypeError), ((torch.ones(2, 5),), {}, RuntimeError), ((torch.ones(2, 4),), {"other": 1}, TypeError)],
+)
+def test_wrong_inputs_raise_what_eager_raises(args, kwargs, error):
+    module = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(error) as eager:
+        module(*args, **kwargs)
+    with pytest.raises(error) as raised:
+        capture(module, args, kwargs)
+    assert str(raised.value) == str(eager.value)
+
+
+class Of(nn.Module):
+    """Runs a function of its inputs beside a layer."""
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self.fc, *args, **kwargs)
+
+
+def _sparse(fc, x):
+    return torch.sparse.mm(x, fc.weight)
+
+
+def _nested(fc, x):
+    return fc(x)
+
+
+def _quantized(fc, x):
+    return fc(x.dequantize())
+
+
+def _complex(fc, x):
+    return fc(x.real) * x
+
+
+def _numbers(fc, x, scale, shift=0, name="a", on=True, none=None):
+    return fc(x) * scale + shift if on and none is None and name == "a" else x
+
+
+def _generator(fc, x, generator):
+    return fc(x) + torch.rand(x.shape, generator=generator)
+
+
+def _none(fc, x):
+    fc(x)
+
+
+def _nones(fc, x):
+    return None, [None, fc(x)], {}
+
+
+def _itself(fc, x):
+    return x
+
+
+def _itself_and_more(fc, x, y):
+    return y, fc(x), x, [x]
+
+
+def _numbers_out(fc, x):
+    return fc(x), x.shape[0], 3, "text", x.dtype, tuple(x.shape)
+
+
+def _mixed(fc, data):
+    return {key: fc(value) if isinstance(value, torch.Tensor) else value for key, value in data.items()}
+
+
+X = torch.randn(3, 4)
+UNUSUAL = {
+    "sparse": (_sparse, lambda: (torch.eye(4).to_sparse(),), {}),
+    "sparse_csr": (_sparse, lambda: (torch.eye(4).to_sparse_csr(),), {}),
+    "nested": (
+        _nested,
+        lambda: (torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged),),
+        {},
+    ),
+    "quantized": (_quantized, lambda: (torch.quantize_per_tensor(X, 0.1, 0, torch.quint8),), {}),
+    "complex": (_complex, lambda: (torch.complex(X, X),), {}),
+    "numbers": (_numbers, lambda: (X, 2), {"shift": 0.5, "name": "a", "on": True, "none": None}),
+    "none_out": (_none, lambda: (X,), {}),
+    "nones_out": (_nones, lambda: (X,), {}),
+    "itself": (_itself, lambda: (X,), {}),
+    "itself_and_more": (_itself_and_more, lambda: (X, {"a": [X]}), {}),
+    "numbers_out": (_numbers_out, lambda: (X,), {}),
+    "mixed": (_mixed, lambda: ({"a": X, "b": 3, "c": "text", "d": None},), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*beta state:UserWarning", "ignore:.*prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor.*deprecated:UserWarning")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_inputs_and_outputs(name):
+    function, make, kwargs = UNUSUAL[name]
+    args = make()
+    module = Of(function).eval()
+    captured = capture(module, args, kwargs)
+    expected, actual = module(*args, **kwargs), captured.module(*args, **kwargs)
+    if name == "nested":
+        expected, actual = list(expected.unbind()), list(actual.unbind())
+    same(expected, actual)
+    assert captured.opaque == ()
+
+
+def test_numbers_are_inputs_not_constants():
+    captured = capture(Of(_numbers).eval(), (X, 2), {"shift": 0.5}).module
+    module = Of(_numbers).eval()
+    module.load_state_dict(captured.state_dict())
+    same(module(X, 3, shift=0.25), captured(X, 3, shift=0.25))
+
+
+def test_a_generator_of_random_numbers_is_drawn_from_equally():
+    module = Of(_generator).eval()
+    captured = capture(module, (X, torch.Generator().manual_seed(1)))
+    for seed in (1, 2):
+        generators = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        same(module(X, generators[0]), captured.module(X, generators[1]))
+    assert [opaque.reason for opaque in captured.opaque if "Generator" not in opaque.reason] == []
