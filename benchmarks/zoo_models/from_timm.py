@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from fxopt.inputs import Inputs
 from fxopt.torchvision_operators import declare_missing
@@ -29,11 +31,24 @@ def _build(names: tuple[str, ...]) -> Built:
     torch.manual_seed(0)
     module = timm.create_model(_smallest(names), pretrained=False).eval()
     channels, height, width = module.pretrained_cfg["input_size"]
+    sizes = (
+        [(height, width)] if module.pretrained_cfg.get("fixed_input_size") else [(64, 64), (128, 128), (height, width)]
+    )
+    height, width = next(size for size in sizes if size == sizes[-1] or _runs(module, channels, *size))
 
     def inputs(batch: int, more: int = 0) -> Inputs:
         return Inputs((torch.randn(batch, channels, height + more, width + more),))
 
     return module, {"example": inputs(2), "batch": inputs(3), "size": inputs(2, 32)}
+
+
+def _runs(module: nn.Module, channels: int, height: int, width: int) -> bool:
+    try:
+        with torch.no_grad():
+            copy.deepcopy(module)(torch.randn(1, channels, height, width))
+    except Exception:  # whatever a model raises on an image that is too small
+        return False
+    return True
 
 
 def _smallest(names: tuple[str, ...]) -> str:

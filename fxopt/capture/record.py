@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.captured import Guard
+from fxopt.capture.exporting import exporting, same_tensors
 from fxopt.capture.interception import intercept
 from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.signature import bind, call_as_given, record_inputs
+from fxopt.capture.state import State
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Met, Origin
@@ -176,7 +178,7 @@ def record(
     opaque: frozenset[str] = frozenset(),
     source: Source | None = None,
 ) -> Recording:
-    """Run `module` once on its arguments and record it.
+    """Run `module` on its arguments and record it; a second time if it must be told that it is exported.
 
     Args:
         module: run as it is, in its mode; its state changes as its forward changes it.
@@ -185,6 +187,25 @@ def record(
         opaque: paths of modules to keep as one call each.
         source: where the module is called, for its placeholders.
     """
+    state, random, kept = State(module), torch.get_rng_state(), _kept((args, dict(kwargs)))
+    recording = _record(module, args, kwargs, opaque)
+    if not recording.blocked:
+        return recording
+    state.restore()
+    torch.set_rng_state(random)
+    try:
+        with exporting():
+            exported = _record(module, *kept, opaque)
+    except Exception:  # whatever a module does that expects a compiler
+        return recording
+    if exported.blocked.keys() < recording.blocked.keys() and same_tensors(recording.output, exported.output):
+        reason, location = next(iter(recording.blocked.values()))
+        note = f"recorded as it runs when it is exported, since otherwise {reason} ({location})"
+        return replace(exported, notes=(*exported.notes, note))
+    return recording
+
+
+def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: frozenset[str]) -> Recording:
     paths = {id(child): path for path, child in reversed(list(module.named_modules(remove_duplicate=False)))}
     tensors = {id(t): n for n, t in reversed(list(module.named_parameters(remove_duplicate=False)))}
     tensors |= {id(t): n for n, t in reversed(list(module.named_buffers(remove_duplicate=False)))}

@@ -1,0 +1,51 @@
+"""Modules that ask whether they are being exported.
+
+Libraries guard checks that need the values of an input, such as a warning about padding, with
+`torch.compiler.is_exporting()`, so that exporters get past them. Capture answers no, since the user's eager
+path is what it is held to. Only where that path can't be recorded does it ask again with yes, and takes what
+it then gets if the outputs are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from fxopt.capture.interception import replaced
+from fxopt.capture.structure import attributes_of, items_of
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Answer yes to who asks torch whether it is exporting or compiling."""
+    with ExitStack() as stack:
+        for question in ("is_exporting", "is_compiling"):
+            stack.enter_context(replaced(torch.compiler, question, lambda: True))
+        yield
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two outputs hold the same tensors in the same order."""
+    left, right = list(_tensors(one, set())), list(_tensors(other, set()))
+    return len(left) == len(right) and all(
+        a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all())
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value.detach()
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    items = items_of(value)
+    for item in items.values() if isinstance(items, dict) else items or ():
+        yield from _tensors(item, seen)
+    if items is None or not isinstance(value, dict):
+        for item in (attributes_of(value) or {}).values():
+            yield from _tensors(item, seen)
