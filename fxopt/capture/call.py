@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
@@ -25,11 +27,12 @@ class Call:
     def fresh(self) -> Call:
         """Copies that a forward may write into; what can't be copied is shared."""
         both = (self.args, dict(self.kwargs))
-        try:
-            return Call(*copy.deepcopy(both))
-        except Exception:  # a tensor with a history, or whatever an object of the user's raises
-            memo: dict[int, Any] = {}
-            return Call(*pytree.tree_map(lambda leaf: _copied(leaf, memo), both))
+        if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(both)):
+            # Not a tensor with a history, nor whatever an object of the user's raises.
+            with suppress(Exception):
+                return Call(*copy.deepcopy(both))
+        memo: dict[int, Any] = {}
+        return Call(*pytree.tree_map(lambda leaf: _copied(leaf, memo), both))
 
     def run(self, module: nn.Module) -> Any:
         """Call `module` with fresh arguments."""

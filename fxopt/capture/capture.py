@@ -11,6 +11,7 @@ from torch import nn
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Captured, Coverage
 from fxopt.capture.chance import random_state_kept
+from fxopt.capture.fake import without_values
 from fxopt.capture.found import Found
 from fxopt.capture.independent import independent_copy
 from fxopt.capture.recapture import Recapturing
@@ -25,6 +26,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     check: bool = True,
+    fake: bool = False,
     on_guard_failure: Literal["error", "recapture"] = "error",
 ) -> Captured:
     """Capture `module` as a graph by running it once on example inputs.
@@ -38,6 +40,8 @@ def capture(
         args: positional arguments of an example call; a single tensor stands for itself.
         kwargs: keyword arguments of it.
         check: run what came out on the example, and keep as opaque what gives other outputs than the module.
+        fake: capture on tensors that have shapes but no values, so that a model too large to run, or one built on
+            the meta device, takes no memory. What needs values stays opaque.
         on_guard_failure: what a call outside of the guards does: raise a `GuardError`, or capture once more and
             keep both. What recaptures is for use as it is, not for passes: they would not see later captures.
 
@@ -50,6 +54,8 @@ def capture(
     inputs = Inputs(inputs.args, {**inputs.kwargs, **(kwargs or {})})
     call = Call(inputs.args, inputs.kwargs)
     call.check(module)
+    if fake:
+        return _capture_fake(module, inputs, call, began)
     duplicate = independent_copy(module)
     with random_state_kept():
         builder = Builder(check=check)
@@ -61,17 +67,40 @@ def capture(
         else:
             graph_module, found = builder.build(duplicate, call, "")
             result = graph_module
-        return Captured(
-            module=cast(GraphModule, result),
-            inputs=inputs,
-            coverage=_coverage(graph_module, inputs, found),
-            opaque=tuple(found.opaque),
-            guards=tuple(found.guards),
-            constants=tuple(found.constants),
-            notes=(*notes, *found.notes),
-            seconds=time.perf_counter() - began,
-            forward_seconds=found.forward_seconds,
-        )
+        return _captured(cast(GraphModule, result), graph_module, inputs, call, found, notes, began)
+
+
+def _capture_fake(module: nn.Module, inputs: Inputs, call: Call, began: float) -> Captured:
+    valueless = without_values(module, call)
+    with random_state_kept(), valueless.mode:
+        graph_module, found = Builder(check=False, fake=True).build(valueless.module, valueless.call, "")
+        notes = ("captured without values: outputs were not compared",)
+        captured = _captured(graph_module, graph_module, inputs, valueless.call, found, notes, began)
+    valueless.give_back_tensors(graph_module)
+    return captured
+
+
+def _captured(
+    result: GraphModule,
+    graph_module: GraphModule,
+    inputs: Inputs,
+    call: Call,
+    found: Found,
+    notes: tuple[str, ...],
+    began: float,
+) -> Captured:
+    measured = Inputs(call.args, call.kwargs)
+    return Captured(
+        module=result,
+        inputs=inputs,
+        coverage=_coverage(graph_module, measured, found),
+        opaque=tuple(found.opaque),
+        guards=tuple(found.guards),
+        constants=tuple(found.constants),
+        notes=(*notes, *found.notes),
+        seconds=time.perf_counter() - began,
+        forward_seconds=found.forward_seconds,
+    )
 
 
 def _coverage(module: GraphModule, inputs: Inputs, found: Found) -> Coverage:

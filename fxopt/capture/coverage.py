@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Coverage
 from fxopt.capture.chance import random_state_kept
+from fxopt.capture.fake import NEEDS_VALUES
 from fxopt.capture.state import State
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -62,7 +63,7 @@ def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
 
     state = State(module)
     try:
-        with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept():
+        with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept(), suppress(*NEEDS_VALUES):
             Call(inputs.args, inputs.kwargs).run(module)
     finally:
         state.restore()

@@ -36,7 +36,12 @@ def independent_copy(module: nn.Module) -> nn.Module:
 
 def same_tensors_copy(module: nn.Module) -> nn.Module:
     """Copy a module tree over the very same parameters and buffers."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy_over(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+
+
+def copy_over(module: nn.Module, tensors: dict[int, Any]) -> nn.Module:
+    """Copy a module tree over other parameters and buffers: `tensors` gives them by the identity of the old ones."""
+    memo = dict(tensors)
     memo |= {id(child): child for child in module.modules() if isinstance(child, torch.jit.ScriptModule)}
     return _copy_tree(module, memo)
 

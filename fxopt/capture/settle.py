@@ -10,6 +10,7 @@ from torch import nn
 from fxopt.capture.blame import came_from, drew_numbers, paths_of, raised_in
 from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
+from fxopt.capture.fake import NEEDS_VALUES
 from fxopt.capture.leaves import is_leaf
 from fxopt.capture.record import Recording, record
 from fxopt.capture.same import difference
@@ -86,10 +87,10 @@ def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Rea
         attempt = _Attempt(None, {})
         state.restore()
         began.restore()
-        if not fake:
-            _raise_if_eager_does(root, call, error)
+        _raise_if_eager_does(root, call, fake)
         path, location = raised_in(error, root)
-        what = "it needs values, which fake tensors don't have" if fake else "recording it failed"
+        needs = fake and isinstance(error, NEEDS_VALUES)
+        what = "it needs values, which fake tensors don't have" if needs else "recording it failed"
         attempt.blocked[path] = (f"{what} ({type(error).__name__}: {_first_line(error)})", location)
     finally:
         state.restore()
@@ -97,10 +98,12 @@ def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Rea
     return attempt
 
 
-def _raise_if_eager_does(root: nn.Module, call: Call, error: Exception) -> None:
+def _raise_if_eager_does(root: nn.Module, call: Call, fake: bool) -> None:
     try:
         call.run(root)
     except Exception as eager:
+        if fake and isinstance(eager, NEEDS_VALUES):
+            return
         came_from(eager, root)
         raise eager from eager.__cause__
 

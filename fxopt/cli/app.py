@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fxopt.cli.explain import explain
 from fxopt.cli.passes import passes
 from fxopt.cli.run import run
 from fxopt.version import __version__
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(passes)
+app.command()(explain)
 
 
 def _version(asked: bool) -> None:

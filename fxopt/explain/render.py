@@ -1,0 +1,120 @@
+"""An explanation as text, as Markdown, as JSON, and as a drawing for Graphviz."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+
+from tabulate import tabulate
+
+from fxopt.explain.explanation import Explanation, Part
+
+_HIDDEN = ("getitem", "getattr", "reads", ".size", "guard", "guard_rank", "guard_input", "guard_mode", "guard_tensor")
+"""Calls that a reader of the text does not look for: the guards are listed apart."""
+
+
+def render(explanation: Explanation, form: str) -> str:
+    """Write an explanation in one of `FORMS`, with a line feed at the end."""
+    return FORMS[form](explanation).rstrip("\n") + "\n"
+
+
+def _text(explanation: Explanation) -> str:
+    blocks = [_summary(explanation)]
+    for part in explanation.parts:
+        table = tabulate(_rows(part, explanation), tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
+        blocks.append(f"{_title(part)}\n{_indented(table)}")
+    blocks += [f"{title}\n{_indented(chr(10).join(lines))}" for title, lines in _lists(explanation)]
+    return "\n\n".join(blocks)
+
+
+def _markdown(explanation: Explanation) -> str:
+    blocks = [f"## {_summary(explanation)}"]
+    for part in explanation.parts:
+        heading = ["", "call", "result", "source"]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in _rows(part, explanation)]
+        blocks.append(f"### {_title(part)}\n\n{tabulate(rows, heading, tablefmt='pipe', disable_numparse=True)}")
+    for title, lines in _lists(explanation):
+        blocks.append(f"### {title}\n\n" + "\n".join(f"- {line}" for line in lines))
+    return "\n\n".join(blocks)
+
+
+def _json(explanation: Explanation) -> str:
+    return json.dumps(dataclasses.asdict(explanation), indent=2)
+
+
+def _dot(explanation: Explanation) -> str:
+    lines = ["digraph captured {", "  rankdir=TB; node [shape=box, fontname=monospace];"]
+    for number, part in enumerate(explanation.parts):
+        lines += [f"  subgraph cluster_{number} {{", f"    label={json.dumps(_title(part))};"]
+        shown = [call for call in part.calls if not call.what.startswith("guard")]
+        names = {call.node for call in shown}
+        for call in shown:
+            label = "\n".join(line for line in (call.name, call.what, call.shape, call.source) if line)
+            lines.append(f"    {json.dumps(f'{number}.{call.node}')} [label={json.dumps(label)}];")
+        for call in shown:
+            lines += [
+                f"    {json.dumps(f'{number}.{used}')} -> {json.dumps(f'{number}.{call.node}')};"
+                for used in call.uses
+                if used in names
+            ]
+        lines.append("  }")
+    return "\n".join([*lines, "}"])
+
+
+FORMS: dict[str, Callable[[Explanation], str]] = {"text": _text, "json": _json, "markdown": _markdown, "dot": _dot}
+
+
+def _summary(explanation: Explanation) -> str:
+    coverage = explanation.coverage
+    shares = f"{coverage.call_sites:.0%} of the calls, {coverage.flops:.0%} of the FLOPs"
+    return (
+        f"{explanation.target} on {explanation.inputs}: {shares}, {coverage.parameters:.0%} of the parameters in graph"
+    )
+
+
+def _title(part: Part) -> str:
+    mode = f", in {part.mode}" if part.mode else ""
+    return f"{part.path or 'graph'} ({part.kind}{mode})"
+
+
+def _rows(part: Part, explanation: Explanation) -> Iterator[list[str]]:
+    """One row a call, under a row for the module whose forward makes it."""
+    inside = part.path
+    for call in part.calls:
+        if call.what in _HIDDEN:
+            continue
+        module = call.module if call.what not in ("input", "output") else part.path
+        if module != inside:
+            inside = module
+            if module != part.path:
+                yield ["  " * (_depth(module, part) - 1) + module, f"({explanation.kinds.get(module, '')})", "", ""]
+        yield ["  " * _depth(module, part) + call.name, call.what, call.shape, call.source]
+
+
+def _depth(module: str, part: Part) -> int:
+    relative = module[len(part.path) :].strip(".") if part.path else module
+    return len(relative.split(".")) if relative else 0
+
+
+def _lists(explanation: Explanation) -> Iterator[tuple[str, list[str]]]:
+    """What is not a graph, each with the line that it comes from."""
+    opaque = []
+    for part in explanation.opaque:
+        change = f"; to have it in the graph, {part.advice}" if part.advice else ""
+        where = f" ({part.location})" if part.location else ""
+        opaque.append(f"'{part.path or part.kind}' stays as it is: {part.reason}{where}{change}")
+    guards = [f"{guard.assumption} ({guard.location})" for guard in explanation.guards]
+    constants = [f"{one.name}: {one.description} ({one.location})" for one in explanation.constants]
+    for title, lines in (
+        ("Opaque", opaque),
+        ("Guards", guards),
+        ("Constants", constants),
+        ("Notes", list(explanation.notes)),
+    ):
+        if lines:
+            yield title, lines
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())

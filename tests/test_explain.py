@@ -1,0 +1,66 @@
+"""`fxopt explain` and what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fxopt.capture import capture
+from fxopt.explain import FORMS, explain, render
+from tests.capture.odd import ODD
+from tests.models import DYNAMIC, STATIC
+
+
+def explained(name, form):
+    case = {**STATIC, **DYNAMIC, **ODD}[name]
+    module = case.build()
+    return render(explain(capture(module, case.example(), case.kwargs), name, module), form)
+
+
+def test_the_graph_by_module_with_shapes_and_lines():
+    lines = [" ".join(line.split()) for line in explained("staged_cnn", "text").splitlines()]
+    assert lines[0] == (
+        "staged_cnn on 2x3x8x8 float32: 100% of the calls, 100% of the FLOPs, 100% of the parameters in graph"
+    )
+    assert "stages.0.1 (ResidualBlock)" in lines
+    assert any(line.startswith("stem.conv Conv2d 2x8x8x8 float32 models.py:") for line in lines)
+
+
+def test_opaque_parts_say_what_to_change():
+    text = explained("router", "text")
+    assert "stays as it is: it reads a number out of a tensor ('item()')" in text
+    assert "(models.py:" in text
+    assert "to have it in the graph, compute it with tensors (torch.where, a mask, gather)" in text
+    assert "experts.2 (Sequential)" in text
+
+
+def test_constants_and_notes():
+    assert "_constant_0: 4 float32 (models.py:" in explained("holder", "text")
+    assert "hooks of 'block' were recorded into the graph" in explained("hooked", "markdown")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["encoder", "opaque_inside", "learnable_dropout"])
+def test_all_forms(name, form):
+    text = explained(name, form)
+    assert text.endswith("\n")
+    if form == "json":
+        data = json.loads(text)
+        assert data["coverage"].keys() == {"call_sites", "flops", "parameters"}
+        assert data["parts"][0]["calls"]
+    if form == "dot":
+        assert text.startswith("digraph captured {")
+        assert text.count("{") == text.count("}")
+
+
+def test_the_command(write):
+    write("\nmodel = Net()\n")
+    command = [sys.executable, "-m", "fxopt", "explain", "model.py:model", "--input", "2x3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fc Linear 2x4 float32 model.py:10" in " ".join(done.stdout.split())
+    done = subprocess.run([*command, "--fake", "--format", "json"], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["notes"] == ["captured without values: outputs were not compared"]
