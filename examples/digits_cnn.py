@@ -35,7 +35,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + self.shortcut(x))
+        return torch.relu(out + self.shortcut(x))
 
 
 class DigitsCNN(nn.Module):
@@ -52,7 +52,8 @@ class DigitsCNN(nn.Module):
         self.head = nn.Linear(3 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.pool(self.stages(self.stem(x))).flatten(1)))
+        logits: Tensor = self.head(self.dropout(self.pool(self.stages(self.stem(x))).flatten(1)))
+        return logits
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
