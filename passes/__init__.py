@@ -3,8 +3,9 @@
 from fxopt.contract import Pass
 from passes.clean import Clean
 from passes.fuse import Fuse
+from passes.lora import LoRA, LoRAMerge
 from passes.qat import QAT
 
-__all__ = ["PASSES", "QAT", "Clean", "Fuse"]
+__all__ = ["PASSES", "QAT", "Clean", "Fuse", "LoRA", "LoRAMerge"]
 
-PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT)
+PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT, LoRA, LoRAMerge)

@@ -1,0 +1,101 @@
+"""Which adapters of a module count: one, several with factors, none, or one a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from fxopt.errors import PassError
+from passes.lora.adapter import BASE, Adapter
+from passes.lora.targets import nearest_names
+
+
+def adapters(module: nn.Module) -> list[Adapter]:
+    """The adapters of all layers.
+
+    Raises:
+        PassError: there are none.
+    """
+    found = [child for child in module.modules() if isinstance(child, Adapter)]
+    if not found:
+        raise PassError("the module has no adapters; put them in with the pass 'lora' first")
+    return found
+
+
+def names(module: nn.Module) -> list[str]:
+    """Names of the adapters that any layer has."""
+    return list(dict.fromkeys(name for adapter in adapters(module) for name in adapter.names))
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer is to be given: the adapters, and the modules that are saved with them."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def set_adapter(module: nn.Module, name: str) -> None:
+    """Let one adapter count, and train, alone. The graph stays as it is.
+
+    Raises:
+        PassError: no layer has an adapter of that name, or the weights hold another one.
+    """
+    weighted(module, {name: 1.0})
+    for adapter in adapters(module):
+        for other in adapter.names:
+            adapter[other].requires_grad_(other == name)
+
+
+def weighted(module: nn.Module, factors: Mapping[str, float]) -> None:
+    """Let several adapters count at once: `W + sum_i f_i s_i B_i A_i`.
+
+    Raises:
+        PassError: no layer has an adapter of one of the names, or the weights hold others.
+    """
+    known = names(module)
+    for name in factors:
+        if name not in known:
+            near = nearest_names([name], known)
+            raise PassError(f"no adapter is called '{name}'; there are {', '.join(repr(each) for each in near)}")
+    found = adapters(module)
+    merged = next((adapter for adapter in found if adapter.merged), None)
+    if merged is not None:
+        raise PassError(f"the weight of '{merged.name}' holds its adapters; call unmerge(module) first")
+    for adapter in found:
+        adapter.active = tuple((name, float(factor)) for name, factor in factors.items() if name in adapter)
+
+
+def enable(module: nn.Module) -> None:
+    """Undo `disable`."""
+    for adapter in adapters(module):
+        adapter.batch = None
+
+
+def disable(module: nn.Module) -> None:
+    """Let no adapter count, until `enable`: the module computes what it did without them."""
+    for adapter in adapters(module):
+        if adapter.merged:
+            raise PassError(f"the weight of '{adapter.name}' holds its adapters; call unmerge(module) first")
+        adapter.batch = ()
+
+
+@contextmanager
+def mixed_batch(module: nn.Module, each: Sequence[str]) -> Iterator[None]:
+    """In this context each sample of a batch has its own adapter, by name; `base` stands for none.
+
+    Raises:
+        PassError: a name that no adapter has.
+    """
+    known = names(module)
+    for name in each:
+        if name != BASE and name not in known:
+            raise PassError(f"no adapter is called '{name}'; there are {', '.join(map(repr, known))}, and 'base'")
+    found = adapters(module)
+    before = [adapter.batch for adapter in found]
+    try:
+        for adapter in found:
+            adapter.batch = tuple(each)
+        yield
+    finally:
+        for adapter, batch in zip(found, before, strict=True):
+            adapter.batch = batch

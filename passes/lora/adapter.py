@@ -1,0 +1,275 @@
+"""The modules that hold low-rank updates and apply them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.errors import PassError
+from passes.lora.forms import Embedding, Form, Linear
+
+BASE = "base"
+"""The name that stands for no adapter in a mixed batch."""
+
+
+class LowRank(nn.Module):
+    """One update `s B A` of a weight.
+
+    Args:
+        a, b: the factors, in the shapes that the form of the layer gives them.
+        rank: what alpha is divided by; with groups, that of one group.
+        alpha: `s = alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (Kalajdzievski 2023).
+        rslora: see alpha.
+        dropout: probability with which training drops values of the input.
+
+    Attributes:
+        magnitude: DoRA's length of the weight of each output (Liu et al. 2024), or None.
+        bias: what PEFT calls `lora_bias`, or None.
+        mask: 1 where B may differ from zero, for slices of a fused weight, or None.
+        start: the factors that were taken out of the base weight when the adapter was made, or None.
+    """
+
+    magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
+    mask: torch.Tensor | None
+    start_a: torch.Tensor | None
+    start_b: torch.Tensor | None
+
+    def __init__(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        *,
+        rank: int,
+        alpha: float,
+        rslora: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.A = nn.Parameter(a, requires_grad=False)
+        self.B = nn.Parameter(b, requires_grad=False)
+        self.register_parameter("magnitude", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
+        self.rank = rank
+        self.alpha = alpha
+        self.rslora = rslora
+        self.dropout = dropout
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+
+    @property
+    def left(self) -> torch.Tensor:
+        """B, with what lies outside of its slices held at zero."""
+        return self.B if self.mask is None else self.B * self.mask
+
+    def extra_repr(self) -> str:
+        """Rank, scale and options."""
+        parts = [f"rank={self.rank}, scale={self.scale:.4g}"]
+        parts += [f"dropout={self.dropout}"] if self.dropout else []
+        parts += ["dora=True"] if self.magnitude is not None else []
+        return ", ".join(parts)
+
+
+class Adapter(nn.Module):
+    """All adapters of one layer, by name, of which some are active.
+
+    Args:
+        form: of the layer.
+        slot: qualified name of the parameter, relative to the captured module.
+        name: what targets call the layer.
+
+    Attributes:
+        targets: all that targets may call the layer.
+        operator: what it computes.
+        bias_slot: the bias of the layer, where it has one.
+        active: names of the adapters that count, each with a factor.
+        merged: whether the weight holds the active adapters already.
+        unmerged: the weight and the bias as they were before merging.
+        batch: the adapter of each sample of a mixed batch; None where it is not mixed, () where none is to count.
+    """
+
+    def __init__(self, form: Form, slot: str, name: str):
+        super().__init__()
+        self.form = form
+        self.slot = slot
+        self.name = name
+        self.targets: tuple[str, ...] = (name,)
+        self.operator = form.kind
+        self.bias_slot: str | None = None
+        self.active: tuple[tuple[str, float], ...] = ()
+        self.merged = False
+        self.batch: tuple[str, ...] | None = None
+        self.unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+
+    def __getitem__(self, name: str) -> LowRank:
+        found = self._modules[name]
+        assert isinstance(found, LowRank)
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters that this layer has."""
+        return tuple(self._modules)
+
+    def folded(self, weight: torch.Tensor, keep_zeros: bool = False) -> torch.Tensor:
+        """The weight with all active adapters in it, computed in float64.
+
+        With `keep_zeros` it is `W + M * dW`, where M is 0 wherever W is: a sparse weight stays sparse.
+        """
+        total = weight.detach().double()
+        mask = total != 0
+        for name, factor in self.active:
+            if name in self:
+                low = self[name]
+                update = self.form.delta(low.A.detach().double(), low.left.detach().double()) * (low.scale * factor)
+                total = total + (update * mask if keep_zeros else update)
+                if low.magnitude is not None:
+                    scale = low.magnitude.detach().double() / self.form.norm(total)
+                    total = total * self.form.by_weight(scale)
+        return total.to(weight.dtype)
+
+    def folded_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """The bias of the layer with those of all active adapters in it."""
+        total = bias.detach().double()
+        for name, factor in self.active:
+            if name in self:
+                low = self[name]
+                if low.bias is not None:
+                    total = total + low.bias.detach().double() * (low.scale * factor)
+        return total.to(bias.dtype)
+
+    def _adapted(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with all active adapters in it, for training."""
+        for name, factor in self.active:
+            low = self._modules.get(name)
+            if isinstance(low, LowRank):
+                update = (self.form.delta(low.A, low.left) * (low.scale * factor)).to(weight.dtype)
+                weight = weight + update
+                if low.magnitude is not None:
+                    scale = low.magnitude / self.form.norm(weight.detach()).to(low.magnitude.dtype)
+                    weight = weight * self.form.by_weight(scale.to(weight.dtype))
+        return weight
+
+
+class LayerAdapter(Adapter):
+    """y + s B (A x): what an adapter adds to the output of its layer.
+
+    In inference the update is added in place: nothing else has seen the output of the layer. With DoRA
+
+        y' = y + (g - 1) (y - b) + g s B (A x)        g = m / |W + s B A|
+
+    which needs W and the bias b; the length is a constant for the gradient (Liu et al. 2024, section 4.3).
+    """
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add the active adapters to `y`, the output of the layer for `x`."""
+        if self.merged or self.batch == ():
+            return y
+        if self.batch is not None:
+            return self._mixed(x, y, weight, bias)
+        for name, factor in self.active:
+            low = self._modules.get(name)
+            if low is not None:
+                y = self._add(low, factor, x, y, weight, bias)  # type: ignore[arg-type]
+        return y
+
+    def _add(
+        self,
+        low: LowRank,
+        factor: float,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        a, b, scale = low.A, low.left, low.scale * factor
+        drops = low.dropout > 0 and self.training and x.is_floating_point()
+        if drops:
+            x = F.dropout(x, low.dropout)
+        if x.is_floating_point() and x.dtype is not a.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(a.dtype)
+        if low.magnitude is not None:
+            assert weight is not None
+            base = self.form.base(x, weight.to(low.A.dtype)) if drops else None
+            return self._with_magnitude(low, scale, x, y, weight, bias, base)
+        if torch.is_grad_enabled() or low.bias is not None:
+            return (y + self.form.apply(x, a, b, low.bias) * scale).to(y.dtype)
+        if isinstance(self.form, Linear) and y.is_contiguous():
+            inner = F.linear(x, a)
+            if inner.dtype is y.dtype and b.dtype is y.dtype:
+                y.view(-1, y.shape[-1]).addmm_(inner.reshape(-1, inner.shape[-1]), b.t(), alpha=scale)
+                return y
+        return y.add_(self.form.apply(x, a, b).to(y.dtype), alpha=scale)
+
+    def _with_magnitude(
+        self,
+        low: LowRank,
+        scale: float,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        base: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert weight is not None
+        assert low.magnitude is not None
+        update = self.form.delta(low.A, low.left).detach()
+        length = self.form.norm(weight.detach().to(update.dtype) + scale * update)
+        gain = self.form.by_output(low.magnitude / length, y)
+        if isinstance(self.form, Embedding) and base is None:
+            return (gain * y + gain * self.form.apply(x, low.A, low.left) * scale).to(y.dtype)
+        if base is None:
+            base = y if bias is None else y - self.form.by_output(bias, y)
+        inner = self.form.apply(x, low.A, low.left)
+        return (y + ((gain - 1) * base + gain * inner * scale)).to(y.dtype)
+
+    def _mixed(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert self.batch is not None
+        if len(self.batch) != x.shape[0]:
+            raise PassError(
+                f"lora: a mixed batch names {len(self.batch)} adapters, '{self.name}' got {x.shape[0]} rows"
+            )
+        out = y.clone()
+        for name in dict.fromkeys(self.batch):
+            low = self._modules.get(name)
+            if isinstance(low, LowRank):
+                rows = torch.tensor([i for i, each in enumerate(self.batch) if each == name], device=x.device)
+                out = out.index_copy(0, rows, self._add(low, 1.0, x[rows], y[rows], weight, bias))
+        return out
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether any of its adapters needs the weight itself."""
+        return any(isinstance(low, LowRank) and low.magnitude is not None for low in self._modules.values())
+
+
+class WeightAdapter(Adapter):
+    """W + s B A: for weights that something else than a known layer uses.
+
+    Attributes:
+        inner: path of the weight in the module that is called as one; "" where a graph reads the weight.
+    """
+
+    inner: str = ""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the active adapters in it."""
+        if self.batch and set(self.batch) != {BASE}:
+            raise PassError(f"lora: '{self.name}' is adapted as a whole weight, which a mixed batch can't be")
+        return weight if self.merged or self.batch is not None else self._adapted(weight)

@@ -1,0 +1,227 @@
+"""The tensors of one layer in a file of PEFT, and the keys under which they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fxopt.errors import ArtifactError
+from passes.lora.adapter import Adapter, LowRank
+from passes.lora.fold import slot_of
+from passes.lora.forms import Conv, ConvTranspose, Form
+
+if TYPE_CHECKING:
+    from passes.lora.peft_config import Settings
+
+_PREFIX = "base_model.model."
+_ROLES = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+}
+_KEY = re.compile(r"(?:(.*)\.)?(lora_(?:A\.weight|B\.weight|B\.bias|embedding_A|embedding_B|magnitude_vector))")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter of one layer as PEFT has it.
+
+    Attributes:
+        name: of the layer.
+        a, b: as PEFT has them: (r, in ...) and (out, r ...); of an embedding (r, rows) and (width, r).
+        scale: s.
+        magnitude, bias: of DoRA and `lora_bias`, or None.
+        embedding: whether the keys are those of an embedding.
+        transposed: whether the weight is (in, out), `fan_in_fan_out`.
+        in_attention: whether it is the output projection of an attention module.
+        parameter: name of the parameter where PEFT has no adapter for the module but for the parameter, else "".
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    embedding: bool = False
+    transposed: bool = False
+    in_attention: bool = False
+    parameter: str = ""
+
+    @property
+    def rank(self) -> int:
+        """The r of the configuration."""
+        return int(self.a.shape[0])
+
+
+def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
+    """What PEFT calls the parts of an adapter."""
+    low, form = adapter[name], adapter.form
+    a, b = low.A.detach(), low.left.detach()
+    if low.start_a is not None and low.start_b is not None:
+        # W = W_left + s B_0 A_0, so the update of the original weight is s (B A - B_0 A_0).
+        a, b = torch.cat([a, -low.start_a]), torch.cat([b, low.start_b], 1)
+    if isinstance(form, Conv) and form.groups > 1 and form.is_foldable(a) and not isinstance(form, ConvTranspose):
+        a = _block_diagonal(a, form.groups)
+    magnitude = None if low.magnitude is None else low.magnitude.detach()
+    if magnitude is not None and isinstance(form, Conv):
+        magnitude = magnitude.reshape(1, -1, *[1] * (len(form.shape) - 2))
+    owner, leaf = slot_of(module, adapter)
+    # PEFT (to 0.21 at least) adds the update of the output projection of an attention module twice.
+    projects = _is_out_projection(module, adapter)
+    if projects:
+        b = b / 2
+    known = isinstance(owner, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or type(owner).__name__ == "Conv1D"
+    by_module = (known and leaf == "weight") or leaf == "in_proj_weight"
+    if not by_module and form.kind == "matmul":
+        a, b = b.T, a.T
+    entry = Entry(adapter.name, a, b, low.scale, magnitude, None if low.bias is None else low.bias.detach())
+    if form.kind == "embedding" and by_module:
+        entry = replace(entry, a=b.T, b=a.T, embedding=True)
+    return replace(
+        entry,
+        transposed=form.kind == "matmul" and by_module,
+        in_attention=projects,
+        parameter="" if by_module else adapter.slot,
+    )
+
+
+def write_entries(entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """The tensors of a file by their keys."""
+    tensors = {}
+    for entry in entries:
+        path = entry.name
+        if entry.in_attention:
+            path = path.removesuffix("out_proj") + "base_layer.out_proj"
+        elif entry.parameter.endswith(f".{path}") or entry.parameter == path:
+            path = path.rpartition(".")[0]
+        names = ("lora_embedding_A", "lora_embedding_B") if entry.embedding else ("lora_A.weight", "lora_B.weight")
+        parts = {names[0]: entry.a, names[1]: entry.b, "lora_B.bias": entry.bias}
+        for key, tensor in {**parts, "lora_magnitude_vector": entry.magnitude}.items():
+            if tensor is not None:
+                tensors[f"{_PREFIX}{path}.{key}" if path else f"{_PREFIX}{key}"] = tensor.clone().contiguous()
+    return tensors
+
+
+def read_entries(
+    tensors: Mapping[str, torch.Tensor], settings: Settings
+) -> tuple[dict[str, Entry], dict[str, torch.Tensor]]:
+    """The adapters of a file by layer, and what is left: the modules that were saved whole.
+
+    Raises:
+        ArtifactError: a key without the prefix of PEFT, or a layer with one factor only.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    projections: set[str] = set()
+    rest = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise ArtifactError(f"the key '{key}' does not begin with '{_PREFIX}', as all keys of an adapter do")
+        name = key.removeprefix(_PREFIX)
+        found = _KEY.fullmatch(name)
+        if found:
+            path = (found[1] or "").replace("base_layer.", "")
+            if (found[1] or "").endswith("base_layer.out_proj"):
+                projections.add(path)
+            parts.setdefault(path, {})[_ROLES[found[2]]] = tensor
+        else:
+            rest[name] = tensor
+    return {path: _entry(path, roles, settings, path in projections) for path, roles in parts.items()}, rest
+
+
+def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, projects: bool) -> Entry:
+    embedding = "embedding_a" in roles or "embedding_b" in roles
+    wanted = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    missing = [role for role in wanted if role not in roles]
+    if missing:
+        key = next(key for key, role in _ROLES.items() if role == missing[0])
+        raise ArtifactError(f"the file has no '{_PREFIX}{path}.{key}', without which its adapter would be none")
+    a, b = (roles[role] for role in wanted)
+    parameter = next((p for p in settings.parameters if (p.rpartition(".")[0] or "") == path), "")
+    parameter = parameter or next(
+        (p for p in settings.parameters if p.rpartition(".")[0] == path.rpartition(".")[2]), ""
+    )
+    if parameter and path and not parameter.startswith(path):
+        parameter = f"{path}.{parameter.rpartition('.')[2]}"
+    name = parameter.removesuffix(".weight") if parameter else path
+    rank = settings.rank_of(path)
+    if a.shape[0] != rank:
+        raise ArtifactError(f"'{path}' has an A of rank {a.shape[0]}, its configuration says {rank}")
+    scale = settings.alpha_of(path) / (rank**0.5 if settings.rslora else rank)
+    magnitude, bias = roles.get("magnitude"), roles.get("bias")
+    if settings.dora and magnitude is None:
+        raise ArtifactError(f"the file has no '{_PREFIX}{path}.lora_magnitude_vector', which 'use_dora' needs")
+    return Entry(name, a, b, scale, magnitude, bias, embedding, in_attention=projects, parameter=parameter)
+
+
+def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> None:
+    """Give an adapter of a layer the values of a file.
+
+    Raises:
+        ArtifactError: they have other shapes than the layer takes.
+    """
+    a, b = entry.a, entry.b * 2 if entry.in_attention else entry.b
+    if entry.embedding or (entry.parameter and form.kind == "matmul"):
+        a, b = b.T, a.T
+    if isinstance(form, Conv) and form.groups > 1 and not form.is_foldable(a):
+        a = _grouped(a, form)
+    _check(entry, a, b, form)
+    like = low.A
+    low.A = nn.Parameter(a.to(like).contiguous().clone(), requires_grad=like.requires_grad)
+    low.B = nn.Parameter(b.to(like).contiguous().clone(), requires_grad=like.requires_grad)
+    low.mask = low.start_a = low.start_b = None
+    low.rank, low.scale, low.rslora, low.dropout = entry.rank, entry.scale, settings.rslora, settings.dropout
+    low.alpha = entry.scale * (entry.rank**0.5 if settings.rslora else entry.rank)
+    low.magnitude = low.bias = None
+    if entry.magnitude is not None:
+        low.magnitude = nn.Parameter(entry.magnitude.flatten().to(like).clone(), requires_grad=like.requires_grad)
+    if entry.bias is not None:
+        low.bias = nn.Parameter(entry.bias.to(like).clone(), requires_grad=like.requires_grad)
+
+
+def _check(entry: Entry, a: torch.Tensor, b: torch.Tensor, form: Form) -> None:
+    wanted_a, wanted_b = form.shapes(1)
+    groups = form.groups if isinstance(form, Conv) else 1
+    dense = (wanted_a[1] * groups, *wanted_a[2:])
+    fits_a = tuple(a.shape[1:]) in (tuple(wanted_a[1:]), dense)
+    fits_b = b.dim() == len(wanted_b) and b.shape[0] == wanted_b[0] and b.shape[1] * groups == a.shape[0]
+    if not fits_a or not fits_b:
+        raise ArtifactError(
+            f"'{entry.name}' has factors of shapes {tuple(entry.a.shape)} and {tuple(entry.b.shape)}, which don't fit "
+            f"its weight of shape {form.shape}"
+        )
+
+
+def _is_out_projection(module: nn.Module, adapter: Adapter) -> bool:
+    path, _, leaf = adapter.slot.removesuffix(".weight").rpartition(".")
+    owner, _ = slot_of(module, adapter, f"{path}.{leaf}" if path else leaf)
+    return leaf == "out_proj" and isinstance(owner, nn.MultiheadAttention)
+
+
+def _block_diagonal(a: torch.Tensor, groups: int) -> torch.Tensor:
+    """(g r, in / g, k ...) -> (g r, in, k ...), in which each group sees its own inputs."""
+    rows, inputs = a.shape[0] // groups, a.shape[1]
+    full = a.new_zeros(a.shape[0], inputs * groups, *a.shape[2:])
+    for group in range(groups):
+        full[group * rows : (group + 1) * rows, group * inputs : (group + 1) * inputs] = a[
+            group * rows : (group + 1) * rows
+        ]
+    return full
+
+
+def _grouped(a: torch.Tensor, form: Conv) -> torch.Tensor:
+    """The other way round where nothing is lost; as it is elsewhere."""
+    groups, inputs = form.groups, form.shape[1]
+    if a.dim() != len(form.shape) or a.shape[0] % groups or a.shape[1] != inputs * groups:
+        return a
+    rows = a.shape[0] // groups
+    own = torch.cat([a[g * rows : (g + 1) * rows, g * inputs : (g + 1) * inputs] for g in range(groups)])
+    return own if torch.equal(_block_diagonal(own, groups), a) else a

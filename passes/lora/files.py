@@ -1,0 +1,117 @@
+"""Adapters as files that PEFT reads and writes: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fxopt.errors import ArtifactError
+from fxopt.graph import GraphModule
+from passes.lora.active import adapters, names
+from passes.lora.adapter import Adapter
+from passes.lora.entries import read_entries, to_entry, write_entries
+from passes.lora.load import Loading
+from passes.lora.peft_config import Settings, from_settings, to_settings
+from passes.lora.targets import nearest_names
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(module: nn.Module, directory: str | Path, name: str = "default") -> None:
+    """Write one adapter, and the modules that are saved with it, in the format of PEFT.
+
+    What the init took out of a base weight is put back: the file is an adapter of the original weights, of
+    twice the rank. PEFT has no adapters for transposed convolutions and recurrent layers; they are written in
+    the same way, for `load_adapter`.
+
+    Args:
+        module: a captured module with adapters.
+        directory: made where it is missing.
+        name: of the adapter.
+
+    Raises:
+        PassError: the module has no adapters.
+        ArtifactError: none of that name, or the files can't be written.
+    """
+    known = names(module)
+    if name not in known:
+        near = ", ".join(f"'{each}'" for each in nearest_names([name], known))
+        raise ArtifactError(f"no adapter is called '{name}'; there are {near}")
+    found = {adapter.slot: adapter for adapter in adapters(module) if name in adapter}
+    entries = [to_entry(module, adapter, name) for adapter in found.values()]
+    saved = _saved(module, name)
+    config = from_settings(module, entries, [path for path, _ in saved], _one(found, name))
+    tensors = write_entries(entries)
+    for path, part in saved:
+        for key, tensor in part.state_dict().items():
+            tensors[f"base_model.model.{path}.{key}"] = tensor.detach().clone().contiguous()
+    try:
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write the adapter to '{directory}': {error}") from error
+
+
+def load_adapter(module: nn.Module, directory: str | Path, name: str = "default") -> None:
+    """Read an adapter that `save_adapter` or PEFT wrote, and put it on the layers that it is for.
+
+    Layers that have no adapter yet get one; the graph is edited in place. The adapter counts at once where it is
+    the only one of a layer, else from `set_adapter` on. All of it is loaded or nothing.
+
+    Args:
+        module: a captured module.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        name: to give it.
+
+    Raises:
+        ArtifactError: files that are missing or can't be read; keys, shapes or ranks that don't fit; layers that
+            the model hasn't; a kind of adapter that fxopt doesn't have. The message says which.
+    """
+    if not isinstance(module, GraphModule):
+        raise ArtifactError(
+            f"load_adapter takes a captured module, not a '{type(module).__name__}': "
+            "give it fxopt.capture(module, inputs).module"
+        )
+    settings, tensors = read(directory)
+    entries, rest = read_entries(tensors, settings)
+    Loading(module, name, settings, entries, rest, str(directory)).run()
+
+
+def read(directory: str | Path) -> tuple[Settings, dict[str, torch.Tensor]]:
+    """The settings and the tensors of an adapter.
+
+    Raises:
+        ArtifactError: files that are missing or can't be read, or settings that fxopt doesn't have.
+    """
+    folder = Path(directory)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise ArtifactError(f"'{folder}' has no '{file}'; an adapter is saved as '{CONFIG}' and '{WEIGHTS}'")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read the adapter in '{folder}': {error}") from error
+    return to_settings(config, str(folder / CONFIG)), tensors
+
+
+def _saved(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    roots = [child for child in module.modules() if "lora_adapters" in child.__dict__]
+    return [
+        (path, root.get_submodule(path))
+        for root in roots
+        for path in root.__dict__["lora_adapters"].get(name, {}).get("modules_to_save", ())
+    ]
+
+
+def _one(found: dict[str, Adapter], name: str) -> Any:
+    return next(iter(found.values()))[name]

@@ -1,0 +1,124 @@
+"""Merges adapters into the weights, and takes them out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.errors import PassError, VerifyError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.modules import Fused
+from fxopt.verify import TOLERANCE, relative_error
+from passes.lora.active import adapters
+from passes.lora.adapter import Adapter
+from passes.lora.forms import Conv
+
+
+def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) -> None:
+    """Fold the active adapters into the weights: `W' = W + s B A`, computed in float64.
+
+    The weights themselves are kept aside, untouched, so that `unmerge` is exact to the bit. A weight that a
+    layer without an adapter shares is not changed there. All are merged or none.
+
+    Args:
+        module: a captured module with adapters.
+        inputs: an example, by which the outputs before and after are compared; nothing is compared without.
+        keep_zeros: `W' = W + M * s B A`, where M is 0 wherever W is: a sparse weight stays sparse.
+
+    Raises:
+        PassError: an adapter that no weight can hold; the message says which and why.
+        VerifyError: the outputs differ by more than rounding.
+    """
+    found = [adapter for adapter in adapters(module) if not adapter.merged]
+    for adapter in found:
+        reason = why_not(module, adapter)
+        if reason is not None:
+            raise PassError(f"lora: '{adapter.name}' can't be merged: {reason}")
+    before = _outputs(module, inputs)
+    fold(module, found, keep_zeros)
+    if before is not None and not keep_zeros:
+        for old, new in zip(before, _outputs(module, inputs) or (), strict=True):
+            error, allowed = relative_error(old, new), TOLERANCE.get(old.dtype, 0.0)
+            if error > allowed:
+                unmerge(module)
+                raise VerifyError(f"lora: merging changes the output by {error:.1e} (allowed {allowed:.0e})")
+
+
+def unmerge(module: nn.Module) -> None:
+    """Put the weights back that `merge` kept aside: the very same ones."""
+    for adapter in adapters(module):
+        if adapter.merged:
+            assert adapter.unmerged is not None
+            for slot, old in zip((adapter.slot, adapter.bias_slot), adapter.unmerged, strict=True):
+                if slot is not None and old is not None:
+                    _put(*slot_of(module, adapter, slot), old)
+            adapter.merged, adapter.unmerged = False, None
+
+
+def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:
+    """Merge these adapters, of layers whose weights can hold them."""
+    new: dict[tuple[int, tuple[Any, ...]], nn.Parameter] = {}
+    done: dict[tuple[int, str], nn.Parameter] = {}
+    for adapter in found:
+        owner, leaf = slot_of(module, adapter)
+        weight = done.get((id(owner), leaf), owner._parameters[leaf])
+        assert weight is not None
+        done[id(owner), leaf] = weight
+        key = (id(weight), tuple((id(adapter._modules.get(name)), factor) for name, factor in adapter.active))
+        if key not in new:
+            new[key] = nn.Parameter(adapter.folded(weight, keep_zeros), requires_grad=weight.requires_grad)
+        adapter.unmerged = (weight, None)
+        adapter.merged = True
+        _put(owner, leaf, new[key])
+        if any(adapter[name].bias is not None for name, _ in adapter.active) and adapter.bias_slot is not None:
+            owner, leaf = slot_of(module, adapter, adapter.bias_slot)
+            bias = owner._parameters[leaf]
+            assert bias is not None
+            adapter.unmerged = (weight, bias)
+            _put(owner, leaf, nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad))
+
+
+def why_not(module: nn.Module, adapter: Adapter) -> str | None:
+    """What keeps a weight from holding its adapters; None if nothing does."""
+    owner, _ = slot_of(module, adapter)
+    if isinstance(owner, Fused) and owner.weight_fake_quant is not None:
+        return "its weight is fake-quantised, and rounding it with the adapter in it gives another weight"
+    for name, _ in adapter.active:
+        low = adapter[name]
+        if low.bias is not None and adapter.bias_slot is None:
+            return f"adapter '{name}' has a bias and the layer has none"
+        if isinstance(adapter.form, Conv) and not adapter.form.is_foldable(low.A):
+            return f"adapter '{name}' sees all inputs where the {adapter.form.groups} groups of the layer see their own"
+    return None
+
+
+def slot_of(module: nn.Module, adapter: Adapter, slot: str | None = None) -> tuple[nn.Module, str]:
+    """The module and the name there of the parameter that an adapter is for, or of another one."""
+    path, _, leaf = (slot or adapter.slot).rpartition(".")
+    return _captured(module, adapter).get_submodule(path), leaf
+
+
+def _captured(module: nn.Module, adapter: Adapter) -> nn.Module:
+    """The outermost captured module that holds an adapter: its names count from there."""
+    if isinstance(module, GraphModule):
+        return module
+    roots = (child for child in module.modules() if isinstance(child, GraphModule))
+    return next(root for root in roots if any(child is adapter for child in root.modules()))
+
+
+def _put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:
+    owner._parameters[leaf] = weight
+    if isinstance(owner, nn.RNNBase):
+        owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, inputs: Any) -> list[torch.Tensor] | None:
+    if inputs is None:
+        return None
+    given = Inputs.of(inputs)
+    found = torch.utils._pytree.tree_leaves(module(*given.args, **given.kwargs))
+    return [leaf for leaf in found if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,227 @@
+"""Puts adapters into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from fxopt.contract import Change, Skip
+from fxopt.graph import Region, inherit, source_of
+from passes.lora import inside
+from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
+from passes.lora.forms import Form
+from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
+from passes.lora.sites import Site, find_sites
+from passes.lora.tail import loosen
+
+Choose = Callable[[tuple[str, ...], str, nn.Parameter], "Recipe | Skip | None"]
+
+
+class Insertion:
+    """Adds one adapter to all layers of a region that are chosen.
+
+    Args:
+        region: to edit.
+        adapter: the name of the new adapter.
+        choose: what a layer of these names, this operator and this weight gets, or None for nothing.
+    """
+
+    def __init__(self, region: Region, adapter: str, choose: Choose):
+        self._region = region
+        self._adapter = adapter
+        self._choose = choose
+        self._known: dict[int, list[Adapter]] = {}
+        self._now: dict[fx.Node, fx.Node] = {}
+        for module in region.program.root.modules():
+            if isinstance(module, Adapter):
+                self._remember(module)
+
+    def run(self) -> Iterator[Change | Skip]:
+        """First the layers that have other adapters already, then those that have none."""
+        region = self._region
+        for module in list(region.module.modules()):
+            if isinstance(module, Adapter):
+                found = self._extend(module)
+                if found is not None:
+                    yield found
+        for site in list(find_sites(region)):
+            if isinstance(site, Skip):
+                if self._choose((site.where,), "", nn.Parameter(torch.empty(0))) is not None:
+                    yield site
+            elif not self._has_adapter(site):
+                outcome = self._insert(site)
+                if outcome is not None:
+                    yield outcome
+
+    def _extend(self, module: Adapter) -> Change | Skip | None:
+        if self._adapter in module:
+            return None
+        weight = parameter_of(self._region.program.root, module.slot)
+        recipe = self._choose(module.targets, module.operator, weight)
+        if not isinstance(recipe, Recipe):
+            return recipe
+        if recipe.dora and isinstance(module, LayerAdapter) and not module.takes_weight:
+            reason = f"its adapters {', '.join(module.names)} have no DoRA, so its call does not hand on the weight"
+            return Skip(module.name, reason)
+        made = self._low_rank(module.form, weight, recipe, module.name)
+        if isinstance(made, Skip):
+            return made
+        module.add_module(self._adapter, made.train(module.training))
+        return Change(f"{_words(recipe, made)}, beside {', '.join(n for n in module.names[:-1])}", module.name)
+
+    def _has_adapter(self, site: Site) -> bool:
+        """Whether a call of an adapter follows the site already."""
+        if site.inner:
+            holder = self._region.submodule(site.node)._modules.get(inside.HOLDER)
+            return holder is not None and _flat(site.inner) in holder._modules
+        users = [user for user in site.node.users if user.op == "call_module"]
+        return any(isinstance(self._region.submodule(user), Adapter) for user in users)
+
+    def _insert(self, site: Site) -> Change | Skip | None:
+        recipe = self._choose(site.names, site.operator, site.weight)
+        if not isinstance(recipe, Recipe):
+            return recipe
+        reason = self._why_not(site, recipe)
+        if reason is not None:
+            return Skip(site.name, reason, source_of(site.node))
+        adapter = self._adapter_of(site, recipe)
+        if isinstance(adapter, Skip):
+            return adapter
+        if site.inner:
+            self._put_inside(site, adapter)
+        elif site.input is None:
+            self._behind_weight(site, adapter)
+        else:
+            self._behind_layer(site, adapter)
+        return Change(_words(recipe, adapter[self._adapter]), site.name, source_of(site.node))
+
+    def _why_not(self, site: Site, recipe: Recipe) -> str | None:
+        for known in self._known.get(id(site.weight), ()):
+            if known.form.layout != site.form.layout:
+                return f"'{known.name}' shares its weight and sees it transposed"
+            if recipe.dora and known.form.starts_normal != site.form.starts_normal:
+                return f"'{known.name}' shares its weight and DoRA measures it along its other axis there"
+        if recipe.init not in MOVES_WEIGHT:
+            return None
+        if not can_take_out(site.form):
+            return f"init '{recipe.init}' takes the weight as one matrix, its groups have several"
+        if isinstance(site.node, fx.Node) and self._is_tied(site):
+            return f"its weight is tied and init '{recipe.init}' would change it elsewhere"
+        return None
+
+    def _is_tied(self, site: Site) -> bool:
+        """Whether something reads the weight that is not to have this adapter."""
+        known = self._known.get(id(site.weight), ())
+        return not known and len(set(self._region.program.names(site.weight))) > 1
+
+    def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter | Skip:
+        """The adapter of the parameter: shared with all other sites that read it."""
+        known = self._known.get(id(site.weight), [])
+        kind = WeightAdapter if site.input is None else LayerAdapter
+        same = next((a for a in known if a.form == site.form and type(a) is kind and self._adapter in a), None)
+        if same is not None:
+            return same
+        adapter = kind(site.form, site.slot, site.name)
+        adapter.targets, adapter.operator = site.names, site.operator
+        twin = next((a for a in known if self._adapter in a), None)
+        made: LowRank | Skip
+        made = twin[self._adapter] if twin else self._low_rank(site.form, site.weight, recipe, site.name)
+        if isinstance(made, Skip):
+            return made
+        adapter.add_module(self._adapter, made)
+        adapter.active = ((self._adapter, 1.0),)
+        adapter.bias_slot = site.bias_slot
+        self._remember(adapter, parameter_of(self._region.program.root, site.slot))
+        return adapter
+
+    def _low_rank(self, form: Form, weight: nn.Parameter, recipe: Recipe, name: str) -> LowRank | Skip:
+        rows = form.shapes(1)[1][0]
+        for low, high in recipe.slices:
+            if high > rows:
+                return Skip(name, f"it has {rows} outputs, none from {low} to {high}")
+        made, left = start(form, weight, recipe)
+        if left is not None:
+            replace_parameter(self._region.program.root, weight, left)
+        return made
+
+    def _behind_layer(self, site: Site, adapter: Adapter) -> None:
+        region = self._region
+        node = loosen(site.node, region)
+        known = self._registered(adapter)
+        assert site.input is not None
+        # The input may have got an adapter of its own since the site was found.
+        value = self._now.get(site.input, site.input)
+        with region.graph.inserting_after(node):
+            call = region.graph.call_module(known, (value, node))
+        if adapter.takes_weight:
+            before = call
+            slots = [site.slot, *([site.bias_slot] if site.bias_slot else [])]
+            relative = [slot.removeprefix(f"{region.path}.") if region.path else slot for slot in slots]
+            reads = [region.insert_attribute(before, name) for name in relative]
+            call.args = (value, node, *reads)
+        region.program.note(call, region)
+        inherit(call, node)
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        self._now[node] = call
+
+    def _behind_weight(self, site: Site, adapter: Adapter) -> None:
+        region = self._region
+        with region.graph.inserting_after(site.node):
+            call = region.graph.call_module(self._registered(adapter), (site.node,))
+        region.program.note(call, region)
+        inherit(call, site.node)
+        site.node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+    def _put_inside(self, site: Site, adapter: Adapter) -> None:
+        module = self._region.submodule(site.node)
+        if inside.HOLDER not in module._modules:
+            made = inside.adapted(module)
+            self._region.program.replace_module(module, made)
+            module = made
+        assert isinstance(adapter, WeightAdapter)
+        adapter.inner = site.inner
+        module.get_submodule(inside.HOLDER).add_module(_flat(site.inner), adapter.train(module.training))
+
+    def _registered(self, adapter: Adapter) -> str:
+        """The name under which the region has the adapter."""
+        container = self._region.module._modules.get(inside.HOLDER)
+        if isinstance(container, nn.Module):
+            for name, child in container.named_children():
+                if child is adapter:
+                    return f"{inside.HOLDER}.{name}"
+        return self._region.add_module(f"{inside.HOLDER}.{_flat(adapter.name)}", adapter)
+
+    def _remember(self, adapter: Adapter, weight: nn.Parameter | None = None) -> None:
+        if weight is None:
+            weight = parameter_of(self._region.program.root, adapter.slot)
+        self._known.setdefault(id(weight), []).append(adapter)
+
+
+def parameter_of(root: nn.Module, slot: str) -> nn.Parameter:
+    """The parameter at a qualified name."""
+    owner, _, leaf = slot.rpartition(".")
+    found = root.get_submodule(owner)._parameters[leaf]
+    assert isinstance(found, nn.Parameter)
+    return found
+
+
+def replace_parameter(root: nn.Module, old: nn.Parameter, value: torch.Tensor) -> None:
+    """Put a new parameter in the place of another, under all of its names."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[name] = new
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _words(recipe: Recipe, low: LowRank) -> str:
+    kind = "DoRA" if recipe.dora else "LoRA"
+    start_words = "" if recipe.init == "default" else f", init {recipe.init}"
+    return f"{kind} of rank {low.rank}, scale {low.scale:.4g}{start_words}"

@@ -1,0 +1,128 @@
+"""Puts the adapters of a file on a captured module: first everything is checked, then the graph is edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fxopt.contract import Skip
+from fxopt.errors import ArtifactError
+from fxopt.graph import GraphModule, Program, eliminate_dead
+from passes.lora.adapter import Adapter
+from passes.lora.entries import Entry, from_entry
+from passes.lora.forms import Form
+from passes.lora.init import Recipe, start
+from passes.lora.insert import Insertion
+from passes.lora.peft_config import Settings
+from passes.lora.sites import Site, find_sites
+from passes.lora.targets import nearest_names
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One file on its way into a module.
+
+    Attributes:
+        module: a captured one.
+        adapter: the name that the adapter gets.
+        settings: of the file.
+        entries: its adapters by layer.
+        rest: its other tensors: modules that were saved whole.
+        source: what messages call the file.
+    """
+
+    module: GraphModule
+    adapter: str
+    settings: Settings
+    entries: Mapping[str, Entry]
+    rest: Mapping[str, torch.Tensor]
+    source: str
+
+    def run(self) -> None:
+        """Check all, then load all.
+
+        Raises:
+            ArtifactError: something of the file has no place, or a layer that it is for gets nothing.
+        """
+        forms = self._forms()
+        by_name = {entry.name: entry for entry in self.entries.values()}
+        self._check(by_name, forms)
+        for name, entry in by_name.items():
+            form, weight = forms[name]
+            from_entry(entry, form, start(form, weight, self._recipe(entry))[0], self.settings)
+        for region in Program(self.module).regions:
+            list(Insertion(region, self.adapter, lambda names, operator, weight: self._choose(names, by_name)).run())
+            eliminate_dead(region)
+            region.graph.lint()
+            region.module.recompile()
+        self._fill(by_name)
+        self._load_whole()
+
+    def _forms(self) -> dict[str, tuple[Form, nn.Parameter]]:
+        """All layers that could have an adapter, with those that do."""
+        program = Program(self.module)
+        found: dict[str, tuple[Form, nn.Parameter]] = {}
+        for region in program.regions:
+            for site in find_sites(region):
+                if isinstance(site, Site):
+                    found[site.name] = (site.form, site.weight)
+        for child in self.module.modules():
+            if isinstance(child, Adapter):
+                owner, _, leaf = child.slot.rpartition(".")
+                weight = self.module.get_submodule(owner)._parameters[leaf]
+                assert weight is not None
+                found[child.name] = (child.form, weight)
+        return found
+
+    def _check(self, by_name: Mapping[str, Entry], forms: Mapping[str, tuple[Form, nn.Parameter]]) -> None:
+        if not by_name and not self.rest:
+            raise ArtifactError(f"'{self.source}' holds no tensors of an adapter")
+        for name in by_name:
+            if name not in forms:
+                near = ", ".join(f"'{each}'" for each in nearest_names([name], forms))
+                raise ArtifactError(f"'{self.source}' is for a layer '{name}' that the model hasn't; nearest: {near}")
+        if not self.settings.restricted:
+            for name, (form, _) in forms.items():
+                if name not in by_name and self.settings.is_target(name) and form.kind != "weight":
+                    raise ArtifactError(f"'{self.source}' targets '{name}' and has no weights for it: they are missing")
+        state = self.module.state_dict()
+        for key, tensor in self.rest.items():
+            if key not in state:
+                near = ", ".join(f"'{each}'" for each in nearest_names([key], state))
+                raise ArtifactError(f"'{self.source}' has a tensor '{key}' that the model hasn't; nearest: {near}")
+            if state[key].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)}, not {tuple(state[key].shape)}"
+                raise ArtifactError(f"'{self.source}' has a '{key}' of shape {shapes}")
+
+    def _choose(self, names: tuple[str, ...], by_name: Mapping[str, Entry]) -> Recipe | Skip | None:
+        entry = by_name.get(names[0])
+        return None if entry is None else self._recipe(entry)
+
+    def _recipe(self, entry: Entry) -> Recipe:
+        return Recipe(entry.rank, entry.scale * entry.rank, dora=entry.magnitude is not None)
+
+    def _fill(self, by_name: Mapping[str, Entry]) -> None:
+        done: set[int] = set()
+        for child in self.module.modules():
+            if isinstance(child, Adapter) and self.adapter in child and child.name in by_name:
+                low = child[self.adapter]
+                if id(low) not in done:
+                    from_entry(by_name[child.name], child.form, low, self.settings)
+                    done.add(id(low))
+
+    def _load_whole(self) -> None:
+        saved = {key.rpartition(".")[0] for key in self.rest}
+        for key, tensor in self.rest.items():
+            path, _, leaf = key.rpartition(".")
+            owner = self.module.get_submodule(path)
+            if leaf in owner._parameters:
+                old = owner._parameters[leaf]
+                assert old is not None
+                owner._parameters[leaf] = nn.Parameter(tensor.to(old).clone(), requires_grad=old.requires_grad)
+            else:
+                owner._buffers[leaf] = tensor.clone()
+        metadata = {"modules_to_save": tuple(sorted(saved))}
+        self.module.__dict__.setdefault("lora_adapters", {})[self.adapter] = metadata

@@ -1,0 +1,85 @@
+"""The pass `lora-merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch.fx as fx
+
+from fxopt.contract import Change, Pass, Promise, Skip
+from fxopt.graph import Region, source_of
+from passes.lora import inside
+from passes.lora.adapter import Adapter
+from passes.lora.fold import fold, why_not
+
+
+@dataclass(frozen=True)
+class LoRAMerge(Pass):
+    """Folds the active adapters into the weights and takes them out of the graph.
+
+        W x + s B (A x)   =>   W' x        W' = W + s B A, computed in float64
+
+    A weight that a layer without an adapter shares stays as it is there. With `keep_zeros` it is
+    `W' = W + M * s B A`, where M is 0 wherever W is, so that a sparse weight stays sparse.
+
+    Source: Hu et al. 2021, section 4.2.
+    """
+
+    name: ClassVar[str] = "lora-merge"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    after: ClassVar[tuple[str, ...]] = ("lora",)
+
+    keep_zeros: bool = field(default=False, metadata={"help": "keep weights at zero that are zero"})
+
+    def __post_init__(self) -> None:
+        if self.keep_zeros:
+            object.__setattr__(self, "promise", Promise.CHANGES)
+
+    def run(self, region: Region) -> Iterator[Change | Skip]:
+        """Fold what a call in this graph applies, and bypass the call."""
+        for node in list(region.graph.nodes):
+            if node.op != "call_module":
+                continue
+            module = region.submodule(node)
+            if isinstance(module, Adapter):
+                yield self._bypass(node, module, region)
+            elif isinstance(module, inside.Adapted):
+                yield from self._inside(node, region)
+
+    def _bypass(self, node: fx.Node, adapter: Adapter, region: Region) -> Change | Skip:
+        reason = self._fold(adapter, region)
+        if reason is not None:
+            return Skip(adapter.name, reason, source_of(node))
+        node.replace_all_uses_with(node.args[-1] if len(node.args) == 1 else node.args[1])  # type: ignore[arg-type]
+        region.graph.erase_node(node)
+        return Change(_words(adapter), adapter.name, source_of(node))
+
+    def _inside(self, node: fx.Node, region: Region) -> Iterator[Change | Skip]:
+        module = region.submodule(node)
+        found = [child for child in module.get_submodule(inside.HOLDER).children() if isinstance(child, Adapter)]
+        for adapter in found:
+            reason = self._fold(adapter, region)
+            if reason is None:
+                yield Change(_words(adapter), adapter.name, source_of(node))
+            else:
+                yield Skip(adapter.name, reason, source_of(node))
+        if all(adapter.merged for adapter in found):
+            region.program.replace_module(module, inside.plain(module))
+
+    def _fold(self, adapter: Adapter, region: Region) -> str | None:
+        root = region.program.root
+        if adapter.merged:
+            return None
+        reason = why_not(root, adapter)
+        if reason is None:
+            # All that share a weight are merged together, so that what was tied stays tied.
+            every = [child for child in root.modules() if isinstance(child, Adapter) and not child.merged]
+            fold(root, [child for child in every if why_not(root, child) is None], self.keep_zeros)
+        return reason
+
+
+def _words(adapter: Adapter) -> str:
+    active = ", ".join(f"'{name}'" if factor == 1 else f"{factor:g} x '{name}'" for name, factor in adapter.active)
+    return f"folded {active or 'no adapter'} into '{adapter.slot}'"

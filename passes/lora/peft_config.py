@@ -1,0 +1,141 @@
+"""adapter_config.json: what PEFT calls the options of an adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fxopt.errors import ArtifactError
+from passes.lora.adapter import LowRank
+from passes.lora.entries import Entry
+
+_UNKNOWN = (
+    "kasa_config velora_config monteclora_config arrow_config bdlora_config trainable_token_indices layer_replication "
+    "megatron_config use_qalora alora_invocation_tokens use_bdlora"
+).split()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that decide on what the tensors of a file mean.
+
+    Attributes:
+        rank, alpha: of layers that no pattern names.
+        rslora, dora, dropout: as in the pass `lora`.
+        rank_pattern, alpha_pattern: by name of a layer, or a regular expression over its end.
+        targets: `target_modules`: a regular expression, or names and ends of names.
+        parameters: `target_parameters`.
+        restricted: whether further options narrow the targets.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    targets: str | tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    restricted: bool = False
+
+    def rank_of(self, name: str) -> int:
+        """r of a layer."""
+        return int(_of(self.rank_pattern, name, self.rank))
+
+    def alpha_of(self, name: str) -> float:
+        """alpha of a layer."""
+        return float(_of(self.alpha_pattern, name, self.alpha))
+
+    def is_target(self, name: str) -> bool:
+        """Whether `target_modules` means a layer."""
+        if isinstance(self.targets, str):
+            return self.targets != "all-linear" and re.fullmatch(self.targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+
+
+def to_settings(config: Mapping[str, Any], source: str) -> Settings:
+    """Read a configuration.
+
+    Raises:
+        ArtifactError: another kind of adapter than LoRA, or options that fxopt does not have.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ArtifactError(f"'{source}' is an adapter of type {kind!r}, expected 'LORA'")
+    unknown = [key for key in _UNKNOWN if config.get(key)]
+    if unknown:
+        raise ArtifactError(f"'{source}' uses '{unknown[0]}', which fxopt does not have")
+    try:
+        targets = config.get("target_modules") or ()
+        return Settings(
+            rank=int(config["r"]),
+            alpha=float(config["lora_alpha"]),
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            rank_pattern=dict(config.get("rank_pattern") or {}),
+            alpha_pattern=dict(config.get("alpha_pattern") or {}),
+            targets=targets if isinstance(targets, str) else tuple(targets),
+            parameters=tuple(config.get("target_parameters") or ()),
+            restricted=bool(config.get("layers_to_transform") is not None or config.get("exclude_modules")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"'{source}' is no configuration of an adapter: {error!r}") from error
+
+
+def from_settings(module: nn.Module, entries: Sequence[Entry], saved: Sequence[str], low: LowRank) -> dict[str, Any]:
+    """The configuration of an adapter: common values once, others by patterns."""
+    ranks = {entry.name: entry.rank for entry in entries}
+    alphas = {entry.name: _alpha(entry, low.rslora) for entry in entries}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    modules = sorted(entry.name.removesuffix(".out_proj") if entry.in_attention else entry.name
+                     for entry in entries if not entry.parameter)  # fmt: skip
+    parameters = sorted(entry.parameter for entry in entries if entry.parameter)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": low.dropout,
+        "use_rslora": low.rslora,
+        "use_dora": any(entry.magnitude is not None for entry in entries),
+        "lora_bias": any(entry.bias is not None for entry in entries),
+        "bias": "none",
+        "init_lora_weights": True,
+        "fan_in_fan_out": bool(modules) and all(entry.transposed for entry in entries),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
+        "target_modules": _targets(module, list(dict.fromkeys(modules))),
+        "target_parameters": parameters or None,
+        "modules_to_save": list(saved) or None,
+    }
+
+
+def _targets(module: nn.Module, names: list[str]) -> str | list[str]:
+    """Names where they mean nothing else, else a regular expression: PEFT takes a name for an end of names too."""
+    every = [path for path, _ in module.named_modules() if not path.startswith("lora.")]
+    if any(path.endswith(f".{name}") for path in every for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _alpha(entry: Entry, rslora: bool) -> float:
+    alpha = entry.scale * (math.sqrt(entry.rank) if rslora else entry.rank)
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha
+
+
+def _of(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    for key, value in pattern.items():
+        if re.match(rf"({key})$" if key.startswith("^") else rf"(.*\.)?({key})$", name):
+            return value
+    return default

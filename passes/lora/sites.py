@@ -1,0 +1,218 @@
+"""Where adapters can go: every use of a parameter in a graph that a low-rank update has a form for."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.contract import Skip
+from fxopt.graph import Affine, Region, read_affine, source_of
+from fxopt.modules import Fused
+from passes.lora import inside
+from passes.lora.adapter import Adapter
+from passes.lora.forms import Form, form_of
+
+_PRODUCTS = (operator.matmul, torch.matmul, torch.mm)
+_METHODS = ("matmul", "mm", "__matmul__")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a parameter.
+
+    Attributes:
+        node: the call; for a weight that is used as a whole, the read of it.
+        names: what targets may call it: the layer first, then its parameter.
+        slot: qualified name of the parameter.
+        weight: the parameter.
+        form: how an update of it is applied.
+        operator: what it is, for targets: `linear`, `conv2d`, `embedding`, `attention`, `recurrent`, `weight`.
+        input: what the layer is applied to; None where the weight is used as a whole.
+        bias_slot: that of the bias, where there is one.
+        inner: for a weight inside of a module that is called as one, its path there.
+    """
+
+    node: fx.Node
+    names: tuple[str, ...]
+    slot: str
+    weight: nn.Parameter
+    form: Form
+    operator: str
+    input: fx.Node | None = None
+    bias_slot: str | None = None
+    inner: str = ""
+
+    @property
+    def name(self) -> str:
+        """What reports and files call it."""
+        return self.names[0]
+
+
+def find_sites(region: Region) -> Iterator[Site | Skip]:
+    """All sites of a region in the order of its graph."""
+    uses = {node: _read(node, region) for node in region.graph.nodes}
+    layouts: dict[str, set[str]] = defaultdict(set)
+    for found in uses.values():
+        if isinstance(found, Site):
+            layouts[found.slot].add(found.form.layout)
+    whole = {}
+    for node in region.graph.nodes:
+        site = _whole_weight(node, region, uses, layouts) if node.op == "get_attr" else None
+        if site is not None:
+            whole[site.slot] = site
+            yield site
+    for node, found in uses.items():
+        if node.op == "call_module" and inside.is_adaptable(region.submodule(node)):
+            yield from _inside(node, region)
+        elif isinstance(found, Skip) or (found is not None and found.slot not in whole):
+            yield found
+
+
+def _read(node: fx.Node, region: Region) -> Site | Skip | None:
+    if node.op == "call_module" and isinstance(region.submodule(node), nn.Embedding):
+        return _embedding_module(node, region)
+    affine = read_affine(node, region)
+    if isinstance(affine, Affine):
+        return _affine(affine, region)
+    if isinstance(affine, Skip):
+        return None if node.op == "call_function" and "computed" in affine.reason else affine
+    if node.op == "call_function" and node.target in (F.embedding, torch.embedding):
+        return _functional_embedding(node, region)
+    return _product(node, region)
+
+
+def _affine(affine: Affine, region: Region) -> Site | Skip:
+    node, module = affine.node, affine.module
+    if affine.kind.startswith("conv_transpose") and "output_size" in affine.options:
+        return Skip(region.qualified(node), "the size of its output is given at the call", source_of(node))
+    options = {k: v for k, v in affine.options.items() if k not in ("other", "output_size")}
+    if isinstance(options.get("padding"), list):
+        options["padding"] = tuple(options["padding"])
+    if module is not None and options.get("padding_mode", "zeros") != "zeros":
+        options["pad"] = tuple(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+    if isinstance(module, Fused) and module.bn is not None:
+        reason = "a batch norm that trains is fused into it; put lora before fuse"
+        return Skip(region.qualified(node), reason, source_of(node))
+    assert isinstance(affine.weight, nn.Parameter)
+    form = form_of(affine.kind, affine.weight.shape, options)
+    slot = _slot(node, "weight", affine.weight_node, region)
+    bias = None if affine.bias is None else _slot(node, "bias", affine.bias_node, region)
+    return Site(node, _names(slot), slot, affine.weight, form, affine.kind, affine.input, bias)
+
+
+def _slot(node: fx.Node, leaf: str, read: fx.Node | None, region: Region) -> str:
+    name = f"{node.target}.{leaf}" if read is None else str(read.target)
+    return f"{region.path}.{name}" if region.path else name
+
+
+def _names(slot: str) -> tuple[str, ...]:
+    owner, _, leaf = slot.rpartition(".")
+    return (owner, slot) if leaf == "weight" and owner else (slot,)
+
+
+def _embedding_module(node: fx.Node, region: Region) -> Site | Skip | None:
+    module = region.submodule(node)
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(module, nn.Embedding) or not isinstance(source, fx.Node):
+        return None
+    if type(module).forward is not nn.Embedding.forward:
+        reason = f"its class '{type(module).__name__}' overrides 'forward' of Embedding"
+        return Skip(region.qualified(node), reason, source_of(node))
+    if module.max_norm is not None:
+        return Skip(region.qualified(node), "its 'max_norm' rewrites the weight at each call", source_of(node))
+    if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+        return Skip(region.qualified(node), "its weight is not a floating-point parameter", source_of(node))
+    slot = _slot(node, "weight", None, region)
+    form = form_of("embedding", module.weight.shape, {})
+    return Site(node, _names(slot), slot, module.weight, form, "embedding", source)
+
+
+def _functional_embedding(node: fx.Node, region: Region) -> Site | None:
+    weight_first = node.target is torch.embedding
+    first, second = (node.args[i] if len(node.args) > i else None for i in range(2))
+    ids = node.kwargs.get("indices" if weight_first else "input", second if weight_first else first)
+    weight = node.kwargs.get("weight", first if weight_first else second)
+    max_norm = node.args[3] if len(node.args) > 3 and not weight_first else node.kwargs.get("max_norm")
+    if max_norm is not None:
+        return None
+    return _by_function(node, "embedding", ids, weight, None, region)
+
+
+def _product(node: fx.Node, region: Region) -> Site | None:
+    given = node.args
+    if (node.op == "call_function" and node.target in _PRODUCTS) or (
+        node.op == "call_method" and node.target in _METHODS
+    ):
+        return _by_function(node, "matmul", given[0], given[1], None, region) if len(given) == 2 else None
+    adds = (node.op == "call_function" and node.target is torch.addmm) or (
+        node.op == "call_method" and node.target == "addmm"
+    )
+    if adds and len(given) == 3 and not node.kwargs:
+        return _by_function(node, "matmul", given[1], given[2], given[0], region)
+    return None
+
+
+def _by_function(node: fx.Node, kind: str, value: Any, weight: Any, bias: Any, region: Region) -> Site | None:
+    parameter = _parameter(weight, region)
+    if parameter is None or parameter.dim() != 2 or not isinstance(value, fx.Node) or value.op == "get_attr":
+        return None
+    slot = _slot(node, "weight", weight, region)
+    bias_slot = _slot(node, "bias", bias, region) if _parameter(bias, region) is not None else None
+    return Site(node, _names(slot), slot, parameter, form_of(kind, parameter.shape, {}), kind, value, bias_slot)
+
+
+def _parameter(node: Any, region: Region) -> nn.Parameter | None:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = region.attribute(node)
+    return value if isinstance(value, nn.Parameter) and value.is_floating_point() else None
+
+
+def _whole_weight(
+    node: fx.Node, region: Region, uses: Mapping[fx.Node, Any], layouts: Mapping[str, set[str]]
+) -> Site | None:
+    """A parameter that something other than a known layer reads, or layers that see it in different forms."""
+    parameter = _parameter(node, region)
+    if parameter is None or parameter.dim() < 2:
+        return None
+    slot = _slot(node, "weight", node, region)
+    if all(_is_layer_of(user, slot, uses, region) for user in node.users) and len(layouts[slot]) == 1:
+        return None
+    return Site(node, _names(slot), slot, parameter, form_of("weight", parameter.shape, {}), "weight")
+
+
+def _is_layer_of(user: fx.Node, slot: str, uses: Mapping[fx.Node, Any], region: Region) -> bool:
+    site = uses.get(user)
+    if isinstance(site, Site):
+        return site.slot == slot
+    return user.op == "call_module" and isinstance(region.submodule(user), Adapter)
+
+
+def _inside(node: fx.Node, region: Region) -> Iterator[Site | Skip]:
+    module = region.submodule(node)
+    for path, owner, parameter in inside.weights(module):
+        slot = _slot(node, path, None, region)
+        names, kind = list(_names(slot)), "weight"
+        if isinstance(owner, nn.MultiheadAttention) and path.endswith("in_proj_weight"):
+            kind = "attention"
+            names.insert(0, slot.rpartition(".")[0])
+        elif isinstance(owner, nn.MultiheadAttention):
+            kind = "attention"
+            names.append(slot.rpartition(".")[0])
+        elif isinstance(owner, nn.RNNBase):
+            kind = "recurrent"
+            names.append(slot.rpartition(".")[0])
+        elif isinstance(owner, nn.Linear):
+            kind = "linear"
+            if path.endswith("out_proj.weight"):
+                names.append(slot.removesuffix(".out_proj.weight"))
+        form = form_of("weight", parameter.shape, {})
+        yield Site(node, tuple(dict.fromkeys(names)), slot, parameter, form, kind, inner=path)

@@ -1,0 +1,168 @@
+"""Files, both ways: what PEFT saves and fxopt loads, and what fxopt saves and PEFT loads, gives equal outputs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt import capture
+from passes.lora import load_adapter, merge, save_adapter
+from tests.passes.lora.conftest import randomize
+from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, MLPOnParameters, floats, ints
+
+
+def transformers_conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return EmbConv1D(Conv1D)
+
+
+BUILD: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "mlp": (MLP, floats(9, 10)),
+    "embedding": (transformers_conv1d, ints(4, 10, high=100)),
+    "conv1d": (lambda: ConvNet(1, 1, 1, 2, hidden=9), floats(3, 1, 10)),
+    "conv2d": (lambda: ConvNet(2, 5, 10, 3, hidden=640), floats(2, 5, 10, 10)),
+    "groups": (lambda: ConvNet(2, 5, 5, 3, groups=5, hidden=45), floats(2, 5, 5, 5)),
+    "groups2": (lambda: ConvNet(2, 16, 32, 3, groups=2, padding=1, hidden=512), floats(2, 16, 4, 4)),
+    "conv3d": (lambda: ConvNet(3, 5, 10, 3, hidden=270), floats(2, 5, 5, 5, 5)),
+    "conv3d1x1": (lambda: ConvNet(3, 1, 1, 1, hidden=27), floats(2, 1, 3, 3, 3)),
+    "mha": (MHA, floats(4, 3, 10)),
+    "parameters": (MLPOnParameters, floats(9, 10)),
+}
+DORA = {"use_dora": True}
+BIAS = {"lora_bias": True, "lora_alpha": 32}
+
+# PEFT computes the weight and then applies it, here the update goes beside it (a parameter), or it rounds twice (mha).
+ROUNDING = ("mha", "parameters", "target_parameters")
+
+# The configurations that PEFT's own tests of custom models run LoRA with; the models are written anew.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("mlp 1", "mlp", {"target_modules": "lin0"}),
+    ("mlp 2", "mlp", {"target_modules": ["lin0"]}),
+    ("mlp 3", "mlp", {"target_modules": ["lin1"]}),
+    ("mlp 4", "mlp", {"target_modules": ["lin0", "lin1"]}),
+    ("mlp 5", "mlp", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("mlp 6", "mlp", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
+    ("mlp 7 dora", "mlp", {"target_modules": ["lin0"], **DORA}),
+    ("mlp 8 dora", "mlp", {"target_modules": ["lin0", "lin1"], **DORA}),
+    ("mlp 9 dora", "mlp", {"target_modules": "lin1", **DORA, "lora_alpha": 32}),
+    ("embedding 1", "embedding", {"target_modules": ["conv1d"]}),
+    ("embedding 2", "embedding", {"target_modules": ["emb"]}),
+    ("embedding 3", "embedding", {"target_modules": ["emb", "conv1d"]}),
+    ("embedding 1 dora", "embedding", {"target_modules": ["conv1d"], **DORA}),
+    ("embedding 2 dora", "embedding", {"target_modules": ["emb"], **DORA}),
+    ("embedding 3 dora", "embedding", {"target_modules": ["emb", "conv1d"], **DORA}),
+    ("conv1d", "conv1d", {"target_modules": ["conv1d"]}),
+    ("conv1d dora", "conv1d", {"target_modules": ["conv1d"], **DORA}),
+    ("conv2d 1", "conv2d", {"target_modules": ["conv2d"]}),
+    ("conv2d 2", "conv2d", {"target_modules": ["conv2d", "lin0"]}),
+    ("conv2d 1 dora", "conv2d", {"target_modules": ["conv2d"], **DORA}),
+    ("conv2d 2 dora", "conv2d", {"target_modules": ["conv2d", "lin0"], **DORA}),
+    ("groups", "groups", {"target_modules": ["conv2d"], "r": 5}),
+    ("groups2", "groups2", {"target_modules": ["conv2d"]}),
+    ("conv3d 1", "conv3d", {"target_modules": ["conv3d"]}),
+    ("conv3d 2", "conv3d", {"target_modules": ["conv3d", "lin0"]}),
+    ("conv3d 1 dora", "conv3d", {"target_modules": ["conv3d"], **DORA}),
+    ("conv3d 2 dora", "conv3d", {"target_modules": ["conv3d", "lin0"], **DORA}),
+    ("conv3d 1x1", "conv3d1x1", {"target_modules": ["conv3d"]}),
+    ("conv3d 1x1 dora", "conv3d1x1", {"target_modules": ["conv3d"], **DORA}),
+    ("mlp bias", "mlp", {"target_modules": ["lin0", "lin1"], **BIAS}),
+    ("conv2d bias", "conv2d", {"target_modules": ["conv2d"], **BIAS}),
+    ("conv3d bias", "conv3d", {"target_modules": ["conv3d"], **BIAS}),
+    ("mha 1", "mha", {"target_modules": ["mha"]}),
+    ("mha 2", "mha", {"target_modules": ["mha", "lin0"]}),
+    ("parameters 1", "parameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
+    ("parameters 2", "mlp", {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"]}),
+    ("patterns", "mlp", {"target_modules": ["lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 16}}),
+]  # fmt: skip
+
+
+# The factors of groups are one dense factor there.
+LOOSE = ("mha", "groups2")
+
+
+def in_peft(peft: Any, model: nn.Module, config: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    # Some kernels of torch round otherwise where a weight could get a gradient.
+    return wrapped.requires_grad_(False)
+
+
+def from_peft(peft: Any, model: nn.Module, directory: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), directory).eval()
+
+
+def saved_by_peft(wrapped: Any, directory: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("model", "config"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_both_ways(peft: Any, tmp_path: Path, model: str, config: dict[str, Any]) -> None:
+    build, example = BUILD[model]
+    plain, x = build().eval(), example()
+    wrapped = in_peft(peft, plain, config)
+    saved_by_peft(wrapped, tmp_path / "theirs")
+    captured = capture(plain, (x,)).module
+    load_adapter(captured, tmp_path / "theirs")
+    allowed = 2e-6 if model in ROUNDING or any(key in ROUNDING for key in config) else 0.0
+    if model == "groups" or config == {"target_modules": ["emb", "conv1d"], **DORA}:
+        allowed = 1e-7  # kernels of torch for so few values round by how these lie in memory
+    with torch.no_grad():
+        expected = wrapped(x)
+        assert (expected - plain(x)).abs().max() > 1e-3
+        assert (captured(x) - expected).abs().max() <= allowed
+
+    save_adapter(captured, tmp_path / "ours")
+    again = from_peft(peft, plain, tmp_path / "ours")
+    with torch.no_grad():
+        assert (again(x) - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize(("model", "config"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_the_file_of_fxopt_has_the_keys_of_peft(peft: Any, tmp_path: Path, model: str, config: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    build, example = BUILD[model]
+    plain, x = build().eval(), example()
+    saved_by_peft(in_peft(peft, plain, config), tmp_path / "theirs")
+    captured = capture(plain, (x,)).module
+    load_adapter(captured, tmp_path / "theirs")
+    save_adapter(captured, tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv2d", "conv3d", "conv1d", "mha", "embedding", "groups2"])
+def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) -> None:
+    from passes import LoRA
+    from passes.lora.inject import inject
+
+    build, example = BUILD[model]
+    plain, x = build().eval(), example()
+    captured = capture(plain, (x,)).module
+    inject(captured, LoRA(rank=4, alpha=8, targets=("*",)))
+    randomize(captured)
+    save_adapter(captured, tmp_path)
+    with torch.no_grad():
+        expected = captured(x)
+        error = (from_peft(peft, plain, tmp_path)(x) - expected).abs().max()
+        assert error <= (2e-5 if model in LOOSE else 0)
+        merge(captured, (x,))
