@@ -45,7 +45,7 @@ def _build(names: tuple[str, ...]) -> Built:
 def _runs(module: nn.Module, channels: int, height: int, width: int) -> bool:
     try:
         with torch.no_grad():
-            copy.deepcopy(module)(torch.randn(1, channels, height, width))
+            copy.deepcopy(module)(torch.randn(2, channels, height, width))
     except Exception:  # whatever a model raises on an image that is too small
         return False
     return True

@@ -40,6 +40,8 @@ _LITERALS = (
     enum.Enum,
     range,
 )
+# Torch takes Python's number types for these.
+_DTYPES: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 _FIXED = (bool, str, type(None))
 
 
@@ -72,6 +74,8 @@ class Objects(Tensors):
             return self._devices[id(value)][1]
         if isinstance(value, _LITERALS):
             return value
+        if isinstance(value, type) and value in _DTYPES:
+            return _DTYPES[value]
         if id(value) in self._objects:
             self._catch_up(value)
             return self._objects[id(value)][1]

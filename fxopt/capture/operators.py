@@ -46,6 +46,11 @@ SIZED_BY_VALUES = frozenset(
 ELEMENTWISE = frozenset("add sub mul div truediv pow rsub true_divide add_ sub_ mul_ div_ clamp clamp_ fill_".split())
 """Functions whose result's size does not depend on the value of a number among the arguments."""
 
+SHAPED_AS_FIRST = frozenset(
+    "index_add index_copy index_fill index_put scatter scatter_add scatter_reduce masked_fill masked_scatter".split()
+)
+"""Functions whose result has the shape of their first argument, whatever the others have."""
+
 HOOKS = frozenset("register_hook register_post_accumulate_grad_hook".split())
 """Methods that hang the user's code on a tensor's gradient."""
 
@@ -73,6 +78,11 @@ _DUNDERS = {
     f"__{name}__": getattr(operator, name)
     for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift neg pos abs invert".split()
 }
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function or method of this name writes into its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:

@@ -93,8 +93,7 @@ class Recorder(Decisions, TorchFunctionMode):
         name = func.__name__
         origin = self.origin(name, args, kwargs)
         node = self.emit(op, target, node_args, node_kwargs)
-        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        for written in (args[0] if args and is_in_place else None, kwargs.get("out")):
+        for written in (args[0] if args and operators.is_in_place(name) else None, kwargs.get("out")):
             if isinstance(written, torch.Tensor):
                 self.note_write(written, origin.values)
         return self.adopt(node, result, origin)

@@ -139,6 +139,8 @@ class Tensors(Tape):
             or (name == "where" and len(args) == 1)
         ):
             shape = max(shape, depends)
+        if name in operators.SHAPED_AS_FIRST or operators.is_in_place(name):
+            shape = self.known(args[0]).shape if args and isinstance(args[0], torch.Tensor) else shape
         if name in operators.SHAPE_ONLY:
             depends = shape
         if name in operators.RANDOM or _drops(name, args, kwargs):

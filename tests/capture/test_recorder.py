@@ -1,0 +1,248 @@
+"""Idioms that recording has met, each in a module as small as it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fxopt.capture import capture
+from fxopt.capture.describe import describe
+from fxopt.capture.record import record
+from fxopt.errors import GuardError
+
+
+@dataclass
+class Layer:
+    kept: torch.Tensor | None = None
+    filled: int = 0
+    is_full: bool = False
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Cache:
+    layers: list[Layer] = field(default_factory=list)
+
+
+def cache(filled: int) -> Cache:
+    return Cache([Layer(torch.ones(2, filled), filled)])
+
+
+class CountsInCache(nn.Module):
+    """A number among the attributes of an input."""
+
+    def forward(self, x, cache):
+        layer = cache.layers[0]
+        layer.filled += x.shape[1]
+        layer.kept = torch.cat([layer.kept, x], 1)
+        return x * layer.filled
+
+
+class FillsDict(nn.Module):
+    """A dict within an object is written into."""
+
+    def forward(self, x, cache):
+        cache.layers[0].parts["last"] = x * 2
+        return x
+
+
+class AppendsToList(nn.Module):
+    """A list that was given is longer when it is used."""
+
+    def forward(self, xs):
+        xs.append(xs[0] + 1)
+        return torch.cat(xs)
+
+
+class Opaque(nn.Module):
+    def forward(self, x, cache):
+        cache.layers[0].kept = x * 3
+        if x.sum() > 0:
+            return x + 1
+        return x - 1
+
+
+class CallsOpaqueWithCache(nn.Module):
+    """What an opaque part writes into an object is read by the graph around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.opaque = Opaque()
+
+    def forward(self, x, cache):
+        y = self.opaque(x, cache)
+        return y + cache.layers[0].kept
+
+
+class MakesCache(nn.Module):
+    """An object made in the forward changes between the parts that it is handed to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Opaque(), Opaque()
+
+    def forward(self, x):
+        made = cache(1)
+        y = self.first(x, made)
+        made.layers[0].kept = made.layers[0].kept + y
+        z = self.second(made.layers[0].kept, made)
+        return z, made
+
+
+class NumpyNumber(nn.Module):
+    def forward(self, x):
+        return x * np.sqrt(2.0) + x / np.float32(3)
+
+
+class ReflectedPower(nn.Module):
+    def forward(self, x):
+        return x**2 + 2**x + abs(x) - (-x)
+
+
+class PythonType(nn.Module):
+    def forward(self, x):
+        return x + torch.zeros(x.shape, dtype=float).sum() + torch.ones_like(x, dtype=bool)
+
+
+class ScattersByValue(nn.Module):
+    """The shape of a result is that of the first argument, however many rows were chosen by their values."""
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 0).nonzero()[:, 0]
+        y = torch.zeros_like(x).index_add(0, chosen, x[chosen])
+        return y * 2 if y.shape[1] > 2 else y
+
+
+class AsksByKeyword(nn.Module):
+    """A decorator looks for an argument among the keyword ones."""
+
+    def forward(self, *args, **kwargs):
+        if "scale" not in kwargs:
+            raise TypeError("scale is a keyword")
+        return args[0] * kwargs["scale"]
+
+
+class WarnsByValue(nn.Module):
+    """Leaves out a check of values while it is exported."""
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and 0 in x:
+            raise ValueError("there is padding")
+        return x + 1
+
+
+class AnswersDifferently(nn.Module):
+    """Computes something else while it is exported."""
+
+    def forward(self, x):
+        if torch.compiler.is_exporting():
+            return x
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+X = torch.arange(1.0, 7.0).reshape(2, 3)
+
+SAME = [
+    (CountsInCache(), lambda n: (torch.ones(2, n), cache(n + 1))),
+    (FillsDict(), lambda n: (torch.ones(2, n), cache(3))),
+    (AppendsToList(), lambda n: ([torch.ones(n)],)),
+    (CallsOpaqueWithCache(), lambda n: (torch.ones(2, n), cache(3))),
+    (MakesCache(), lambda n: (torch.ones(2, n),)),
+    (NumpyNumber(), lambda n: (torch.ones(2, n),)),
+    (ReflectedPower(), lambda n: (torch.ones(2, n),)),
+    (PythonType(), lambda n: (torch.ones(2, n),)),
+    (ScattersByValue(), lambda n: (torch.randn(5, n, generator=torch.Generator().manual_seed(n)),)),
+    (WarnsByValue(), lambda n: (torch.ones(2, n),)),
+    (AnswersDifferently(), lambda n: (torch.ones(2, n),)),
+]
+
+
+def parts(value: Any) -> list[Any]:
+    if isinstance(value, (Cache, Layer)):
+        return [type(value), *parts(vars(value))]
+    if isinstance(value, dict):
+        return [*value, *(part for item in value.values() for part in parts(item))]
+    if isinstance(value, (list, tuple)):
+        return [len(value), *(part for item in value for part in parts(item))]
+    return [value.tolist() if isinstance(value, torch.Tensor) else (type(value), value)]
+
+
+@pytest.mark.parametrize(("module", "arguments"), SAME, ids=[type(module).__name__ for module, _ in SAME])
+@pytest.mark.parametrize("size", [4, 6])
+def test_same_as_eager_at_captured_and_at_another_size(module, arguments, size):
+    captured = capture(module, arguments(4))
+    expected, actual = arguments(size), arguments(size)
+    assert parts(captured.module(*actual)) == parts(module(*expected))
+    assert parts(actual) == parts(expected), "what was given was left otherwise"
+
+
+WHOLE = [module for module, _ in SAME if not isinstance(module, (CallsOpaqueWithCache, MakesCache, AnswersDifferently))]
+
+
+@pytest.mark.parametrize("module", WHOLE, ids=[type(module).__name__ for module in WHOLE])
+def test_all_of_it_is_in_the_graph(module):
+    arguments = next(make for other, make in SAME if other is module)
+    assert capture(module, arguments(4)).opaque == ()
+
+
+def test_the_exported_path_is_told():
+    captured = capture(WarnsByValue(), (torch.ones(2, 3),))
+    assert "recorded as it runs when it is exported" in captured.notes[0]
+
+
+def test_the_exported_path_is_not_taken_where_it_computes_something_else():
+    captured = capture(AnswersDifferently(), (torch.ones(2, 3),))
+    assert [part.path for part in captured.opaque] == [""]
+
+
+def test_arguments_are_passed_as_they_were_given():
+    captured = capture(AsksByKeyword(), (X,), {"scale": 3})
+    assert torch.equal(captured.module(X, scale=4), X * 4)
+
+
+class BranchesOnFlag(nn.Module):
+    def forward(self, x, cache):
+        return x if cache.layers[0].is_full else x * 2
+
+
+def test_a_flag_of_an_input_object_is_guarded():
+    captured = capture(BranchesOnFlag(), (X, cache(2)))
+    full = cache(2)
+    full.layers[0].is_full = True
+    with pytest.raises(GuardError, match=r"cache\.layers\[0\]\.is_full is False"):
+        captured.module(X, full)
+
+
+class BranchesOnNumber(nn.Module):
+    def forward(self, x, cache):
+        return x if cache.layers[0].filled > 3 else x * 2
+
+
+def test_a_decision_on_a_number_of_an_input_object_is_guarded():
+    captured = capture(BranchesOnNumber(), (X, cache(2)))
+    assert torch.equal(captured.module(X, cache(3)), X * 2)
+    with pytest.raises(GuardError, match=r"cache\.layers\[0\]\.filled <= 3"):
+        captured.module(X, cache(4))
+
+
+class ReturnsSizes(nn.Module):
+    def forward(self, x):
+        return {"width": x.shape[1], "cache": Cache([Layer(x, x.shape[0])])}
+
+
+def test_recorded_outputs_hold_plain_numbers():
+    output = record(ReturnsSizes(), (X,), {}).output
+    assert type(output["width"]) is int
+    assert type(output["cache"].layers[0].filled) is int
+
+
+def test_nodes_are_described_as_their_user_writes_them():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    assert describe(graph.call_function(getattr, (x, "kept"))) == "x.kept"
+    assert describe(graph.call_method("size", (x, 1))) == "x.shape[1]"
