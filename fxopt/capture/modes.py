@@ -7,8 +7,6 @@ from typing import Any
 
 import torch.fx as fx
 
-_DROPS = "dropout"
-
 
 def merge_modes(evaluation: fx.Graph, training: fx.Graph) -> bool:
     """Make `evaluation` a graph of both modes, if the two differ only in arguments that say the mode.
