@@ -241,15 +241,16 @@ class LayerAdapter(Adapter):
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         assert self.batch is not None
-        if len(self.batch) != x.shape[0]:
-            raise PassError(
-                f"lora: a mixed batch names {len(self.batch)} adapters, '{self.name}' got {x.shape[0]} rows"
-            )
+        # GPT-2 and others flatten samples and positions into rows: those of one sample stay together.
+        each_rows, left = divmod(x.shape[0], len(self.batch))
+        if left or not each_rows:
+            raise PassError(f"lora: the mixed batch names {len(self.batch)} samples, '{self.name}' got {x.shape[0]}")
+        rows_of = [name for name in self.batch for _ in range(each_rows)]
         out = y.clone()
         for name in dict.fromkeys(self.batch):
             low = self._modules.get(name)
             if isinstance(low, LowRank):
-                rows = torch.tensor([i for i, each in enumerate(self.batch) if each == name], device=x.device)
+                rows = torch.tensor([i for i, each in enumerate(rows_of) if each == name], device=x.device)
                 out = out.index_copy(0, rows, self._add(low, 1.0, x[rows], y[rows], weight, bias))
         return out
 

@@ -1,0 +1,118 @@
+"""Several adapters: added, switched, disabled, weighted, one a sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxopt import capture
+from fxopt.errors import PassError
+from fxopt.graph import GraphModule
+from passes import LoRA
+from passes.lora import disable, enable, merge, mixed_batch, set_adapter, trainable_parameters, unmerge, weighted
+from passes.lora.adapter import Adapter
+from passes.lora.inject import inject
+from tests.passes.lora.conftest import randomize
+from tests.passes.lora.small import MLP, EmbConv1D, Recurrents
+
+
+def two(model: torch.nn.Module | None = None, x: torch.Tensor | None = None) -> tuple[GraphModule, torch.Tensor]:
+    x = torch.randn(4, 10) if x is None else x
+    module = capture((model or MLP()).eval(), (x,)).module
+    inject(module, LoRA(rank=2, targets=("*",), adapter="first"))
+    inject(module, LoRA(rank=3, targets=("lin0",), adapter="second"))
+    randomize(module)
+    return module, x
+
+
+@torch.no_grad()
+def outputs(module: GraphModule, x: torch.Tensor, name: str) -> torch.Tensor:
+    set_adapter(module, name)
+    out: torch.Tensor = module(x)
+    return out
+
+
+def test_added_adapters_share_the_call() -> None:
+    module, _ = two()
+    found = [child for child in module.modules() if isinstance(child, Adapter)]
+    assert [adapter.names for adapter in found] == [("first", "second"), ("first",)]
+    assert found[0]["second"].rank == 3
+
+
+def test_switching_keeps_the_graph_and_chooses_what_trains() -> None:
+    module, x = two()
+    graph = str(module.graph)
+    first, second = (outputs(module, x, name) for name in ("first", "second"))
+    assert not torch.equal(first, second)
+    assert torch.equal(outputs(module, x, "first"), first)
+    assert str(module.graph) == graph
+    trains = {id(p) for p in trainable_parameters(module)}
+    assert trains == {id(p) for name, p in module.named_parameters() if ".first." in name}
+
+
+def test_disabled_it_is_the_model_without_adapters() -> None:
+    model = MLP().eval()
+    module, x = two(model)
+    with torch.no_grad():
+        adapted = module(x)
+        disable(module)
+        assert torch.equal(module(x), model.requires_grad_(False)(x))
+        enable(module)
+        assert torch.equal(module(x), adapted)
+
+
+def test_a_weighted_sum() -> None:
+    module, x = two()
+    weight = module.get_parameter("lin0.weight")
+    adapter = module.get_submodule("lora.lin0")
+    assert isinstance(adapter, Adapter)
+    weighted(module, {"first": 0.5, "second": -2.0})
+    expected = weight.double()
+    for name, factor in (("first", 0.5), ("second", -2.0)):
+        low = adapter[name]
+        expected = expected + factor * low.scale * low.B.double() @ low.A.double()
+    with torch.no_grad():
+        out = module(x)
+        merge(module, (x,))
+        assert torch.allclose(module.get_parameter("lin0.weight").double(), expected, atol=1e-6)
+        assert torch.allclose(module(x), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "embedding"])
+def test_a_mixed_batch(kind: str) -> None:
+    model, x = (MLP(), torch.randn(5, 10)) if kind == "mlp" else (EmbConv1D(), torch.randint(0, 100, (5, 10)))
+    module, x = two(model, x)
+    names = ["second", "first", "base", "first", "second"]
+    single = {name: outputs(module, x, name) for name in ("first", "second")}
+    with torch.no_grad():
+        disable(module)
+        single["base"] = module(x)
+        enable(module)
+        with mixed_batch(module, names):
+            out = module(x)
+    for row, name in enumerate(names):
+        assert torch.allclose(out[row], single[name][row], atol=1e-6)
+
+
+def test_what_can_not_be() -> None:
+    module, x = two()
+    with pytest.raises(PassError, match="no adapter is called 'third'; there are"):
+        set_adapter(module, "third")
+    with pytest.raises(PassError, match="no adapter is called 'third'"), mixed_batch(module, ["third"]):
+        pass
+    with pytest.raises(PassError, match="names 3 samples, 'lin0' got 4"), mixed_batch(module, ["first"] * 3):
+        module(x)
+    merge(module)
+    with pytest.raises(PassError, match=r"call unmerge\(module\) first"):
+        set_adapter(module, "first")
+    unmerge(module)
+    with pytest.raises(PassError, match="has no adapters; put them in with the pass 'lora'"):
+        set_adapter(capture(MLP(), (x,)).module, "first")
+
+
+def test_a_whole_weight_takes_no_mixed_batch() -> None:
+    x = torch.randn(2, 4, 6)
+    module = capture(Recurrents().eval(), (x,)).module
+    inject(module, LoRA(targets=("*",)))
+    with pytest.raises(PassError, match="adapted as a whole weight"), mixed_batch(module, ["default", "base"]):
+        module(x)
