@@ -16,6 +16,7 @@ import gc
 import json
 import multiprocessing.connection
 import os
+import random
 import resource
 import sys
 import time
@@ -63,19 +64,25 @@ def main() -> int:
         for specimen in specimens()
         if options.only in specimen.name and (not options.small or specimen.name in SMALL)
     ]
-    results = []
+    order = {(specimen.library, specimen.name): index for index, specimen in enumerate(chosen)}
+    # A run that is cut short has seen models of all kinds.
+    random.Random(0).shuffle(chosen)
+    results: list[dict[str, Any]] = []
     for result in _run_all(chosen, options.jobs, options.timeout):
         results.append(result)
         print(_line(result), flush=True)
-    order = {(specimen.library, specimen.name): index for index, specimen in enumerate(chosen)}
-    results.sort(key=lambda result: order[result["library"], result["name"]])
+        if options.out is not None:
+            write(options.out, sorted(results, key=lambda result: order[result["library"], result["name"]]))
     print("\n" + summary(results))
-    if options.out is not None:
-        record = {"machine": dataclasses.asdict(fingerprint()), "models": results}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(table(results))
     return 1 if any(result["status"] in ("failed", "differs", "timeout") for result in results) else 0
+
+
+def write(out: Path, results: list[dict[str, Any]]) -> None:
+    """Write the record as JSON, and as a table beside it."""
+    record = {"machine": dataclasses.asdict(fingerprint()), "models": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(results))
 
 
 def _line(result: dict[str, Any]) -> str:

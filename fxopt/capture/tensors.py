@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.fx as fx
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxopt.capture import operators
@@ -88,7 +88,8 @@ class Tensors(Tape):
                 name = f"_constant_{len(self.met)}"
                 self.met.append(Met(tensor, name, self.path, str(user_source() or "")))
             value = Value(self.emit("get_attr", name), Depends.CONSTANT, Depends.CONSTANT)
-            value.node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
+            if tensor.layout is torch.strided:
+                value.node.meta["tensor_meta"] = metadata_of(tensor)
             self.values[tensor] = value
         return value
 
@@ -101,7 +102,7 @@ class Tensors(Tape):
                 self._written.pop(tensor.untyped_storage()._cdata, None)
         self.values[tensor] = Value(node, origin.values, origin.shape)
         if tensor.layout is torch.strided and not tensor.is_quantized:
-            node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
+            node.meta["tensor_meta"] = metadata_of(tensor)
         return tensor
 
     def depends(self, tensor: torch.Tensor) -> Depends:
@@ -146,6 +147,25 @@ class Tensors(Tape):
         if name in operators.RANDOM or _drops(name, args, kwargs):
             depends = Depends.DATA
         return Origin(depends, shape, depends)
+
+
+_MEMORY_FORMATS = ((0, torch.contiguous_format), (4, torch.channels_last), (5, torch.channels_last_3d))
+
+
+def metadata_of(tensor: torch.Tensor) -> TensorMetadata:
+    """What torch.fx's own shape propagation notes of a tensor; that imports half a compiler to find it out."""
+    formats = (
+        each for rank, each in _MEMORY_FORMATS if rank in (0, tensor.dim()) and tensor.is_contiguous(memory_format=each)
+    )
+    return TensorMetadata(
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        requires_grad=tensor.requires_grad,
+        stride=tensor.stride(),
+        memory_format=next(formats, None),
+        is_quantized=tensor.is_quantized,
+        qparams={},
+    )
 
 
 def leaves(value: Any) -> Iterator[Any]:
