@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from fxopt.cli.explain import explain
+from fxopt.cli.lora import app as lora
 from fxopt.cli.passes import passes
 from fxopt.cli.run import run
 from fxopt.version import __version__
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(passes)
+app.add_typer(lora, name="lora")
 app.command()(explain)
 
 

@@ -86,6 +86,35 @@ def load_adapter(module: nn.Module, directory: str | Path, name: str = "default"
     Loading(module, name, settings, entries, rest, str(directory)).run()
 
 
+def show_adapter(directory: str | Path) -> dict[str, Any]:
+    """What an adapter is: its options, and name, rank, scale and shapes of each layer, as plain JSON.
+
+    Raises:
+        ArtifactError: files that are missing or can't be read.
+    """
+    settings, tensors = read(directory)
+    entries, rest = read_entries(tensors, settings)
+    return {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "rslora": settings.rslora,
+        "dora": settings.dora,
+        "dropout": settings.dropout,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "layers": [
+            {
+                "name": entry.name,
+                "rank": entry.rank,
+                "scale": entry.scale,
+                "a": "x".join(map(str, entry.a.shape)),
+                "b": "x".join(map(str, entry.b.shape)),
+            }
+            for entry in entries.values()
+        ],
+        "modules_to_save": sorted({key.rpartition(".")[0] for key in rest}),
+    }
+
+
 def read(directory: str | Path) -> tuple[Settings, dict[str, torch.Tensor]]:
     """The settings and the tensors of an adapter.
 

@@ -14,6 +14,8 @@ from fxopt.errors import PassError, SpecError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from fxopt.inputs import Inputs
 from passes.lora.adapter import BASE, Adapter
+from passes.lora.files import load_adapter, save_adapter, show_adapter
+from passes.lora.fold import merge
 from passes.lora.init import MOVES_WEIGHT, Init, Recipe
 from passes.lora.insert import Insertion
 from passes.lora.sites import Site, find_sites
@@ -64,6 +66,12 @@ class LoRA(Pass):
     )
     adapter: str = field(default="default", metadata={"help": "name of the adapter"})
     bits: int = field(default=4, metadata={"help": "of the weight that init loftq leaves"})
+
+    # What the command line does with adapters: it knows passes by name only.
+    save = staticmethod(save_adapter)
+    load = staticmethod(load_adapter)
+    show = staticmethod(show_adapter)
+    merge = staticmethod(merge)
 
     def __post_init__(self) -> None:
         _check(self)
