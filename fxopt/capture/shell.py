@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,13 +35,16 @@ def shell_module(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     keywords: dict[str, fx.Node] = {}
     starred: list[tuple[str, fx.Node]] = []
     parameters = bind(root, args, kwargs).signature.parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    can_be_named = not kinds & {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
     for name, parameter in parameters.items():
         prefix = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
         default = () if prefix or parameter.default is parameter.empty else (parameter.default,)
         node = graph.create_node("placeholder", prefix + name, default, {}, name)
         if prefix:
             starred.append((prefix, node))
-        elif parameter.kind is parameter.KEYWORD_ONLY:
+        elif parameter.kind is parameter.KEYWORD_ONLY or (len(positional) >= len(args) and can_be_named):
+            # A decorator of the user's forward may look for an argument among the keyword ones.
             keywords[name] = node
         else:
             positional.append(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,6 +204,28 @@ def test_the_exported_path_is_not_taken_where_it_computes_something_else():
 def test_arguments_are_passed_as_they_were_given():
     captured = capture(AsksByKeyword(), (X,), {"scale": 3})
     assert torch.equal(captured.module(X, scale=4), X * 4)
+
+
+def sets_scale(forward):
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        kwargs["scale"] = kwargs.get("scale") or 2
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class OpaqueSetsScale(nn.Module):
+    @sets_scale
+    def forward(self, x, scale=None):
+        return x * scale if x.sum() > 0 else x
+
+
+def test_an_opaque_root_is_called_as_it_was_called():
+    captured = capture(OpaqueSetsScale(), (X,))
+    assert captured.opaque
+    assert torch.equal(captured.module(X), X * 2)
+    assert torch.equal(captured.module(X, scale=3), X * 3)
 
 
 class BranchesOnFlag(nn.Module):
