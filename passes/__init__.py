@@ -1,11 +1,12 @@
 """The library of passes that comes with fxopt."""
 
 from fxopt.contract import Pass
+from passes.audit import Audit
 from passes.clean import Clean
 from passes.fuse import Fuse
 from passes.lora import LoRA, LoRAMerge
 from passes.qat import QAT
 
-__all__ = ["PASSES", "QAT", "Clean", "Fuse", "LoRA", "LoRAMerge"]
+__all__ = ["PASSES", "QAT", "Audit", "Clean", "Fuse", "LoRA", "LoRAMerge"]
 
-PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT, LoRA, LoRAMerge)
+PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT, LoRA, LoRAMerge, Audit)

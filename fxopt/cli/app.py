@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fxopt.cli.audit import audit
 from fxopt.cli.explain import explain
 from fxopt.cli.lora import app as lora
 from fxopt.cli.passes import passes
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(passes)
 app.add_typer(lora, name="lora")
+app.command()(audit)
 app.command()(explain)
 
 

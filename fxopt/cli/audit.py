@@ -1,0 +1,81 @@
+"""`fxopt audit`: find faults in models, at the user's own lines."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxopt.cli.progress import progress
+
+
+class Style(str, enum.Enum):
+    """The form of the report."""
+
+    TEXT = "text"
+    JSON = "json"
+    SARIF = "sarif"
+    JUNIT = "junit"
+    MARKDOWN = "markdown"
+    GITHUB = "github"
+
+
+class FailOn(str, enum.Enum):
+    """The mildest finding that fails the command."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NEVER = "never"
+
+
+def audit(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET..."),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
+    ] = None,
+    style: Annotated[Style, typer.Option("--format", help="How to print.")] = Style.TEXT,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 at findings as bad as this.")] = FailOn.ERROR,
+    baseline: Annotated[Path | None, typer.Option(help="Accept the findings listed there.", metavar="FILE")] = None,
+    write_baseline: Annotated[
+        Path | None, typer.Option(help="List the findings there, for `--baseline`.", metavar="FILE")
+    ] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Show the safe fixes as a diff.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="With --fix: write them to the files.")] = False,
+    rules: Annotated[bool, typer.Option("--rules", help="List all rules.")] = False,
+    explain: Annotated[str | None, typer.Option(help="Explain a rule.", metavar="RULE")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Find buffer, device, registration, numerics, training and deployment faults, at your own line."""
+    if write and not fix:
+        raise typer.BadParameter("goes with --fix", param_hint="--write")
+    if not targets and not rules and explain is None:
+        raise typer.BadParameter("name a model, or ask for --rules or --explain RULE", param_hint="TARGET")
+    with progress(quiet or rules or explain is not None) as stage, contextlib.redirect_stdout(sys.stderr):
+        from fxopt.findings import catalog, patch, render, search
+
+        cards = catalog.cards()
+        if rules or explain is not None:
+            text = catalog.listed(cards) if rules else catalog.explained(cards, explain or "")
+            print(text, file=sys.__stdout__)
+            return
+        found = search.search(targets or [], inputs or [], baseline, stage)
+        if write_baseline is not None:
+            write_baseline.write_text(search.baseline_text(found), encoding="utf-8")
+    texts = patch.patched(found.findings) if fix else {}
+    # A format for machines stays whole on stdout; the diff goes beside it.
+    typer.echo(render(found, cards, style.value), nl=False)
+    if fix:
+        typer.echo(patch.diff(texts) or "nothing to fix by itself\n", nl=False, err=style is not Style.TEXT)
+    if write:
+        patch.write(texts)
+    if fail_on is not FailOn.NEVER and search.fails(found, fail_on.value):
+        raise typer.Exit(1)

@@ -1,0 +1,22 @@
+"""What an inspection finds in a user's code, and the forms in which it is printed."""
+
+from fxopt.findings.accept import Baseline
+from fxopt.findings.finding import Finding, Fix, Place, Precision, Severity
+from fxopt.findings.inspection import Inspection, Inspector, Subject
+from fxopt.findings.render import FORMATS, render
+from fxopt.findings.rule import RuleCard
+
+__all__ = [
+    "FORMATS",
+    "Baseline",
+    "Finding",
+    "Fix",
+    "Inspection",
+    "Inspector",
+    "Place",
+    "Precision",
+    "RuleCard",
+    "Severity",
+    "Subject",
+    "render",
+]

@@ -1,0 +1,98 @@
+"""What is known and accepted: comments in the source, and a baseline file.
+
+A comment on the line of a finding, or alone on the line above it, names the rule and gives a reason:
+
+    self.scale = torch.ones(3)  # fxopt: ignore[FX101] moved by hand in `to_device`
+
+A comment without a reason accepts nothing, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import linecache
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxopt.errors import BaselineError
+from fxopt.findings.finding import Finding
+from fxopt.findings.inspection import Inspection
+
+_COMMENT = re.compile(r"#\s*fxopt:\s*ignore\[([A-Z0-9,\s]+)\]\s*(.*)")
+
+
+def suppress(found: Inspection) -> Inspection:
+    """Take out what comments in the source accept."""
+    kept, accepted, notes = [], list(found.suppressed), list(found.notes)
+    for finding in found.findings:
+        reason = _reason(finding)
+        if reason:
+            accepted.append(finding)
+            continue
+        if reason == "":
+            notes.append(f"{finding.place}: the comment that ignores {finding.rule} gives no reason: it has no effect")
+        kept.append(finding)
+    return dataclasses.replace(
+        found, findings=tuple(kept), suppressed=tuple(accepted), notes=tuple(dict.fromkeys(notes))
+    )
+
+
+def _reason(finding: Finding) -> str | None:
+    if finding.place is None:
+        return None
+    own = linecache.getline(finding.place.path, finding.place.line)
+    above = linecache.getline(finding.place.path, finding.place.line - 1) if finding.place.line > 1 else ""
+    for line in (own, above if above.lstrip().startswith("#") else ""):
+        match = _COMMENT.search(line)
+        if match and finding.rule in re.split(r"[,\s]+", match.group(1)):
+            return match.group(2).strip()
+    return None
+
+
+def fingerprints(findings: Iterable[Finding]) -> list[str]:
+    """One for each, that stays when lines above it come and go: rule, file, text of the line, and a count."""
+    seen: dict[str, int] = {}
+    result = []
+    for finding in findings:
+        place = finding.place
+        text = linecache.getline(place.path, place.line).strip() if place else finding.message
+        key = "\0".join([finding.rule, place.shown() if place else "", text])
+        seen[key] = seen.get(key, 0) + 1
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        result.append(f"{digest}:{seen[key]}")
+    return result
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The findings that were there already."""
+
+    known: frozenset[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Baseline:
+        """Read a file that `written` made.
+
+        Raises:
+            BaselineError: where it is something else.
+        """
+        try:
+            return cls(frozenset(json.loads(path.read_text(encoding="utf-8"))["fingerprints"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BaselineError(
+                f"cannot read the baseline '{path}': {type(error).__name__}: {error}; write one by `--write-baseline`"
+            ) from error
+
+    def without_known(self, found: Inspection) -> Inspection:
+        """Only what is new."""
+        pairs = zip(found.findings, fingerprints(found.findings), strict=True)
+        return dataclasses.replace(found, findings=tuple(f for f, mark in pairs if mark not in self.known))
+
+    @staticmethod
+    def written(found: Inspection) -> str:
+        """The text of a file that accepts all of `found`."""
+        return json.dumps({"version": 1, "fingerprints": sorted(fingerprints(found.findings))}, indent=2) + "\n"

@@ -1,0 +1,49 @@
+"""For machines: everything that a finding says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fxopt.findings.finding import Finding
+from fxopt.findings.inspection import Inspection
+from fxopt.findings.rule import RuleCard
+
+
+def as_json(found: Inspection, rules: Sequence[RuleCard]) -> str:
+    """`{"findings": [...], "notes": [...], "suppressed": n}`."""
+    content = {
+        "version": 1,
+        "findings": [_plain(finding) for finding in found.findings],
+        "notes": list(found.notes),
+        "suppressed": len(found.suppressed),
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    place = finding.place
+    return {
+        "rule": finding.rule,
+        "severity": finding.severity.value,
+        "precision": finding.precision.value,
+        "message": finding.message,
+        "path": place.shown() if place else None,
+        "line": place.line if place else None,
+        "column": place.column if place else None,
+        "module": finding.module,
+        "related": [
+            {"path": each.shown(), "line": each.line, "column": each.column, "message": each.note}
+            for each in finding.related
+        ],
+        "fix": finding.advice,
+        "edit": None
+        if finding.fix is None
+        else {
+            "line": finding.fix.line,
+            "end_line": finding.fix.end_line,
+            "text": finding.fix.text,
+            "what": finding.fix.what,
+        },
+    }

@@ -1,0 +1,101 @@
+"""All that rules look at, each made once and only where a rule asks: source, module tree, runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from fxopt.findings import Subject
+from passes.audit.evidence import code
+from passes.audit.evidence.backward import Backward, run_backward
+from passes.audit.evidence.device import Meeting, run_on_fake_device
+from passes.audit.evidence.forward import Forward, run_forward
+from passes.audit.evidence.precision import Loss, run_in_half
+
+T = TypeVar("T")
+
+
+class Evidence:
+    """What is known of one subject. Nothing here changes its module."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.notes: list[str] = []
+
+    @functools.cached_property
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """Every module, each once, under its first name."""
+        return list(self.subject.module.named_modules()) if self.subject.module is not None else []
+
+    @functools.cached_property
+    def users(self) -> list[tuple[str, nn.Module]]:
+        """The modules whose classes are not torch's own."""
+        return [(path, module) for path, module in self.modules if code.is_users(type(module))]
+
+    @functools.cached_property
+    def classes(self) -> list[tuple[str, type[nn.Module]]]:
+        """The user's classes, each with the first module of it."""
+        found: dict[type[nn.Module], str] = {}
+        for path, module in self.users:
+            found.setdefault(type(module), path)
+        return [(path, kind) for kind, path in found.items()]
+
+    @functools.cached_property
+    def bodies(self) -> list[code.Body]:
+        """All functions that a forward runs, as text, each once."""
+        found: dict[object, code.Body] = {}
+        for path, kind in self.classes:
+            for body in code.forward_bodies(kind, path):
+                found.setdefault((body.path, body.node.lineno), body)
+        return list(found.values())
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """The source files to read: those that were named, and those of the user's classes."""
+        found = {item[0] for _, kind in self.classes if (item := code.class_node(kind)) is not None}
+        return sorted(found | set(self.subject.files))
+
+    @functools.cached_property
+    def forward(self) -> Forward | None:
+        """The run in evaluation; None where the model can't be run."""
+        return self._tried("the forward run", run_forward)
+
+    @functools.cached_property
+    def backward(self) -> Backward | None:
+        """The run in training; None where the model can't be run or trained."""
+        return self._tried("the backward run", run_backward)
+
+    @functools.cached_property
+    def half(self) -> list[Loss]:
+        """Where low precision loses, one a precision."""
+        return self._tried("the run in low precision", run_in_half) or []
+
+    @functools.cached_property
+    def meetings(self) -> list[Meeting]:
+        """Where tensors of two devices meet."""
+        return self._tried("the fake-device run", run_on_fake_device) or []
+
+    def module_at(self, path: str) -> nn.Module | None:
+        """The module of that name."""
+        return dict(self.modules).get(path)
+
+    def owner(self, path: str) -> Iterator[tuple[str, nn.Module]]:
+        """The modules around `path`, from the inside out."""
+        names = dict(self.modules)
+        while path:
+            path = path.rpartition(".")[0]
+            if path in names:
+                yield path, names[path]
+
+    def _tried(self, what: str, run: Callable[[Subject], T]) -> T | None:
+        if self.subject.module is None or self.subject.inputs is None:
+            return None
+        try:
+            return run(self.subject)
+        except Exception as error:  # whatever a user's model raises
+            first = (str(error).splitlines() or ["no message"])[0]
+            self.notes.append(f"{self.subject.name}: {what} ended early: {type(error).__name__}: {first}")
+            return None

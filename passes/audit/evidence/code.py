@@ -1,0 +1,197 @@
+"""The text of a user's classes: where an attribute is assigned, and which functions a forward runs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.findings import Place
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
+_FXOPT = str(Path(inspect.getfile(Place)).parents[1]) + os.sep
+_AUDIT = str(Path(__file__).parents[1]) + os.sep
+
+
+@functools.cache
+def is_users_file(path: str) -> bool:
+    """Whether a file belongs neither to torch, Python, fxopt nor to this pass."""
+    if path.startswith((_TORCH, _FXOPT, _AUDIT, "<")):
+        return False
+    return not path.startswith(_STANDARD) or "-packages" in path
+
+
+def is_users(kind: type) -> bool:
+    """Whether the source of a class is there, and is not torch's own."""
+    found = class_node(kind)
+    return found is not None and is_users_file(found[0])
+
+
+@dataclass(frozen=True)
+class Body:
+    """A function that runs in the forward of a module.
+
+    Attributes:
+        node: its syntax.
+        path: of its file.
+        names: the globals of its file.
+        module: qualified name of a module that runs it.
+        kind: class of that module.
+    """
+
+    node: ast.FunctionDef
+    path: str
+    names: dict[str, Any]
+    module: str
+    kind: type[nn.Module]
+
+    def resolve(self, node: ast.expr) -> Any:
+        """What a dotted global name means; None where it is none."""
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            owner = self.resolve(node.value)
+            return getattr(owner, node.attr, None) if owner is not None else None
+        return None
+
+    def calls(self) -> Iterator[ast.Call]:
+        """All calls in it."""
+        return (node for node in ast.walk(self.node) if isinstance(node, ast.Call))
+
+
+@functools.cache
+def syntax(path: str) -> ast.Module | None:
+    """The syntax of a file; None where it can't be read."""
+    try:
+        return ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def class_node(kind: type) -> tuple[str, ast.ClassDef] | None:
+    """File and syntax of a class."""
+    key: Any = kind
+    return _class_node(key)
+
+
+@functools.cache
+def _class_node(kind: Any) -> tuple[str, ast.ClassDef] | None:
+    try:
+        path = inspect.getsourcefile(kind)
+    except TypeError:
+        return None
+    tree = syntax(path) if path else None
+    if path is None or tree is None:
+        return None
+    names = [name for name in kind.__qualname__.split(".") if name != "<locals>"]
+    found: list[ast.AST] = [tree]
+    for name in names:
+        wanted = [
+            node
+            for outer in found
+            for node in ast.walk(outer)
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name and node is not outer
+        ]
+        found = list(wanted)
+    last = [node for node in found if isinstance(node, ast.ClassDef)]
+    return (str(Path(path).resolve()), last[-1]) if last else None
+
+
+def bases(kind: type) -> Iterator[tuple[type, str, ast.ClassDef]]:
+    """The class and what it inherits from, in the order of lookup, as far as it is the user's."""
+    for base in kind.__mro__:
+        found = class_node(base)
+        if found is not None and is_users_file(found[0]):
+            yield base, *found
+
+
+def at(path: str, node: ast.expr | ast.stmt, note: str = "") -> Place:
+    """The place of a piece of syntax."""
+    end = (node.end_col_offset or 0) + 1 if node.end_lineno == node.lineno else 0
+    return Place(path, node.lineno, node.col_offset + 1, end, note)
+
+
+def assignments(kind: type, attribute: str) -> Iterator[tuple[str, ast.stmt]]:
+    """Where `self.attribute` is set, in the class itself or what it inherits from; `__init__` first."""
+    for _, path, node in bases(kind):
+        functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        for function in sorted(functions, key=lambda item: item.name != "__init__"):
+            for statement in ast.walk(function):
+                if isinstance(statement, ast.stmt) and attribute in _sets(statement):
+                    yield path, statement
+
+
+def assigned(kind: type, attribute: str) -> Place | None:
+    """The first place of `assignments`; the class itself where there is none."""
+    for path, statement in assignments(kind, attribute):
+        return at(path, statement)
+    return declared(kind)
+
+
+def declared(kind: type) -> Place | None:
+    """The line of the class statement."""
+    found = class_node(kind)
+    return Place(found[0], found[1].lineno, found[1].col_offset + 1) if found else None
+
+
+def _sets(statement: ast.stmt) -> set[str]:
+    if isinstance(statement, ast.Assign):
+        targets: list[ast.expr] = list(statement.targets)
+    elif isinstance(statement, (ast.AnnAssign, ast.AugAssign)):
+        targets = [statement.target]
+    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        return _registers(statement.value)
+    else:
+        return set()
+    flat = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return {name for target in flat if (name := self_attribute(target))}
+
+
+def _registers(call: ast.Call) -> set[str]:
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name in ("register_buffer", "register_parameter", "add_module", "register_module") and call.args:
+        return {str(call.args[0].value)} if isinstance(call.args[0], ast.Constant) else set()
+    if name in ("setattr", "__setattr__"):
+        return {str(arg.value) for arg in call.args if isinstance(arg, ast.Constant)}
+    if name in ("append", "extend", "insert", "update") and isinstance(function, ast.Attribute):
+        return {self_attribute(function.value)} - {""}
+    return set()
+
+
+def self_attribute(node: ast.AST) -> str:
+    """`name` for `self.name`, and for `self.name[...]`."""
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return ""
+
+
+def forward_bodies(kind: type[nn.Module], module: str) -> Iterator[Body]:
+    """`forward`, and the methods of `self` that it calls, wherever in the class tree they are."""
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        name = waiting.pop()
+        for base, path, node in bases(kind):
+            if name not in vars(base):
+                continue
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == name:
+                    names = vars(sys.modules[base.__module__])
+                    yield Body(item, path, names, module, kind)
+                    called = {self_attribute(part.func) for part in ast.walk(item) if isinstance(part, ast.Call)}
+                    waiting += sorted(called - seen - {""})
+                    seen |= called
+            break

@@ -1,0 +1,143 @@
+"""What the process of the fake-device run does."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fxopt.findings import Place, Subject
+from passes.audit.evidence.device import Meeting
+from passes.audit.evidence.driver import copied, telling_modules
+from passes.audit.evidence.places import running
+
+_NAME = "fxgpu"
+# These take tensors of two devices.
+_MIXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::copy_", "aten::_to_copy", "aten::set_"}
+_MIXED |= {"aten::_index_put_impl_", "aten::_copy_from", "aten::_unsafe_index"}
+
+
+def meetings(subject: Subject) -> tuple[list[Meeting], str]:
+    """All meetings, and why the run ended early, if it did."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(_NAME)
+    assert subject.inputs is not None
+    module = copied(subject, training=False)
+    kept = {id(value): (path, name) for path, name, value in _plain(module)}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    stack: list[str] = []
+    watch = _Devices(mode, kept, stack)
+    error = ""
+    with patch("torch.cuda.is_available", lambda: True), torch.no_grad(), mode:
+        device = torch.device(_NAME, 0)
+        state = {name: _moved(value, device) for name, value in _named(module)}
+        inputs = subject.inputs.map(lambda tensor: _moved(tensor, device))
+        try:
+            with telling_modules(module, stack), watch, _Words(device):
+                torch.func.functional_call(module, state, inputs.args, dict(inputs.kwargs))
+        except Exception as raised:  # what was found until then still holds
+            error = "" if watch.found else f"{type(raised).__name__}: {str(raised).splitlines()[:1]}"
+    return watch.found, error
+
+
+def _named(module: nn.Module) -> Any:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _plain(module: nn.Module) -> Any:
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            for leaf in pytree.tree_leaves(value) if not name.startswith("_") else ():
+                if isinstance(leaf, torch.Tensor):
+                    yield path, name, leaf
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> Any:
+    value = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+class _Words(TorchFunctionMode):
+    """Takes "cuda" for the fake device."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = dict(kwargs or {})
+        if name == "cuda":
+            return torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device=self.device)
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = self.device
+        if name == "to":
+            args = tuple(self.device if isinstance(a, (str, torch.device)) and "cuda" in str(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _Devices(TorchDispatchMode):
+    """Notes each meeting, moves the tensor, and goes on, so that one run finds them all."""
+
+    def __init__(self, mode: FakeTensorMode, kept: dict[int, tuple[str, str]], stack: list[str]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode, self.kept, self.stack = mode, kept, stack
+        self.found: list[Meeting] = []
+        self.made = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().partition(".")[0]
+        if name == "aten::_local_scalar_dense":
+            kind = args[0].dtype
+            return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faked, (args, kwargs))
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        foreign = [leaf for leaf in given if leaf.device.type == "cpu" and leaf.dim()]
+        if foreign and name not in _MIXED and any(leaf.device.type == _NAME for leaf in given):
+            for leaf in foreign:
+                self._note(name, leaf)
+            there = torch.device(_NAME, 0)
+            args, kwargs = pytree.tree_map_only(
+                torch.Tensor, lambda x: _moved(x, there) if any(x is leaf for leaf in foreign) else x, (args, kwargs)
+            )
+        result = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf not in self.made:
+                self.made[leaf] = self._origin(name, given)
+        return result
+
+    def _faked(self, leaf: torch.Tensor) -> torch.Tensor:
+        """A tensor from before the run, as the fake one that stands for it."""
+        if isinstance(leaf, FakeTensor):
+            return leaf
+        fake = self.mode.from_tensor(leaf)
+        self.made[fake] = self._of(leaf)
+        return fake
+
+    def _origin(self, name: str, given: list[torch.Tensor]) -> tuple[Place | None, str, tuple[str, str] | None]:
+        for leaf in given:
+            if leaf.device.type == "cpu":
+                return self._of(leaf)
+        return running(f"made here by '{name.removeprefix('aten::')}'"), name.removeprefix("aten::"), None
+
+    def _of(self, leaf: torch.Tensor) -> tuple[Place | None, str, tuple[str, str] | None]:
+        if id(leaf) in self.kept:
+            return None, "", self.kept[id(leaf)]
+        made: tuple[Place | None, str, tuple[str, str] | None] = self.made.get(leaf, (None, "", None))
+        return made
+
+    def _note(self, name: str, leaf: torch.Tensor) -> None:
+        made, maker, attribute = self._of(leaf)
+        path = self.stack[-1] if self.stack else ""
+        operator = name.removeprefix("aten::")
+        self.found.append(Meeting(operator, running(), path, made, maker, attribute, tuple(leaf.shape)))

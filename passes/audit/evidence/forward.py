@@ -1,0 +1,172 @@
+"""The run in evaluation: every call that the forward makes, in order, and whether a second run agrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fxopt.findings import Place, Subject
+from passes.audit.evidence.driver import call, copied, kept, telling_modules, tensors
+from passes.audit.evidence.places import raised, running
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor in an argument: the same number is the same tensor."""
+
+    number: int
+    shape: tuple[int, ...]
+    floating: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the torch API.
+
+    Attributes:
+        name: of the function: `relu`, `sqrt`, `__bool__`.
+        args: tensors are replaced by `Value`.
+        kwargs: likewise.
+        outputs: numbers of the tensors that it returned.
+        place: the user's line.
+        module: qualified name of the module that was running.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    place: Place | None
+    module: str
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The tensors it was given."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
+
+
+@dataclass
+class Forward:
+    """What was seen.
+
+    Attributes:
+        steps: every call.
+        operators: names of the operators below the calls, with the place of each first use.
+        random: places that drew random numbers.
+        spoiled: the first places where numbers became NaN or infinite, with the operator.
+        differs: whether two runs gave different outputs.
+        error: what the forward raised, and where.
+        zeros: for each module that calls a ReLU, the share of zeros in its last output.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    operators: dict[str, tuple[Place | None, str]] = field(default_factory=dict)
+    random: list[tuple[Place | None, str]] = field(default_factory=list)
+    spoiled: list[tuple[Place | None, str, str]] = field(default_factory=list)
+    differs: bool = False
+    error: tuple[Exception, Place | None] | None = None
+    zeros: dict[str, float] = field(default_factory=dict)
+
+    def made(self) -> dict[int, Step]:
+        """The step that made each tensor first."""
+        found: dict[int, Step] = {}
+        for step in self.steps:
+            for number in step.outputs:
+                found.setdefault(number, step)
+        return found
+
+
+class Tape(TorchFunctionMode):
+    """Writes down calls of the torch API."""
+
+    def __init__(self, seen: Forward, stack: list[str]):
+        super().__init__()
+        self.seen, self.stack = seen, stack
+        self._numbers = WeakIdKeyDictionary()
+        self._next = 0
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor, a new one where it has none."""
+        if tensor not in self._numbers:
+            self._next += 1
+            self._numbers[tensor] = self._next
+        return int(self._numbers[tensor])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return func(*args, **kwargs)
+        plain = pytree.tree_map_only(torch.Tensor, self._value, (args, kwargs))
+        result = func(*args, **kwargs)
+        outputs = tuple(self.number(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        path = self.stack[-1] if self.stack else ""
+        if name in ("relu", "relu_") and isinstance(result, torch.Tensor) and result.numel():
+            self.seen.zeros[path] = float((result == 0).float().mean())
+        self.seen.steps.append(Step(name, plain[0], plain[1], outputs, running(), path))
+        return result
+
+    def _value(self, tensor: torch.Tensor) -> Value:
+        return Value(self.number(tensor), tuple(tensor.shape), tensor.is_floating_point())
+
+
+class Watch(TorchDispatchMode):
+    """Sees the operators below: what is random, what spoils numbers, and which there are."""
+
+    def __init__(self, seen: Forward, stack: list[str]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen, self.stack = seen, stack
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        path = self.stack[-1] if self.stack else ""
+        place = None
+        if name not in self.seen.operators:
+            place = running()
+            self.seen.operators[name] = (place, path)
+        if torch.Tag.nondeterministic_seeded in func.tags and name not in ("aten::dropout",):
+            self.seen.random.append((running(), path))
+        if not self.seen.spoiled and _spoils(args, result):
+            self.seen.spoiled.append((running(), path, name.removeprefix("aten::")))
+        return result
+
+
+def _spoils(args: Any, result: Any) -> bool:
+    made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    if not made or made[0].is_meta or all(map(_sound, made)):
+        return False
+    given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    scalars = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, float)]
+    # A mask of minus infinity is meant.
+    return bool(given) and all(map(_sound, given)) and not any(abs(value) == float("inf") for value in scalars)
+
+
+def _sound(tensor: torch.Tensor) -> bool:
+    # The sum is not finite where any element is not; only then is it worth looking at each.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def run_forward(subject: Subject) -> Forward:
+    """Run twice in evaluation."""
+    seen, stack = Forward(), list[str]()
+    module = copied(subject, training=False)
+    with kept(), torch.no_grad():
+        try:
+            with telling_modules(module, stack), Watch(seen, stack), Tape(seen, stack):
+                first = call(module, subject)
+        except Exception as error:  # whatever a user's model raises
+            seen.error = (error, raised(error))
+            return seen
+        if seen.random:
+            torch.default_generator.manual_seed(1)
+            second = call(module, subject)
+            pairs = list(zip(tensors(first), tensors(second), strict=False))
+            seen.differs = not all(a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in pairs)
+    return seen

@@ -1,0 +1,118 @@
+"""Where values come from: the guards in front of an operator, and the line that made a submodule."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fxopt.findings import Place
+from passes.audit.evidence import code
+from passes.audit.evidence.forward import Step, Value
+
+if TYPE_CHECKING:
+    from passes.audit.evidence import Evidence
+
+ROOTS = ("sqrt", "sqrt_", "rsqrt", "log", "log2", "log10", "pow", "__rdiv__", "__rtruediv__", "reciprocal")
+DIVISIONS = ("div", "div_", "true_divide")
+DANGEROUS = (*ROOTS, *DIVISIONS)
+_VIEWS = {"unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "to", "float", "transpose", "contiguous"}
+_VIEWS |= {"__getitem__", "permute", "type_as", "mT", "sqrt"}
+# What can well be zero for a harmless input. A plain sum often is of weights, or of a softmax.
+_SPREADS = {"var", "std", "norm", "linalg_norm", "vector_norm", "linalg_vector_norm", "abs", "relu", "sub"}
+_SHARES = {"softmax", "sigmoid", "relu", "abs", "norm"}
+
+
+def divisor(step: Step) -> Value | None:
+    """The operand whose zero is dangerous."""
+    if step.name in DIVISIONS:
+        other = step.args[1] if len(step.args) > 1 else step.kwargs.get("other")
+        return other if isinstance(other, Value) and other.floating else None
+    first = step.args[0] if step.args else None
+    return first if isinstance(first, Value) and first.floating else None
+
+
+def source(operand: Value, made: dict[int, Step], name: str) -> str:
+    """The name of the operator behind `operand` where its result can be zero and nothing guards it; else ""."""
+    risky = _SHARES if name.startswith("log") else _SPREADS if name not in ("sqrt", "sqrt_") else {"var"}
+    risky = risky | {"square_sum"} if "sqrt" in name else risky
+    for step in through(made.get(operand.number), made):
+        if epsilon(step):
+            return ""
+        if step.name == "sqrt" and "sqrt" not in name:
+            continue
+        if step.name in risky:
+            return step.name
+        if step.name == "sum" and "square_sum" in risky and step.inputs:
+            inner = made.get(step.inputs[0].number)
+            if inner is not None and (inner.name == "square" or (inner.name == "pow" and 2 in inner.args)):
+                return "the sum of squares"
+    return ""
+
+
+def through(step: Step | None, made: dict[int, Step]) -> Iterator[Step]:
+    """A step, and what is in front of it as long as only views and casts lie between."""
+    for _ in range(8):
+        if step is None:
+            return
+        yield step
+        if step.name not in _VIEWS or not step.inputs:
+            return
+        step = made.get(step.inputs[0].number)
+
+
+def epsilon(step: Step) -> float:
+    """The small positive number that a step adds, or clamps to; 0 where it does neither."""
+    if step.name in ("add", "add_", "clamp", "clamp_min", "clip", "clamp_", "clamp_min_"):
+        low = step.kwargs.get("min", step.args[1] if len(step.args) > 1 else 0)
+        if isinstance(low, (int, float)) and low > 0:
+            return float(low)
+    return 0.0
+
+
+def place_of(evidence: Evidence, path: str, leaf: str) -> Place | None:
+    """The user's line that made the module at `path`, or set its attribute `leaf` where it is the user's own."""
+    module = evidence.module_at(path)
+    if leaf and module is not None and code.is_users(type(module)) and any(code.assignments(type(module), leaf)):
+        return code.assigned(type(module), leaf)
+    for owner_path, owner in evidence.owner(path):
+        if code.is_users(type(owner)):
+            relative = path[len(owner_path) :].lstrip(".")
+            return _made(type(owner), relative)
+    return code.declared(type(module)) if module is not None and code.is_users(type(module)) else None
+
+
+def init_place(evidence: Evidence, path: str) -> Place | None:
+    """The call that initialises the weight of the module at `path`, in the text of its owner."""
+    leaf = path.rpartition(".")[2]
+    for _, owner in evidence.owner(path):
+        for _, file, node in code.bases(type(owner)):
+            for call in (each for each in ast.walk(node) if isinstance(each, ast.Call)):
+                given = [ast.unparse(argument) for argument in call.args]
+                written = ast.unparse(call.func)
+                if "init" in written and f"self.{leaf}.weight" in given:
+                    return code.at(file, call)
+                if written.startswith(f"self.{leaf}.weight."):
+                    return code.at(file, call)
+        if code.is_users(type(owner)):
+            return None
+    return None
+
+
+def _made(kind: type[nn.Module], relative: str) -> Place | None:
+    name, *inner = relative.split(".")
+    for path, statement in code.assignments(kind, name):
+        value = getattr(statement, "value", None)
+        for index in inner:
+            part = value.args if isinstance(value, ast.Call) else []
+            if len(part) == 1 and isinstance(part[0], (ast.List, ast.Tuple)):
+                part = part[0].elts
+            if not index.isdigit() or int(index) >= len(part) or isinstance(part[int(index)], ast.Starred):
+                break
+            value = part[int(index)]
+        else:
+            return code.at(path, value if inner and value is not None else statement)
+        return code.at(path, statement)
+    return code.declared(kind)

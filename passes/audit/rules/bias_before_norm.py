@@ -1,0 +1,46 @@
+"""FX601: a bias that the batch norm behind it takes out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fxopt.findings import Finding, Severity
+from passes.audit.evidence import Evidence
+from passes.audit.evidence.trail import place_of
+from passes.audit.rule import Rule
+
+_LAYERS = ("conv1d", "conv2d", "conv3d", "linear")
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class BiasBeforeNorm(Rule):
+    """A bias that the batch norm behind it takes out again.
+
+    It costs memory and time, and its gradient is zero but for rounding.
+
+    Bad:
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    Good:
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+
+    Fix: pass `bias=False`.
+    """
+
+    id = "FX601"
+    name = "bias-before-norm"
+    group = "speed"
+    severity = Severity.NOTE
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        steps = evidence.forward.steps if evidence.forward else []
+        layers = {number: step for step in steps if step.name in _LAYERS for number in step.outputs}
+        for step in steps:
+            layer = layers.get(step.inputs[0].number) if step.name == "batch_norm" and step.inputs else None
+            module = evidence.module_at(layer.module) if layer else None
+            if layer is not None and isinstance(module, _KINDS) and module.bias is not None:
+                path = layer.module
+                yield self.found(f"the bias of '{path}' has no effect", place_of(evidence, path, ""), path)

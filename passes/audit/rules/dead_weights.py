@@ -1,0 +1,47 @@
+"""FX402: weights that start as zeros, or all equal, and can't learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fxopt.findings import Finding
+from passes.audit.evidence import Evidence
+from passes.audit.evidence.trail import init_place, place_of
+from passes.audit.rule import Rule
+
+
+class DeadWeights(Rule):
+    """Weights that start as zeros, or all equal, and can't learn.
+
+    Units that start equal stay equal; a layer of zeros before an activation has no gradient at all.
+
+    Bad:
+        nn.init.zeros_(self.fc1.weight)
+
+    Good:
+        nn.init.kaiming_normal_(self.fc1.weight)
+
+    Fix: initialise with random numbers.
+    """
+
+    id = "FX402"
+    name = "dead-weights"
+    group = "training"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        back = evidence.backward
+        for path, module in evidence.modules:
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or not weight.requires_grad or weight.is_meta:
+                continue
+            if weight.shape[0] < 2 or bool((weight != weight.flatten()[0]).any()):
+                continue
+            zero = not bool(weight.any())
+            first = float(weight.detach().flatten()[0])
+            if not zero or (back is not None and back.norms.get(f"{path}.weight".lstrip(".")) == 0):
+                what = "all zeros, and so is its gradient" if zero else f"{first:g} everywhere"
+                place = init_place(evidence, path) or place_of(evidence, path, "weight")
+                yield self.found(f"the weight of '{path}' is {what}", place, path)

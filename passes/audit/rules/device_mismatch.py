@@ -1,0 +1,46 @@
+"""FX203: a tensor on the CPU that meets the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxopt.findings import Finding, Severity
+from passes.audit.evidence import Evidence
+from passes.audit.rule import Rule
+
+
+class DeviceMismatch(Rule):
+    """A tensor on the CPU that meets the model's device.
+
+    It fails on a GPU with `Expected all tensors to be on the same device`.
+
+    Bad:
+        MEAN = torch.zeros(3)
+        ...
+        return x - MEAN
+
+    Good:
+        self.register_buffer("mean", torch.zeros(3))
+
+    Fix: register the tensor as a buffer, or move it to the device of the input.
+    """
+
+    id = "FX203"
+    name = "device-mismatch"
+    group = "device"
+    severity = Severity.ERROR
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        reported = set()
+        for meeting in evidence.meetings:
+            # A tensor that an attribute holds has a rule of its own, and so has one that the forward makes or moves.
+            if meeting.attribute is not None or meeting.place is None or meeting.made is not None:
+                continue
+            key = (meeting.place.path, meeting.place.line)
+            if key not in reported:
+                reported.add(key)
+                message = (
+                    f"'{meeting.operator}' is given a CPU tensor of shape {meeting.shape} beside tensors of the GPU"
+                )
+                yield self.found(message, meeting.place, meeting.module)

@@ -1,0 +1,48 @@
+"""FX201: a device that is written into the forward."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from fxopt.findings import Finding
+from passes.audit.evidence import Evidence, code
+from passes.audit.rule import Rule
+
+_DEVICES = ("cuda", "mps", "xpu", "hpu", "npu")
+
+
+def _names_device(node: ast.expr) -> bool:
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.device" and node.args:
+        node = node.args[0]
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(_DEVICES)
+
+
+class FixedDevice(Rule):
+    """A device that is written into the forward.
+
+    The model then runs on that device only, and never on the second GPU, the CPU or another accelerator.
+
+    Bad:
+        x = x.cuda()
+
+    Good:
+        x = x.to(self.weight.device)
+
+    Fix: take the device of a parameter or of the input.
+    """
+
+    id = "FX201"
+    name = "fixed-device"
+    group = "device"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        for body in evidence.bodies:
+            for call in body.calls():
+                name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+                devices = [item.value for item in call.keywords if item.arg == "device"]
+                fixed = any(map(_names_device, [*devices, *(call.args if name == "to" else [])]))
+                if fixed or (name == "cuda" and not call.args):
+                    text = ast.unparse(call)
+                    yield self.found(f"'{text}' always means the same device", code.at(body.path, call), body.module)

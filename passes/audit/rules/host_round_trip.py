@@ -1,0 +1,53 @@
+"""FX204: a value that goes to the host while the forward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxopt.findings import Finding, Severity
+from passes.audit.evidence import Evidence
+from passes.audit.evidence.decisions import in_decision
+from passes.audit.evidence.forward import Step
+from passes.audit.rule import Rule
+
+_TO_HOST = {"item", "cpu", "numpy", "tolist", "__int__", "__float__", "__bool__", "__index__"}
+
+
+def _texts(step: Step) -> list[str]:
+    return [value for value in (*step.args, *step.kwargs.values()) if isinstance(value, str)]
+
+
+class HostRoundTrip(Rule):
+    """A value that goes to the host while the forward runs.
+
+    The GPU has to finish all its work before the host can read; the graph breaks there.
+
+    Bad:
+        scale = x.abs().max().item()
+
+    Good:
+        scale = x.abs().max()
+
+    Fix: keep the value in a tensor.
+    """
+
+    id = "FX204"
+    name = "host-round-trip"
+    group = "device"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        seen, reported = evidence.forward, set()
+        for step in seen.steps if seen else []:
+            # A device that was taken from a tensor is no fixed one.
+            to_host = step.name == "to" and any(value == "cpu" for value in _texts(step))
+            if step.place is None or not (to_host or step.name in _TO_HOST) or in_decision(step.place):
+                continue
+            key = (step.place.path, step.place.line)
+            if key not in reported:
+                reported.add(key)
+                severity = Severity.WARNING if to_host or step.name in ("cpu", "numpy") else Severity.NOTE
+                name = step.name.strip("_")
+                yield self.found(
+                    f"'{name}' waits for the device, then copies", step.place, step.module, severity=severity
+                )

@@ -1,0 +1,89 @@
+"""FX107: an in-place activation on a tensor that is read again."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from torch import nn
+
+from fxopt.findings import Finding, Precision, Severity
+from passes.audit.evidence import Evidence, code
+from passes.audit.rule import Rule
+
+_STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
+
+
+def _writes_into(call: ast.Call, module: nn.Module | None, body: code.Body) -> str:
+    """The name of the variable that the call writes into, or ""."""
+    if not call.args or not isinstance(call.args[0], ast.Name):
+        return ""
+    called = getattr(module, code.self_attribute(call.func) or "forward", None)
+    if isinstance(called, nn.Module):
+        return call.args[0].id if _is_in_place(called) else ""
+    flags = [item.value for item in call.keywords if item.arg == "inplace"]
+    from_torch = str(getattr(body.resolve(call.func), "__module__", "")).startswith("torch")
+    in_place = from_torch and any(isinstance(flag, ast.Constant) and flag.value is True for flag in flags)
+    return call.args[0].id if in_place else ""
+
+
+def _is_in_place(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential):
+        parts = [child for child in module if not isinstance(child, nn.Identity)]
+        return bool(parts) and _is_in_place(parts[0])
+    return getattr(module, "inplace", False) is True and not list(module.children())
+
+
+def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, name: str) -> ast.Name | None:
+    """Where `name` is read after the call, before it is bound anew."""
+    end = (call.end_lineno or call.lineno, call.end_col_offset or 0)
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
+    later = sorted((n for n in names if (n.lineno, n.col_offset) >= end), key=lambda n: (n.lineno, n.col_offset))
+    last = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
+    rebinds = any(node in names and _binds(node) for node in ast.walk(statement) if isinstance(node, ast.Name))
+    for node in later:
+        inside = (node.lineno, node.col_offset) < last
+        if not inside and (rebinds or isinstance(statement, ast.Return)):
+            return None
+        return None if _binds(node) else node
+    return None
+
+
+def _binds(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Store)
+
+
+class SharedInplace(Rule):
+    """An in-place activation on a tensor that is read again.
+
+    The other branch reads what the activation has written, not what its author meant.
+
+    Bad:
+        self.act = nn.ReLU(inplace=True)
+        ...
+        return self.left(self.act(x)) + self.right(x)
+
+    Good:
+        self.act = nn.ReLU()
+
+    Fix: drop `inplace=True`, or read the result in both branches.
+    """
+
+    id = "FX107"
+    name = "shared-inplace"
+    group = "registration"
+    severity = Severity.ERROR
+    precision = Precision.MEDIUM
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        for body in evidence.bodies:
+            module = evidence.module_at(body.module)
+            for statement in (node for node in ast.walk(body.node) if isinstance(node, _STATEMENTS)):
+                for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
+                    name = _writes_into(call, module, body)
+                    reader = _read_after(body.node, statement, call, name) if name else None
+                    if reader is not None:
+                        related = (code.at(body.path, reader, "it is read again here"),)
+                        message = f"'{ast.unparse(call)}' writes into '{name}', which is read again afterwards"
+                        yield self.found(message, code.at(body.path, call), body.module, related)

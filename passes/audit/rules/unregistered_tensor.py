@@ -1,0 +1,74 @@
+"""FX101: a tensor attribute that is neither a parameter nor a buffer."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.findings import Finding, Fix, Severity
+from passes.audit.evidence import Evidence, code
+from passes.audit.rule import Rule
+
+_OWN = {"_parameters", "_buffers", "_modules", "_flat_weights"}
+
+
+def _registered(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+    yield from (tensor for tensor in module._buffers.values() if tensor is not None)
+
+
+def _is_loose(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) and leaf.grad_fn is None
+
+
+def _fix(kind: type, name: str, value: Any) -> Fix | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    places = list(code.assignments(kind, name))
+    if len(places) != 1:
+        return None
+    path, statement = places[0]
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    text = ast.unparse(statement.value)
+    call = f'{" " * statement.col_offset}self.register_buffer("{name}", {text})'
+    return Fix(path, statement.lineno, statement.end_lineno or statement.lineno, call, "register the buffer")
+
+
+class UnregisteredTensor(Rule):
+    """A tensor attribute that is neither a parameter nor a buffer.
+
+    `to()`, `cuda()` and `state_dict()` don't see it: it stays on the CPU and is lost on saving.
+
+    Bad:
+        self.scale = torch.ones(3)
+
+    Good:
+        self.register_buffer("scale", torch.ones(3))
+
+    Fix: call `register_buffer`; pass `persistent=False` where it need not be saved.
+    """
+
+    id = "FX101"
+    name = "unregistered-tensor"
+    group = "registration"
+    severity = Severity.ERROR
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        for path, module in evidence.users:
+            known = {id(tensor) for _, one in evidence.modules for tensor in _registered(one)}
+            for name, value in vars(module).items():
+                if name in _OWN or name.startswith("__") or f"{name}_orig" in module._parameters:
+                    continue
+                loose = [leaf for leaf in pytree.tree_leaves(value) if _is_loose(leaf) and id(leaf) not in known]
+                if loose:
+                    what = f"is a {str(loose[0].dtype).removeprefix('torch.')} tensor of shape {tuple(loose[0].shape)}"
+                    message = f"'self.{name}' {what} that is no buffer: it stays behind on `to()`, and is not saved"
+                    place = code.assigned(type(module), name)
+                    yield self.found(message, place, path, fix=_fix(type(module), name, value))

@@ -1,0 +1,38 @@
+"""FX401: a parameter that no forward uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxopt.findings import Finding
+from passes.audit.evidence import Evidence
+from passes.audit.evidence.trail import place_of
+from passes.audit.rule import Rule
+
+
+class UnusedParameter(Rule):
+    """A parameter that no forward uses.
+
+    It is never trained; DistributedDataParallel fails on it.
+
+    Bad:
+        self.spare = nn.Linear(8, 8)  # never called
+
+    Good:
+        # removed
+
+    Fix: remove it, or use it.
+    """
+
+    id = "FX401"
+    name = "unused-parameter"
+    group = "training"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        back, reported = evidence.backward, set()
+        for name, norm in back.norms.items() if back else []:
+            path, _, leaf = name.rpartition(".")
+            if norm is None and back is not None and name not in back.used and path not in reported:
+                reported.add(path)
+                yield self.found(f"'{name}' takes no part in the forward", place_of(evidence, path, leaf), path)

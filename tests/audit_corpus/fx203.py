@@ -1,0 +1,96 @@
+"""FX203: a global tensor that meets the device: plain, in a submodule, in a mixin; and each corrected."""
+
+import torch
+from torch import nn
+
+INPUTS = (torch.randn(4, 8),)
+
+MEAN = torch.zeros(8)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) - MEAN  # fault: FX203 plain
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) - MEAN  # fault: FX203 nested
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Part(), nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InheritedMixin:
+    def build(self):
+        self.fc = nn.Linear(8, 8)
+
+    def compute(self, x):
+        return self.fc(x) - MEAN  # fault: FX203 inherited
+
+
+class Inherited(InheritedMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+class PlainFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) - MEAN.to(x.device)
+
+
+class PartFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) - MEAN.to(x.device)
+
+
+class NestedFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(PartFixed(), nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InheritedFixedMixin:
+    def build(self):
+        self.fc = nn.Linear(8, 8)
+
+    def compute(self, x):
+        return self.fc(x) - MEAN.to(x.device)
+
+
+class InheritedFixed(InheritedFixedMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+    def forward(self, x):
+        return self.compute(x)

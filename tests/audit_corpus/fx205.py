@@ -1,0 +1,100 @@
+"""FX205: parameters of two types: plain, in a submodule, in a mixin; and each corrected."""
+
+import torch
+from torch import nn
+
+INPUTS = (torch.randn(4, 8),)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2).double()  # fault: FX205 plain
+
+    def forward(self, x):
+        return self.head(self.fc(x).double())
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2).double()  # fault: FX205 nested
+
+    def forward(self, x):
+        return self.head(self.fc(x).double())
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Part(), nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InheritedMixin:
+    def build(self):
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2).double()  # fault: FX205 inherited
+
+    def compute(self, x):
+        return self.head(self.fc(x).double())
+
+
+class Inherited(InheritedMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+class PlainFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.fc(x))
+
+
+class PartFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.fc(x))
+
+
+class NestedFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(PartFixed(), nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InheritedFixedMixin:
+    def build(self):
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def compute(self, x):
+        return self.head(self.fc(x))
+
+
+class InheritedFixed(InheritedFixedMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+    def forward(self, x):
+        return self.compute(x)

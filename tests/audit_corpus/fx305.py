@@ -1,0 +1,94 @@
+"""FX305: an overflow in float16: plain, in a submodule, in a mixin; and each corrected."""
+
+import torch
+from torch import nn
+
+INPUTS = (torch.randn(4, 8),)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return (self.fc(x) * 1e4).pow(2).sum(-1)  # fault: FX305 plain
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return (self.fc(x) * 1e4).pow(2).sum(-1)  # fault: FX305 nested
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Part(), nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InheritedMixin:
+    def build(self):
+        self.fc = nn.Linear(8, 8)
+
+    def compute(self, x):
+        return (self.fc(x) * 1e4).pow(2).sum(-1)  # fault: FX305 inherited
+
+
+class Inherited(InheritedMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+class PlainFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x).pow(2).sum(-1)
+
+
+class PartFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x).pow(2).sum(-1)
+
+
+class NestedFixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(PartFixed(), nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InheritedFixedMixin:
+    def build(self):
+        self.fc = nn.Linear(8, 8)
+
+    def compute(self, x):
+        return self.fc(x).pow(2).sum(-1)
+
+
+class InheritedFixed(InheritedFixedMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.build()
+
+    def forward(self, x):
+        return self.compute(x)
