@@ -1,0 +1,159 @@
+"""What is done with findings: forms, exit codes, comments, baselines, fixes; and that nothing is harmed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+from fxopt.errors import BaselineError, SpecError
+from fxopt.findings import Baseline, Inspection, Place, catalog, patch, render
+from fxopt.findings.accept import suppress
+from passes.audit import Audit
+from passes.audit.rules import RULES
+from tests.audit_corpus.reading import Case
+
+SCHEMA = json.loads(Path(__file__).with_name("sarif-2.1.0-subset.json").read_text(encoding="utf-8"))
+FAULT = Case("FX101", "Nested", 24)
+
+
+@pytest.fixture(scope="module")
+def found() -> Inspection:
+    return Audit().inspect(FAULT.subject())
+
+
+def test_sarif_is_valid(found):
+    log = json.loads(render(found, Audit.rules(), "sarif"))
+    jsonschema.validate(log, SCHEMA)
+    (result,) = log["runs"][0]["results"]
+    rule = log["runs"][0]["tool"]["driver"]["rules"][result["ruleIndex"]]
+    assert rule["id"] == result["ruleId"] == "FX101"
+    location = result["locations"][0]["physicalLocation"]
+    assert location["artifactLocation"]["uri"] == "tests/audit_corpus/fx101.py"
+    assert location["region"]["startLine"] == found.findings[0].place.line
+    assert result["partialFingerprints"]["primaryLocationLineHash"]
+
+
+def test_the_schema_refuses_what_is_wrong(found):
+    log = json.loads(render(found, Audit.rules(), "sarif"))
+    log["runs"][0]["results"][0]["locations"][0]["physicalLocation"]["region"]["startLine"] = 0
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(log, SCHEMA)
+
+
+def test_json_has_all_fields(found):
+    (finding,) = json.loads(render(found, Audit.rules(), "json"))["findings"]
+    wanted = {"rule", "severity", "precision", "message", "path", "line", "column", "module", "related", "fix"}
+    assert wanted <= finding.keys()
+    assert finding["module"] == "body.0"
+    assert finding["column"] == 9
+
+
+def test_other_forms(found):
+    text = render(found, Audit.rules(), "text")
+    assert "self.scale = torch.ones(8)" in text
+    assert "^^^^" in text
+    assert render(found, Audit.rules(), "github").startswith("::error file=tests/audit_corpus/fx101.py,line=")
+    suite = ElementTree.fromstring(render(found, Audit.rules(), "junit"))
+    assert suite.get("failures") == "1"
+    assert "| FX101 |" in render(found, Audit.rules(), "markdown")
+
+
+def test_a_comment_with_a_reason_accepts(found, tmp_path):
+    for comment, kept in (("# fxopt: ignore[FX101] moved by hand", 0), ("# fxopt: ignore[FX101]", 1)):
+        path = tmp_path / f"model{kept}.py"
+        path.write_text(f"x = 1  {comment}\n")
+        finding = dataclasses.replace(found.findings[0], place=Place(str(path), 1))
+        result = suppress(Inspection((finding,)))
+        assert len(result.findings) == kept
+        assert bool(result.notes) is bool(kept)
+
+
+def test_a_baseline_accepts_what_is_known(found, tmp_path):
+    path = tmp_path / "baseline.json"
+    path.write_text(Baseline.written(found))
+    assert Baseline.read(path).without_known(found).findings == ()
+    path.write_text("{}")
+    with pytest.raises(BaselineError, match="write one by"):
+        Baseline.read(path)
+
+
+def test_a_fix_is_shown_then_written(write):
+    source = """
+    class Faulty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+            self.scale = torch.ones(4)
+        def forward(self, x):
+            return self.fc(x) * self.scale
+    """
+    name = write(source)
+    before = Path(name).read_text()
+    command = [sys.executable, "-m", "fxopt", "audit", f"{name}:Faulty", "--input", "2x3", "--quiet"]
+    shown = subprocess.run([*command, "--fix"], capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert '+        self.register_buffer("scale", torch.ones(4))' in shown.stdout
+    assert Path(name).read_text() == before
+    subprocess.run([*command, "--fix", "--write"], capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, "nothing found\n")
+
+
+def test_overlapping_fixes_are_made_once(found):
+    twice = [found.findings[0], found.findings[0]]
+    (texts,) = patch.patched(twice).values()
+    assert texts[1].count("self.register_buffer") == texts[0].count("self.register_buffer") + 1
+
+
+def test_rules_are_listed_and_explained():
+    cards = catalog.cards()
+    assert len({card.id for card in cards}) == len(RULES)
+    assert "FX101" in catalog.listed(cards)
+    assert "register_buffer" in catalog.explained(cards, "fx101")
+    with pytest.raises(SpecError, match="did you mean 'FX101'"):
+        catalog.explained(cards, "FX1011")
+
+
+def test_nothing_is_harmed():
+    subject = FAULT.subject()
+    state = copy.deepcopy(subject.module.state_dict())
+    modes = [module.training for module in subject.module.modules()]
+    marks = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    Audit().inspect(subject)
+    assert all(torch.equal(value, state[key]) for key, value in subject.module.state_dict().items())
+    assert [module.training for module in subject.module.modules()] == modes
+    assert all(parameter.grad is None for parameter in subject.module.parameters())
+    assert torch.equal(marks[0], torch.get_rng_state())
+    assert (marks[1] == np.random.get_state()[1]).all()
+    assert marks[2] == random.getstate()
+
+
+def test_a_module_that_cannot_be_made_is_read(write):
+    source = """
+    class Broken(nn.Module):
+        def __init__(self):
+            self.fc = nn.Linear(3, 4)
+        def forward(self, x):
+            return self.fc(x)
+    """
+    name = write(source)
+    done = subprocess.run(
+        [sys.executable, "-m", "fxopt", "audit", f"{name}:Broken", "--quiet", "--format", "json"],
+        capture_output=True,
+        text=True,
+    )
+    report = json.loads(done.stdout)
+    assert [finding["rule"] for finding in report["findings"]] == ["FX105"]
+    assert "only the source" in report["notes"][0]
+    assert done.returncode == 1
