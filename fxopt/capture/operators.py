@@ -104,8 +104,8 @@ def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 def _method_name(function: Any) -> str | None:
     """The name under which torch.Tensor has a function: `__pow__` is a function that calls itself `pow`."""
-    if getattr(torch.Tensor, function.__name__, None) is function:
-        name: str = function.__name__
+    name: str = function.__name__
+    if getattr(torch.Tensor, name, None) is function:
         return name
     return _RENAMED.get(function)
 

@@ -187,7 +187,8 @@ def record(
         opaque: paths of modules to keep as one call each.
         source: where the module is called, for its placeholders.
     """
-    state, random, kept = State(module), torch.get_rng_state(), _kept((args, dict(kwargs)))
+    state, random = State(module), torch.get_rng_state()
+    kept_args, kept_kwargs = _kept((args, dict(kwargs)))
     recording = _record(module, args, kwargs, opaque)
     if not recording.blocked:
         return recording
@@ -195,7 +196,7 @@ def record(
     torch.set_rng_state(random)
     try:
         with exporting():
-            exported = _record(module, *kept, opaque)
+            exported = _record(module, kept_args, kept_kwargs, opaque)
     except Exception:  # whatever a module does that expects a compiler
         return recording
     if exported.blocked.keys() < recording.blocked.keys() and same_tensors(recording.output, exported.output):
