@@ -208,12 +208,16 @@ def eliminate_dead(region: Region) -> list[fx.Node]:
     aliases = effects.aliases()
     live: set[fx.Node] = set()
     work = [node for node in region.graph.nodes if _is_root(node, effects)]
-    writers: dict[fx.Node, list[fx.Node]] = {}
+    # By group of aliases: chains of modules that may write what they are given are one large group.
+    writers: dict[int, list[fx.Node]] = {}
+    seen: dict[int, bool] = {}
     for node in region.graph.nodes:
         for target in effects.writes(node):
-            for member in aliases(target):
-                writers.setdefault(member, []).append(node)
-            if any(member.op in ("placeholder", "get_attr") for member in aliases(target)):
+            group = aliases(target)
+            writers.setdefault(id(group), []).append(node)
+            if id(group) not in seen:
+                seen[id(group)] = any(member.op in ("placeholder", "get_attr") for member in group)
+            if seen[id(group)]:
                 work.append(node)
     while work:
         node = work.pop()
@@ -221,7 +225,7 @@ def eliminate_dead(region: Region) -> list[fx.Node]:
             continue
         live.add(node)
         work.extend(node.all_input_nodes)
-        work.extend(writers.get(node, ()))
+        work.extend(writers.pop(id(aliases(node)), ()))
     dead = [node for node in reversed(region.graph.nodes) if node not in live]
     for node in dead:
         region.graph.erase_node(node)

@@ -35,6 +35,9 @@ class Insertion:
         self._choose = choose
         self._known: dict[int, list[Adapter]] = {}
         self._now: dict[fx.Node, fx.Node] = {}
+        container = region.module._modules.get(inside.HOLDER)
+        children = container.named_children() if isinstance(container, nn.Module) else ()
+        self._calls = {child: f"{inside.HOLDER}.{name}" for name, child in children}
         for module in region.program.root.modules():
             if isinstance(module, Adapter):
                 self._remember(module)
@@ -187,12 +190,9 @@ class Insertion:
 
     def _registered(self, adapter: Adapter) -> str:
         """The name under which the region has the adapter."""
-        container = self._region.module._modules.get(inside.HOLDER)
-        if isinstance(container, nn.Module):
-            for name, child in container.named_children():
-                if child is adapter:
-                    return f"{inside.HOLDER}.{name}"
-        return self._region.add_module(f"{inside.HOLDER}.{_flat(adapter.name)}", adapter)
+        if adapter not in self._calls:
+            self._calls[adapter] = self._region.add_module(f"{inside.HOLDER}.{_flat(adapter.name)}", adapter)
+        return self._calls[adapter]
 
     def _remember(self, adapter: Adapter, weight: nn.Parameter | None = None) -> None:
         if weight is None:
