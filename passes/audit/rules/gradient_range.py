@@ -32,16 +32,18 @@ class GradientRange(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        norms = {name: norm for name, norm in evidence.backward.norms.items() if norm} if evidence.backward else {}
+        norms = evidence.backward.norms if evidence.backward else {}
+        # The gradient of a bias can be zero but for rounding, as that of attention's keys always is.
+        shapes = dict(evidence.subject.module.named_parameters()) if evidence.subject.module is not None else {}
+        norms = {name: norm for name, norm in norms.items() if norm and shapes[name].dim() > 1}
         if len(norms) < 2:
             return
-        smallest, largest = min(norms, key=lambda n: norms[n]), max(norms, key=lambda n: norms[n])
-        ratio = norms[smallest] / norms[largest]
-        worst = smallest if ratio < 1e-12 else largest if 1e6 < norms[largest] < float("inf") else None
+        ordered = sorted((norm, name) for name, norm in norms.items() if norm)
+        (least, smallest), (most, largest) = ordered[0], ordered[-1]
+        ratio = least / most
+        worst = smallest if ratio < 1e-12 else largest if 1e6 < most < float("inf") else None
         if worst is not None:
             path, _, leaf = worst.rpartition(".")
-            how = "vanishes" if worst == smallest else "explodes"
-            message = (
-                f"the gradient of '{worst}' {how}: its norm is {norms[worst]:.1e}, the largest is {norms[largest]:.1e}"
-            )
+            how, value = ("vanishes", least) if worst == smallest else ("explodes", most)
+            message = f"the gradient of '{worst}' {how}: its norm is {value:.1e}, the largest {most:.1e}"
             yield self.found(message, place_of(evidence, path, leaf), path)
