@@ -8,6 +8,7 @@ Each row runs in a process of its own, so that its peak memory is its own. Write
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import resource
@@ -64,7 +65,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add the identity, or its projection."""
-        return self.relu(self.body(x) + self.project(x))
+        out: torch.Tensor = self.relu(self.body(x) + self.project(x))
+        return out
 
 
 def residual_network() -> nn.Module:
@@ -99,9 +101,14 @@ def llama_70b() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return module, (), {"input_ids": torch.randint(0, 1000, (1, 128)), "use_cache": False}
 
 
+def chain(length: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """So many nodes in a row."""
+    return Chain(length).eval(), (torch.randn(2, 8),), {}
+
+
 CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]] = {
     "residual network, 50 layers": lambda: (residual_network(), (torch.randn(1, 3, 224, 224),), {}),
-    **{f"chain of {n:,}": lambda n=n: (Chain(n).eval(), (torch.randn(2, 8),), {}) for n in CHAINS},
+    **{f"chain of {length:,}": functools.partial(chain, length) for length in CHAINS},
     "llama, 70 billion, fake": llama_70b,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def _build(names: tuple[str, ...]) -> Built:
     import timm
 
     torch.manual_seed(0)
-    module = timm.create_model(_smallest(names), pretrained=False).eval()
+    module: Any = timm.create_model(_smallest(names), pretrained=False).eval()
     channels, height, width = module.pretrained_cfg["input_size"]
     sizes = (
         [(height, width)] if module.pretrained_cfg.get("fixed_input_size") else [(64, 64), (128, 128), (height, width)]

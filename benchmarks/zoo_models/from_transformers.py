@@ -171,7 +171,7 @@ def _images(config: Any, batch: int, larger: bool, generator: torch.Generator) -
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     more = 32 if larger else 0
     channels = _find(config, "num_channels") or 3
-    shape = (batch, channels, height + more, width + more)
+    shape: tuple[int, ...] = (batch, channels, height + more, width + more)
     frames = _find(config, "num_frames")
     if frames:
         shape = (batch, frames, *shape[1:])

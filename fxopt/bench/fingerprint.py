@@ -85,7 +85,7 @@ def fingerprint() -> Fingerprint:
         else None,
         gpu_driver=_found(r"Module.*?\s(\d+\.[\d.]+)\s", _text("/proc/driver/nvidia/version")) if gpu else None,
         cuda=torch.version.cuda if gpu else None,
-        cudnn=str(torch.backends.cudnn.version()) if gpu else None,  # type: ignore[no-untyped-call]
+        cudnn=str(torch.backends.cudnn.version()) if gpu else None,
     )
 
 

@@ -30,7 +30,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     return int(live.peak)
 
 
-class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LiveStorages(TorchDispatchMode):
     """Adds up the storages that operators return, for as long as each is alive."""
 
     def __init__(self) -> None:

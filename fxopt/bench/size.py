@@ -101,7 +101,7 @@ def _attention_on_cpu() -> dict[Any, Any]:
     from torch.utils.flop_counter import sdpa_flop_count
 
     def formula(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
+        return sdpa_flop_count(query, key, value)
 
     return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: formula}
 

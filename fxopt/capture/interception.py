@@ -131,7 +131,7 @@ def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[
 @contextmanager
 def _autocast(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
     """An autocast region becomes a pair of calls, as torch.fx itself records one."""
-    cls = torch.amp.autocast_mode.autocast
+    cls: Any = torch.amp.autocast_mode.autocast
     enter, leave = cls.__enter__, cls.__exit__
     nodes: dict[int, Any] = {}
 

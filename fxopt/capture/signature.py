@@ -18,6 +18,9 @@ _MISSING = inspect.Parameter.empty
 _GIVEN = Origin(Depends.DATA, Depends.SHAPE, numbers=Depends.SHAPE, given=True)
 
 
+STARS: Mapping[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """Match arguments with the parameters of `module.forward`.
 
@@ -55,7 +58,7 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
     nodes = []
     for name, parameter in parameters.items():
         value = bound.arguments[name]
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = STARS.get(parameter.kind, "")
         if prefix and not value:
             continue
         default = () if prefix or parameter.default is _MISSING else (parameter.default,)

@@ -24,13 +24,13 @@ class Build:
 
     def __call__(self, attributes: Mapping[str, Any], items: Any = None) -> Any:
         """Make an object with these attributes and, for a dict, list or tuple, items."""
-        cls = self.cls
+        cls: Any = self.cls
         if issubclass(cls, tuple):
             return cls(*items) if hasattr(cls, "_fields") else cls(items)
         result = cls.__new__(cls)
         if issubclass(cls, dict):
             # Model outputs override __setitem__ to set attributes, which come below.
-            base = OrderedDict if issubclass(cls, OrderedDict) else dict
+            base: Any = OrderedDict if issubclass(cls, OrderedDict) else dict
             for key, value in items.items():
                 base.__setitem__(result, key, value)
         elif issubclass(cls, list):

@@ -79,7 +79,7 @@ class Tensors(Tape):
 
     def known(self, tensor: torch.Tensor) -> Value:
         """What is known of a tensor; a parameter, buffer or constant is met here for the first time."""
-        value: Value | None = self.values.get(tensor)  # type: ignore[no-untyped-call]
+        value: Value | None = self.values.get(tensor)
         if value is None:
             name = self.tensors.get(id(tensor))
             if name is None:

@@ -85,8 +85,8 @@ RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_UNARY = {"neg": operator.neg, "pos": operator.pos, "abs": operator.abs, "invert": operator.invert}
-_ROUNDING = {"floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "round": round}
+_UNARY: dict[str, Callable[..., Any]] = {"neg": operator.neg, "pos": operator.pos, "abs": operator.abs, "invert": operator.invert}
+_ROUNDING: dict[str, Callable[..., Any]] = {"floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "round": round}
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -165,7 +165,7 @@ def _divmod(self: Any, other: Any) -> tuple[Any, Any]:
     return self // other, self % other
 
 
-def _install(cls: type, base: type) -> None:
+def _install(cls: Any, base: Any) -> None:
     for name in _BINARY:
         if hasattr(base, f"__{name}__"):
             setattr(cls, f"__{name}__", _binary(base, name, reflected=False))
@@ -178,15 +178,15 @@ def _install(cls: type, base: type) -> None:
     for name in ("__int__", "__index__", "__float__", "__hash__"):
         if hasattr(base, name):
             setattr(cls, name, _concretion(base, name))
-    cls.__bool__ = _truth  # type: ignore[attr-defined]
-    cls.__divmod__ = _divmod  # type: ignore[attr-defined]
+    cls.__bool__ = _truth
+    setattr(cls, "__divmod__", _divmod)  # noqa: B010  mypy takes the assignment for a call of divmod
     for name in ("__repr__", "__str__"):
         setattr(cls, name, lambda self: repr(plain(self)))
-    cls.__format__ = lambda self, spec: format(plain(self), spec)  # type: ignore[method-assign,assignment]
+    cls.__format__ = lambda self, spec: format(plain(self), spec)
     # A number that outlives capture, say as an attribute of the module, is a plain one when it is copied.
-    cls.__reduce__ = lambda self: (base, (plain(self),))  # type: ignore[method-assign,assignment]
-    cls.__copy__ = plain  # type: ignore[attr-defined]
-    cls.__deepcopy__ = lambda self, memo: plain(self)  # type: ignore[attr-defined]
+    cls.__reduce__ = lambda self: (base, (plain(self),))
+    cls.__copy__ = plain
+    cls.__deepcopy__ = lambda self, memo: plain(self)
 
 
 _install(TracedInt, int)
