@@ -7,10 +7,12 @@ writes benchmarks/results/audit.md; stops taking new models after SECONDS
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +69,7 @@ def from_torchvision() -> Iterator[tuple[str, Build]]:
     mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 regnet_y_400mf regnet_x_400mf efficientnet_b0 convnext_tiny
     alexnet densenet121 swin_t"""
     for name in names.split():
-        yield name, of(lambda name=name: torchvision.models.get_model(name, weights=None), 2, 3, 64, 64)
+        yield name, of(functools.partial(torchvision.models.get_model, name, weights=None), 2, 3, 64, 64)
     yield "vit_b_16", of(lambda: torchvision.models.vit_b_16(), 1, 3, 224, 224)
 
 
@@ -85,13 +87,11 @@ def from_transformers() -> Iterator[tuple[str, Build]]:
             options = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
         if name in ("Llama", "Mistral", "Qwen2", "Gemma"):
             options |= {"num_key_value_heads": 2, "head_dim": 16}
-        yield (
-            name,
-            lambda config=config, model=model, options=options: (
-                model(config(**options)).eval(),
-                Inputs((torch.randint(1, 100, (2, 9)),)),
-            ),
-        )
+        yield name, functools.partial(_small, config, model, options)
+
+
+def _small(config: Any, model: Any, options: dict[str, int]) -> tuple[nn.Module, Inputs]:
+    return model(config(**options)).eval(), Inputs((torch.randint(1, 100, (2, 9)),))
 
 
 def from_timm() -> Iterator[tuple[str, Build]]:
@@ -100,7 +100,7 @@ def from_timm() -> Iterator[tuple[str, Build]]:
 
     for name in "resnet18d mobilenetv3_small_050 ghostnet_050 repvgg_a0 convnext_atto levit_128s mixer_s32_224".split():
         size = 224 if name in ("levit_128s", "mixer_s32_224") else 64
-        yield name, of(lambda name=name: timm.create_model(name, pretrained=False), 2, 3, size, size)
+        yield name, of(functools.partial(timm.create_model, name, pretrained=False), 2, 3, size, size)
 
 
 def corpus() -> str:
