@@ -221,7 +221,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         output = call_as_given(module, bound, len(args))
         recorder.active = False
     seconds = time.perf_counter() - began
-    _record_reassigned(recorder, module, buffers)
+    _record_reassigned(recorder, module, buffers, opaque)
     try:
         recorder.record_changed_objects()
         recorder.graph.output(recorder.argument(output))
@@ -250,13 +250,20 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_buffers(remove_duplicate=False))
 
 
-def _record_reassigned(recorder: Recorder, module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    """A buffer that the forward replaced is written instead, so that the captured module's state moves too."""
+def _record_reassigned(
+    recorder: Recorder, module: nn.Module, before: Mapping[str, torch.Tensor], opaque: frozenset[str]
+) -> None:
+    """A buffer that the forward replaced is written instead, so that the captured module's state moves too.
+
+    Opaque modules replace their own.
+    """
     for name, after in _buffers(module).items():
         old = before.get(name)
         if old is after:
             continue
         owner = name.rpartition(".")[0]
+        if any(owner == path or owner.startswith(f"{path}.") for path in opaque):
+            continue
         if old is None or old.shape != after.shape or old.dtype != after.dtype:
             recorder.block(f"it replaces its buffer '{name}' by one of another shape or dtype", path=owner)
             continue

@@ -228,6 +228,42 @@ def test_an_opaque_root_is_called_as_it_was_called():
     assert torch.equal(captured.module(X, scale=3), X * 3)
 
 
+class ResizesBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if len(self.table) != x.shape[1]:
+            self.table = torch.arange(x.shape[1])
+        return x + self.table
+
+
+class OpaqueAroundResized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = ResizesBuffer()
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else x
+
+
+class CallsOpaqueAroundResized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.outer = OpaqueAroundResized()
+
+    def forward(self, x):
+        return self.outer(x) + 1
+
+
+def test_a_buffer_replaced_within_an_opaque_part_ends_the_recording():
+    module = CallsOpaqueAroundResized()
+    captured = capture(module, (X,))
+    assert torch.equal(captured.module(X), module(X))
+    assert torch.equal(captured.module(X[:, :2]), module(X[:, :2]))
+
+
 class BranchesOnFlag(nn.Module):
     def forward(self, x, cache):
         return x if cache.layers[0].is_full else x * 2
