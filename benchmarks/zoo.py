@@ -41,7 +41,7 @@ LIBRARIES: dict[str, Callable[[], Iterator[Specimen]]] = {
     "transformers": from_transformers.specimens,
 }
 SMALL = frozenset(
-    "LSTM GRU TransformerEncoder resnet18 mobilenet_v3_small squeezenet1_1 raft_small ghostnet convit levit "
+    "LSTM GRU TransformerEncoder resnet18 mobilenet_v3_small squeezenet1_1 raft_small ghostnet nest levit "
     "bert gpt2 llama t5 vit mixtral mamba whisper".split()
 )
 MEMORY = 9 << 30
