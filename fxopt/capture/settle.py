@@ -62,7 +62,7 @@ def settle(root: nn.Module, call: Call, state: State, whole: Mapping[str, Reason
             return Settled(attempt.recording, opaque, tuple(attempt.notes))
         if "" in attempt.blocked:
             return Settled(attempt.recording, {"": attempt.blocked[""]}, tuple(attempt.notes))
-        opaque = _outermost(opaque | _further(attempt.blocked, opaque))
+        opaque = _outermost(opaque | further(root, attempt.blocked, opaque))
     return Settled(None, {"": opaque[""]})
 
 
@@ -165,15 +165,23 @@ def _block(blocked: dict[str, Reason], path: str, reason: str) -> None:
     blocked.setdefault(path, (reason, ""))
 
 
-def _further(blocked: Mapping[str, Reason], opaque: Mapping[str, Reason]) -> dict[str, Reason]:
-    """What to leave whole now. Where that is whole already, so is what holds it."""
-    further = {}
+def further(root: nn.Module, blocked: Mapping[str, Reason], opaque: Mapping[str, Reason]) -> dict[str, Reason]:
+    """What to leave whole now: of each blocked module, the innermost one around it that is not whole yet.
+
+    A list of modules is never called, so that leaving it whole would change nothing. What is whole grows with
+    each attempt, so that the attempts come to an end.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    result = {}
     for path, reason in blocked.items():
-        outer = path
-        while outer in opaque:
-            outer = outer.rpartition(".")[0]
-        further[outer] = reason
-    return further
+        while path and (_is_whole(path, opaque) or isinstance(modules.get(path), (nn.ModuleList, nn.ModuleDict))):
+            path = path.rpartition(".")[0]
+        result[path] = reason
+    return result
+
+
+def _is_whole(path: str, opaque: Mapping[str, Reason]) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in opaque)
 
 
 def _outermost(opaque: Mapping[str, Reason]) -> dict[str, Reason]:
