@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -218,7 +219,10 @@ def test_ctrl_c_leaves_nothing_behind(write, tmp_path):
         header=CONV,
     )
     command = [sys.executable, "-m", "fxopt", "run", "model.py", "--passes", "fuse", "--out", "kept/result", *QUICK]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has told its children to ignore the signal.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=listen, **pipes)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
