@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from fxopt.contract import Skip
 from fxopt.graph.region import Region
 from fxopt.graph.source import source_of
-from fxopt.modules import FakeQuantize, Fused
+from fxopt.modules import FakeQuantize, Fused, fused_call
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -30,6 +30,7 @@ _FUNCTIONS: dict[Any, str] = {getattr(space, kind): kind for space in (torch, F)
                               if hasattr(space, kind)}  # fmt: skip
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_TAIL = ("kind", "activation", "arguments", "other")
 _FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__")
 
 
@@ -48,6 +49,7 @@ class Affine:
             has them; `other` and `output_size` where the call gives them.
         weight_node: the `get_attr` node of the weight, where it is a function.
         bias_node: that of the bias.
+        is_bare: whether the output is the affine map itself, with nothing fused behind it.
     """
 
     node: fx.Node
@@ -59,6 +61,7 @@ class Affine:
     options: dict[str, Any]
     weight_node: fx.Node | None = None
     bias_node: fx.Node | None = None
+    is_bare: bool = True
 
     @property
     def is_transposed(self) -> bool:
@@ -80,17 +83,12 @@ class Affine:
         """Channels of the output."""
         return int(self.weight.shape[self.channel_axis]) * (self.groups if self.is_transposed else 1)
 
-    @property
-    def is_bare(self) -> bool:
-        """Whether the output is the affine map itself, with nothing fused behind it."""
-        return not isinstance(self.module, Fused) or self.module.is_bare
-
 
 def read_affine(node: fx.Node, region: Region) -> Affine | Skip | None:
     """The layer that `node` calls; None where it calls none, a `Skip` where it is one that must stay as it is."""
     if node.op == "call_module":
         return _read_module(node, region)
-    if node.op == "call_function" and node.target in _FUNCTIONS:
+    if node.op == "call_function" and (node.target in _FUNCTIONS or node.target is fused_call):
         return _read_function(node, region)
     return None
 
@@ -129,11 +127,21 @@ def _read_module(node: fx.Node, region: Region) -> Affine | Skip | None:
         return Skip(region.qualified(node), "its weight is not a floating-point parameter", source_of(node))
     kept = ("stride", "padding", "dilation", "groups", "output_padding", "padding_mode")
     options = {key: getattr(module, key) for key in kept if hasattr(module, key)}
-    return Affine(node, _MODULES[base], source, weight, module.bias, module, {**options, **given})  # type: ignore[arg-type]
+    return Affine(
+        node,
+        _MODULES[base],
+        source,
+        weight,
+        cast("torch.Tensor | None", module.bias),
+        module,
+        {**options, **given},
+        is_bare=not isinstance(module, Fused) or module.is_bare,
+    )
 
 
 def _read_function(node: fx.Node, region: Region) -> Affine | Skip | None:
-    kind = _FUNCTIONS[node.target]
+    bare = node.target is not fused_call
+    kind = _FUNCTIONS[node.target] if bare else str(node.kwargs["kind"])
     names = ("input", "weight", "bias") if kind == "linear" else _TRANSPOSE if "transpose" in kind else _CONV
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     source: Any = given.pop("input", None)
@@ -147,9 +155,10 @@ def _read_function(node: fx.Node, region: Region) -> Affine | Skip | None:
     values = [_parameter(weight, region), None if bias is None else _parameter(bias, region)]
     if values[0] is None or (bias is not None and values[1] is None):
         return Skip(region.qualified(node), "its weight or bias is computed, not a parameter", source_of(node))
-    if any(isinstance(option, fx.Node) for option in given.values()):
+    options = {key: value for key, value in given.items() if key not in _TAIL}
+    if any(isinstance(option, fx.Node) for option in options.values()):
         return Skip(region.qualified(node), "its options are computed", source_of(node))
-    return Affine(node, kind, source, values[0], values[1], None, given, weight, bias)
+    return Affine(node, kind, source, values[0], values[1], None, options, weight, bias, bare)
 
 
 def _parameter(node: Any, region: Region) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.graph.region import Region
-from fxopt.modules import FakeQuantize, Fused
+from fxopt.modules import FakeQuantize, Fused, fused_call
 
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -69,7 +69,7 @@ _RANDOM = frozenset(
     "scaled_dot_product_attention uniform_ normal_ bernoulli_".split()
 )
 _PURE_FUNCTIONS: frozenset[Any] = frozenset(
-    {getattr, operator.getitem, len, *(getattr(operator, name) for name in (
+    {fused_call, getattr, operator.getitem, len, *(getattr(operator, name) for name in (
         "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "matmul", "and_", "or_",
         "xor", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge", "index",
     ))}
@@ -124,6 +124,8 @@ class Effects:
             return ()
         if node.target in (operator.getitem, getattr):
             return tuple(node.all_input_nodes[:1])
+        if node.target is fused_call:
+            return ()
         name = _operator_name(node)
         if node.kwargs.get("inplace") is not True and _returns_fresh(name):
             return tuple(_nodes([node.kwargs.get("out")]))

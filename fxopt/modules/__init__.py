@@ -2,6 +2,7 @@
 
 from fxopt.modules.activation import Activation
 from fxopt.modules.fake_quantize import FakeQuantize, State
+from fxopt.modules.functional import fused_call
 from fxopt.modules.fused import (
     Fused,
     FusedConv1d,
@@ -26,5 +27,6 @@ __all__ = [
     "FusedConvTranspose3d",
     "FusedLinear",
     "State",
+    "fused_call",
     "rebuild",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxopt.modules.activation import Activation
 from fxopt.modules.fake_quantize import FakeQuantize
+from fxopt.modules.functional import tail
 from fxopt.modules.rebuild import rebuild
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -86,13 +87,9 @@ class Fused(nn.Module):
         out = self._affine(input, output_size)
         if self.bn is not None:
             out = self.bn(out)
-        if self.adds:
-            if other is None:
-                raise TypeError(f"{type(self).__name__} adds: its forward needs 'other'")
-            # Nothing else has seen `out`, and none of the operators before needs it for its gradient.
-            in_place = out.shape == other.shape and out.dtype == other.dtype
-            out = out.add_(other) if in_place else out + other
-        return out if self.activation is None else self.activation.apply_(out)
+        if self.adds and other is None:
+            raise TypeError(f"{type(self).__name__} adds: its forward needs 'other'")
+        return tail(out, other if self.adds else None, self.activation)
 
     def folding_scale(self) -> torch.Tensor | None:
         """s of the formula above, a factor for each output channel; None without `bn`."""

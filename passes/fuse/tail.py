@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import nn
 
 from fxopt.contract import Change, Skip
 from fxopt.graph import Affine, Effects, Region, source_of
-from fxopt.modules import Activation, Fused
+from fxopt.modules import Activation, Fused, fused_call
 from passes.fuse.activation import read_activation
 from passes.fuse.shared import also_used, why_called_elsewhere
 
@@ -26,11 +25,12 @@ _ADDS_IN_PLACE: frozenset[Any] = frozenset({operator.iadd, "add_"})
 def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | None:
     """Fuse the activation behind `affine`, and the addition between the two, if `adds`."""
     module = affine.module
-    if module is None or (isinstance(module, Fused) and (module.activation is not None or module.adds)):
+    # A batch norm that trains may stand between the layer and what is fused behind it.
+    if (module.activation is not None or module.adds) if isinstance(module, Fused) else not affine.is_bare:
         return None
     for user in affine.node.users:
         if (activation := read_activation(user, region)) is not None:
-            return _fuse_activation(affine, module, user, activation, region)
+            return _fuse_activation(affine, user, activation, region)
     if not adds:
         return None
     for user in affine.node.users:
@@ -38,26 +38,24 @@ def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | Non
             last = next(iter(user.users))
             activation = read_activation(last, region)
             if isinstance(activation, Activation):
-                return _fuse_addition(affine, module, user, last, activation, region)
+                return _fuse_addition(affine, user, last, activation, region)
     return None
 
 
-def _fuse_activation(
-    affine: Affine, module: nn.Module, node: fx.Node, found: Activation | Skip, region: Region
-) -> Change | Skip:
+def _fuse_activation(affine: Affine, node: fx.Node, found: Activation | Skip, region: Region) -> Change | Skip:
     if isinstance(found, Skip):
         return found
     reason = also_used(affine.node, region) or why_called_elsewhere(affine, region, [affine.node])
     if reason is not None:
         return Skip(region.qualified(node), reason, source_of(node))
     change = Change(f"{found} fused into '{region.qualified(affine.node)}'", region.qualified(node), source_of(node))
-    region.program.replace_module(module, Fused.of(module, activation=found))
+    _attach(affine, found, None, region)
     region.replace(node, affine.node)
     return change
 
 
 def _fuse_addition(
-    affine: Affine, module: nn.Module, add: fx.Node, last: fx.Node, found: Activation, region: Region
+    affine: Affine, add: fx.Node, last: fx.Node, found: Activation, region: Region
 ) -> Change | Skip | None:
     operands = [*add.args, *add.kwargs.values()]
     if len(operands) != 2 or operands[0] is operands[1] or not all(isinstance(item, fx.Node) for item in operands):
@@ -74,12 +72,26 @@ def _fuse_addition(
         return Skip(region.qualified(add), reason, source_of(add))
     name = region.qualified(affine.node)
     change = Change(f"addition and {found} fused into '{name}'", region.qualified(add), source_of(add))
-    region.program.replace_module(module, Fused.of(module, activation=found, adds=True))
     add.prepend(affine.node)  # `other` may be computed after the place where the layer was called
-    affine.node.args, affine.node.kwargs = (affine.input, other), {}
+    _attach(affine, found, other, region)
     region.replace(last, affine.node)
     region.graph.erase_node(add)
     return change
+
+
+def _attach(affine: Affine, activation: Activation, other: fx.Node | None, region: Region) -> None:
+    """Let the call of the layer add `other`, where there is one, and compute the activation."""
+    node, module = affine.node, affine.module
+    if module is not None:
+        region.program.replace_module(module, Fused.of(module, activation=activation, adds=other is not None))
+        if other is not None:
+            node.args, node.kwargs = (affine.input, other), {}
+        return
+    added = {} if other is None else {"other": other}
+    tail = {"kind": affine.kind, "activation": activation.name, "arguments": activation.arguments}
+    node.target = fused_call
+    node.args = (affine.input, affine.weight_node, affine.bias_node)
+    node.kwargs = {**added, **tail, **affine.options}
 
 
 def _wrong_shapes(affine: Affine, add: fx.Node, other: fx.Node) -> str | None:

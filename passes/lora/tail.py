@@ -6,9 +6,10 @@ import operator
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 
 from fxopt.graph import Region, inherit
-from fxopt.modules import Activation, Fused, rebuild
+from fxopt.modules import Activation, Fused, fused_call, rebuild
 
 
 def loosen(node: fx.Node, region: Region) -> fx.Node:
@@ -16,6 +17,8 @@ def loosen(node: fx.Node, region: Region) -> fx.Node:
 
     act(W x + b + other)   =>   act((W x + b) + other)
     """
+    if node.target is fused_call:
+        return _loosen_function(node, region)
     if node.op != "call_module":
         return node
     module = region.submodule(node)
@@ -39,6 +42,16 @@ def _expose(site: fx.Node, region: Region, activation: Activation | None, adds: 
         last = _behind(last, region, operator.add, (last, other))
     if activation is not None:
         _behind(last, region, apply, (last, activation.name, activation.arguments))
+
+
+def _loosen_function(node: fx.Node, region: Region) -> fx.Node:
+    options = dict(node.kwargs)
+    other, activation = options.pop("other", None), str(options.pop("activation"))
+    arguments = options.pop("arguments")
+    node.target, node.kwargs = getattr(F, str(options.pop("kind"))), options
+    last = node if other is None else _behind(node, region, operator.add, (node, other))
+    _behind(last, region, apply, (last, activation, arguments))
+    return node
 
 
 def _behind(last: fx.Node, region: Region, function: object, args: tuple[object, ...]) -> fx.Node:

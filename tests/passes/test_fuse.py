@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations
 
 from fxopt.contract import Skip
 from fxopt.modules import Activation, Fused, FusedConv2d
-from passes import Fuse
+from passes import QAT, Fuse
+from passes.qat import calibrate
 from tests.models import STATIC, ConvBlock, ConvTwice, OneConvTwoNorms, PairTwice, ResidualBlock, settle
 from tests.passes.programs import assert_close, captured, rewrite, run
 
@@ -415,6 +416,89 @@ def test_fuses_additions(name: str) -> None:
     assert fused.adds
     assert outcome.calls == ["cos", "conv"]
     assert_close(outcome.module(x), model(x))
+
+
+class FunctionThen(nn.Module):
+    """A function of the module's own parameters, then what it is given."""
+
+    def __init__(self, affine: Callable[..., torch.Tensor], follow: Callable[..., torch.Tensor], *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape))
+        self.offset = nn.Parameter(torch.randn(4))
+        self.affine = affine
+        self.follow = follow
+
+    def forward(self, x):
+        return self.follow(self.affine(x, self.weight, self.offset), x)
+
+
+FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
+    "conv2d, relu": (
+        lambda: FunctionThen(lambda x, w, b: F.conv2d(x, w, b, 1, 1), lambda y, x: F.relu(y), 4, 4, 3, 3),
+        IMAGE,
+        ["relu: relu fused into 'conv2d'"],
+    ),
+    "conv1d by keywords, tanh": (
+        lambda: FunctionThen(
+            lambda x, w, b: F.conv1d(input=x, weight=w, bias=b, padding=1, dilation=2), lambda y, x: y.tanh(), 4, 4, 3
+        ),
+        (2, 4, 9),
+        ["tanh: tanh fused into 'conv1d'"],
+    ),
+    "without a bias, gelu": (
+        lambda: FunctionThen(lambda x, w, b: F.linear(x, w), lambda y, x: F.gelu(y, approximate="tanh"), 4, 4),
+        (3, 4),
+        ["gelu: gelu(approximate='tanh') fused into 'linear'"],
+    ),
+    "transposed, leaky relu": (
+        lambda: FunctionThen(
+            lambda x, w, b: F.conv_transpose2d(x, w, b, 2, groups=2), lambda y, x: F.leaky_relu(y, 0.3), 4, 2, 3, 3
+        ),
+        IMAGE,
+        ["leaky_relu: leaky_relu(negative_slope=0.3) fused into 'conv_transpose2d'"],
+    ),
+    "conv2d, add, relu": (
+        lambda: FunctionThen(lambda x, w, b: F.conv2d(x, w, b, padding=1), lambda y, x: F.relu(y + x), 4, 4, 3, 3),
+        IMAGE,
+        ["add: addition and relu fused into 'conv2d'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fuses_into_functions(name: str, training: bool) -> None:
+    factory, shape, whats = FUNCTIONS[name]
+    torch.manual_seed(0)
+    model = factory().train(training)
+    x = torch.randn(*shape)
+    outcome = run(Fuse(), model, (x,))
+    assert outcome.whats == whats
+    assert outcome.calls == ["fused_call"]
+    assert list(outcome.module.state_dict()) == list(model.state_dict())
+    assert_close(outcome.module(x), model(x))
+    outcome.module(x).square().sum().backward()
+    model(x).square().sum().backward()
+    assert_close(outcome.module.weight.grad, model.weight.grad, 1e-4)
+
+
+def test_a_function_that_is_fused_is_quantised_like_any_layer() -> None:
+    model = FUNCTIONS["conv2d, add, relu"][0]().eval()
+    x = torch.randn(*IMAGE)
+    fused = run(Fuse(), model, (x,))
+    outcome = rewrite(QAT(), fused.module)
+    assert outcome.whats == ["conv2d: weight fake-quantised to 8 bits and input fake-quantised to 8 bits"]
+    calibrate(outcome.module, [(x,)])
+    error = (outcome.module(x) - model(x)).norm() / model(x).norm()
+    assert 0 < error < 0.05
+    assert not rewrite(QAT(), outcome.module).changes
+
+
+def test_a_program_with_a_fused_function_survives_a_pickle() -> None:
+    model = FUNCTIONS["conv2d, add, relu"][0]().eval()
+    x = torch.randn(*IMAGE)
+    outcome = run(Fuse(), model, (x,))
+    assert_close(pickle.loads(pickle.dumps(outcome.module))(x), model(x))
 
 
 NO_ADDITION: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {

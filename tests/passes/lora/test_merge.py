@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxopt
@@ -149,6 +150,25 @@ class TestComposes:
                 assert torch.allclose(module(x), after, atol=1e-4)
                 unmerge(module)
         module.train()(x).sum().backward()
+
+    def test_with_a_function_that_is_fused(self) -> None:
+        class Residual(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4, 4))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return F.relu(F.linear(x, self.weight) + x)
+
+        model, x = Residual().eval(), torch.randn(3, 4)
+        module = fxopt.optimize(model, x, [Fuse(), LoRA(targets=("*",))], devices=()).module
+        assert torch.equal(module(x), model(x))
+        randomize(module)
+        adapted = module(x)
+        assert not torch.allclose(adapted, model(x))
+        merge(module, (x,))
+        assert torch.allclose(module(x), adapted, atol=1e-5)
+        assert torch.allclose(F.relu(F.linear(x, module.weight) + x), adapted, atol=1e-5)
 
     def test_fuse_after_merging(self) -> None:
         model, x = self.conv(), torch.randn(2, 3, 8, 8)
