@@ -13,12 +13,13 @@ from fxopt.capture.copy_on_write import lazy_copy
 from fxopt.capture.traced import plain
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+_ATOMS = frozenset(_NUMBERS)
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, torch.dtype)
 _DEPTH = 4
 
 
 class Attribute:
-    """A value and, where it is a container or a plain object, what it held.
+    """A value that is no number and, where it is a container or a plain object, what it held.
 
     Args:
         value: any attribute of a module.
@@ -27,11 +28,11 @@ class Attribute:
     """
 
     def __init__(self, value: Any, memo: dict[int, Attribute], depth: int = _DEPTH):
-        self.value = value = plain(value)
+        self.value = value
         self.copy = lazy_copy(value) if isinstance(value, torch.Tensor) else None
         self.version = value._version if self.copy is not None else 0
         self.contents: Any = None
-        if isinstance(value, (*_NUMBERS, *_OPAQUE)) or depth == 0:
+        if isinstance(value, _OPAQUE) or depth == 0:
             return
         memo[id(value)] = self
         kind, items = _contents(value)
@@ -48,15 +49,14 @@ class Attribute:
         A write into a tensor is no change of the attribute: graphs keep those. `by_value` asks for equal
         values instead, be it in another tensor.
         """
-        seen = set() if seen is None else seen
-        if isinstance(self.value, _NUMBERS):
-            number = plain(now)
-            return type(number) is type(self.value) and (number == self.value or number != number)
         if self.copy is not None and by_value:
             return _equal(self.copy, now)
         if now is not self.value and not (by_value and type(now) is type(self.value) and self.contents is not None):
             return False
-        if self.contents is None or id(self) in seen:
+        if self.contents is None:
+            return True
+        seen = set() if seen is None else seen
+        if id(self) in seen:
             return True
         seen.add(id(self))
         _, items = _contents(now)
@@ -65,13 +65,15 @@ class Attribute:
         if len(self.contents) != len(items):
             return False
         if isinstance(self.contents, dict):
-            return all(key in items and part.is_left(items[key], seen, by_value) for key, part in self.contents.items())
-        return all(part.is_left(item, seen, by_value) for part, item in zip(self.contents, items, strict=True))
+            return all(
+                key in items and is_left(part, items[key], seen, by_value) for key, part in self.contents.items()
+            )
+        return all(is_left(part, item, seen, by_value) for part, item in zip(self.contents, items, strict=True))
 
     def restore(self, seen: set[int] | None = None) -> Any:
         """Put the contents back, in place, and return the value."""
         seen = set() if seen is None else seen
-        if id(self) in seen:
+        if (self.copy is None and not self.contents and self.is_left(self.value)) or id(self) in seen:
             return self.value
         seen.add(id(self))
         if self.copy is not None and self.value._version != self.version:
@@ -85,16 +87,33 @@ class Attribute:
 
     def _old_contents(self, seen: set[int]) -> Any:
         if isinstance(self.contents, dict):
-            return {key: part.restore(seen) for key, part in self.contents.items()}
+            return {key: old(part, seen) for key, part in self.contents.items()}
         if isinstance(self.contents, list):
-            return [part.restore(seen) for part in self.contents]
+            return [old(part, seen) for part in self.contents]
         return self.contents
 
 
-def look(value: Any, memo: dict[int, Attribute], depth: int = _DEPTH) -> Attribute:
-    """What `value` is now; the same object is looked at once a walk."""
+def look(value: Any, memo: dict[int, Attribute], depth: int = _DEPTH) -> Any:
+    """What `value` is now: a number is itself, of anything else an `Attribute`, made once a walk for each object."""
+    if type(value) in _ATOMS or isinstance(value, _NUMBERS):
+        return plain(value)
     known = memo.get(id(value))
     return known if known is not None and known.value is value else Attribute(value, memo, depth)
+
+
+def is_left(before: Any, now: Any, seen: set[int] | None = None, by_value: bool = False) -> bool:
+    """Whether what was looked at is as it was."""
+    if isinstance(before, Attribute):
+        return before.is_left(now, seen, by_value)
+    if before is now:
+        return True
+    number = plain(now)
+    return type(number) is type(before) and (number == before or (number != number and before != before))
+
+
+def old(before: Any, seen: set[int]) -> Any:
+    """What was looked at, with its contents put back."""
+    return before.restore(seen) if isinstance(before, Attribute) else before
 
 
 def _contents(value: Any) -> tuple[type | None, Any]:

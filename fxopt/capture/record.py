@@ -25,7 +25,6 @@ from fxopt.capture.state import State
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Met, Origin
-from fxopt.graph import Source
 
 
 @dataclass(frozen=True)
@@ -102,31 +101,22 @@ class _Run:
         """A call that stays one node."""
         recorder = self.recorder
         recorder.calls += 1
-        try:
-            recorder.active = False
-            training = module.training
-            node_args, node_kwargs = recorder.argument(args), recorder.argument(kwargs)
-        except Unrecordable as reason:
-            recorder.block(f"'{path}' was given {reason}")
-            with recorder.paused():
-                return call(module, *args, **kwargs)
-        finally:
-            recorder.active = True
-        origin = recorder.origin("", args, kwargs)
-        if path in self.opaque or training:
-            origin = Origin(Depends.DATA, origin.shape, Depends.DATA)
         with recorder.paused():
+            try:
+                node_args, node_kwargs = recorder.argument(args), recorder.argument(kwargs)
+            except Unrecordable as reason:
+                recorder.block(f"'{path}' was given {reason}")
+                return call(module, *args, **kwargs)
+            origin = recorder.origin("", args, kwargs)
+            if path in self.opaque or module.training:
+                origin = Origin(Depends.DATA, origin.shape, Depends.DATA)
             result = call(module, *without_numbers(args), **without_numbers(kwargs))
-        recorder.active = False
-        try:
             node = recorder.emit("call_module", path, node_args, node_kwargs)
             if path in self.opaque:
                 recorder.take_up_changes((args, kwargs))
                 if any(isinstance(leaf, bool) for leaf in pytree.tree_leaves(result)):
                     recorder.block(f"'{path}', which is opaque, returns a flag that it may decide on")
             return recorder.adopt(node, result, origin)
-        finally:
-            recorder.active = True
 
     def _observed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Run an opaque module, counting its own torch calls and keeping what it gives to its children."""
@@ -176,7 +166,7 @@ def record(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     opaque: frozenset[str] = frozenset(),
-    source: Source | None = None,
+    state: State | None = None,
 ) -> Recording:
     """Run `module` on its arguments and record it; a second time if it must be told that it is exported.
 
@@ -185,14 +175,17 @@ def record(
         args: positional arguments.
         kwargs: keyword arguments.
         opaque: paths of modules to keep as one call each.
-        source: where the module is called, for its placeholders.
+        state: of `module` as it is now, but for its mode; taken here where it is not known.
     """
-    state, random = State(module), torch.get_rng_state()
+    state, random = state or State(module), torch.get_rng_state()
+    modes = [(child, child.training) for child in module.modules()]
     kept_args, kept_kwargs = _kept((args, dict(kwargs)))
     recording = _record(module, args, kwargs, opaque)
     if not recording.blocked:
         return recording
     state.restore()
+    for child, training in modes:
+        child.training = training
     torch.set_rng_state(random)
     try:
         with exporting():

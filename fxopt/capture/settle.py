@@ -79,7 +79,7 @@ def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Rea
     began = RandomState()
     try:
         fresh = call.fresh()
-        recording = record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque))
+        recording = record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque), state=state)
         attempt = _Attempt(recording, dict(recording.blocked))
         if not fake:
             _find_what_stays(attempt, root, call, state, began)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fxopt.capture.attributes import Attribute, look
+from fxopt.capture.attributes import Attribute, is_left, look, old
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.copy_on_write import lazy_copy
 
@@ -43,8 +43,9 @@ class State:
         for module, before in zip(self._modules, self._attributes, strict=True):
             now = _attributes(module)
             for name in {**before, **now}:
-                is_left = name in before and name in now and before[name].is_left(now[name], None, by_value)
-                if not is_left and name != "training":
+                if name == "training":
+                    continue
+                if name not in before or name not in now or not is_left(before[name], now[name], None, by_value):
                     changed.append((module, name))
         return changed
 
@@ -76,8 +77,8 @@ class State:
         for module, attributes in zip(self._modules, self._attributes, strict=True):
             for name in [name for name in _attributes(module) if name not in attributes]:
                 del module.__dict__[name]
-            for name, attribute in attributes.items():
-                module.__dict__[name] = attribute.restore(seen)
+            for name, before in attributes.items():
+                module.__dict__[name] = old(before, seen)
 
     def restore_tensors(self) -> None:
         """Put the values of parameters and buffers back, and which tensor is registered as what."""

@@ -149,20 +149,21 @@ class Tensors(Tape):
         return Origin(depends, shape, depends)
 
 
-_MEMORY_FORMATS = ((0, torch.contiguous_format), (4, torch.channels_last), (5, torch.channels_last_3d))
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def metadata_of(tensor: torch.Tensor) -> TensorMetadata:
     """What torch.fx's own shape propagation notes of a tensor; that imports half a compiler to find it out."""
-    formats = (
-        each for rank, each in _MEMORY_FORMATS if rank in (0, tensor.dim()) and tensor.is_contiguous(memory_format=each)
-    )
+    last = _CHANNELS_LAST.get(tensor.dim())
+    layout = torch.contiguous_format if tensor.is_contiguous() else None
+    if layout is None and last is not None and tensor.is_contiguous(memory_format=last):
+        layout = last
     return TensorMetadata(
         shape=tensor.shape,
         dtype=tensor.dtype,
         requires_grad=tensor.requires_grad,
         stride=tensor.stride(),
-        memory_format=next(formats, None),
+        memory_format=layout,
         is_quantized=tensor.is_quantized,
         qparams={},
     )

@@ -43,7 +43,7 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
     root.train(not here)
     try:
         fresh = call.fresh()
-        other = record(root, fresh.args, fresh.kwargs, opaque=opaque)
+        other = record(root, fresh.args, fresh.kwargs, opaque=opaque, state=state)
         changed = state.changed_tree() or [
             (module, name) for module, name in state.changed() if isinstance(getattr(module, name, None), (int, float))
         ]
