@@ -95,10 +95,7 @@ def optimize(
     latency: dict[str, bench.Comparison | str] = {}
     for device in devices:
         tell(f"measure on {device}")
-        reason = bench.unavailable(device)
-        latency[device] = reason or bench.compare(
-            module, result, example, device, budget_seconds=budget_seconds, seed=seed
-        )
+        latency |= bench.compare_on(device, module, result, example, budget_seconds=budget_seconds, seed=seed)
     written = record.build(
         target=target or type(module).__name__,
         inputs=example,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxopt.bench.cuda import graph_of
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 
@@ -36,6 +37,7 @@ class Arm:
         self.module = self._copy(module)
         self._inputs = inputs.map(lambda tensor: tensor.detach().to(device, copy=True))
         self._described = inputs.describe()
+        self._replay: Callable[[], object] | None = None
         self._pristine: list[torch.Tensor] = []
         self._versions = [tensor._version for tensor in self._inputs.tensors]
 
@@ -56,8 +58,21 @@ class Arm:
             return module
 
     def call(self) -> Any:
-        """One forward."""
+        """One forward, or the replay of one."""
+        if self._replay is not None:
+            return self._replay()
         return self.module(*self._inputs.args, **self._inputs.kwargs)
+
+    def replay_graph(self) -> None:
+        """From now on `call` replays a forward that is captured here as a CUDA graph.
+
+        Raises:
+            EngineError: where none can be captured.
+        """
+        try:
+            self._replay = graph_of(self.call, self._device)
+        except EngineError as error:
+            raise EngineError(f"{self.name!r} ({self.kind}): {error}") from error
 
     def under(self, measure: Callable[[Callable[[], object]], T]) -> T:
         """Let `measure` make the calls.

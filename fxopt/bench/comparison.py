@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from fxopt.bench.clocks import Clocks
 from fxopt.bench.statistics import Verdict
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class Comparison:
         first_call: seconds of the very first call of each.
         peak_memory: bytes that a call holds at its peak beyond weights and inputs; None where not measurable.
         wall_ms: median wall time in milliseconds until the GPU was done; None on the CPU, where it is the time.
+        clocks: of the GPU while each was timed; None on the CPU, and where they can't be read.
         seconds: that the whole comparison took.
         notes: what would help, where it is inconclusive, and what else limits it.
     """
@@ -77,6 +79,7 @@ class Comparison:
     first_call: BeforeAfter[float]
     peak_memory: BeforeAfter[int | None]
     wall_ms: BeforeAfter[float] | None = None
+    clocks: BeforeAfter[Clocks] | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 

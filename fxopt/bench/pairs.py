@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from fxopt.bench.arm import Arm
+from fxopt.bench.clocks import Clocks, median_clocks
 from fxopt.bench.comparison import BeforeAfter, Comparison, Times
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
 from fxopt.bench.memory import peak_memory
-from fxopt.bench.statistics import FEWEST_PAIRS, judge, paired_interval
+from fxopt.bench.statistics import FEWEST_PAIRS, hold_clocks, judge, paired_interval
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Sample, Timer
 from fxopt.inputs import Inputs
@@ -41,6 +42,8 @@ def compare(
     budget_seconds: float = 10.0,
     margin: float = 0.02,
     threads: int | None = None,
+    cold_cache: bool = False,
+    graph: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     timer: Timer | None = None,
@@ -62,22 +65,26 @@ def compare(
         budget_seconds: time for warm-up and pairs. A few calls are made even if they take longer.
         margin: the smallest change that counts, as a share: 0.02 is 2 %.
         threads: that torch runs meanwhile; None leaves them as they are.
+        cold_cache: on a GPU, empty its L2 cache before each call.
+        graph: on a GPU, time replays of a CUDA graph of each module, which leave out what launching costs.
         seed: of the order and of the resampling.
         progress: is told the share that is done, from 0 to 1.
         timer: the clock; None takes that of the device.
 
     Raises:
-        EngineError: where the device is not there, or a module raises.
-        ValueError: for less than one pair, or a budget or margin that is not positive.
+        EngineError: where the device is not there, a module raises, or no graph can be captured of it.
+        ValueError: for less than one pair, a budget or margin that is not positive, or what only a GPU has.
     """
     if (pairs is not None and pairs < 1) or budget_seconds <= 0 or margin <= 0:
         raise ValueError(
             f"compare: pairs, budget_seconds and margin must be positive, got {pairs}, {budget_seconds}, {margin}"
         )
     place = measurable(device)
+    if (cold_cache or graph) and place.type != "cuda":
+        raise ValueError(f"compare: cold_cache and graph are for a GPU, and the device is {str(place)!r}")
     given = Inputs.of(inputs)
     with quiet(place, threads):
-        clock = timer or (CudaTimer(place) if place.type == "cuda" else CpuTimer())
+        clock = timer or (CudaTimer(place, cold_cache=cold_cache) if place.type == "cuda" else CpuTimer())
         start = clock.now()
         # The copy goes first: its first call pays for what is set up once in a process, not once in a module.
         arms = {
@@ -90,9 +97,11 @@ def compare(
         writes = any(arm.writes_inputs for arm in arms.values())
         for arm in arms.values() if writes else ():
             arm.keep_inputs(given)
+        peaks = {name: _peak(arms[name], place) for name in ("before", "after")}
+        for arm in arms.values() if graph else ():
+            arm.replay_graph()
         calls = _warm_up(arms, clock, start, budget_seconds, most=1 if writes else 10_000)
         samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, seed, progress)
-        peaks = {name: _peak(arms[name], place) for name in ("before", "after")}
         seconds, had_threads = clock.now() - start, torch.get_num_threads()
     return _conclude(
         samples,
@@ -104,7 +113,7 @@ def compare(
         first_call=BeforeAfter(first["before"], first["after"]),
         peak_memory=BeforeAfter(peaks["before"], peaks["after"]),
         seconds=seconds,
-        notes=_limits(arms),
+        notes=(*_limits(arms), *clock.limits),
     )
 
 
@@ -203,7 +212,9 @@ def _conclude(
     halves = [_median_ratio(times, slice(0, half)), _median_ratio(times, slice(half, None))] if half else []
     flags = [one.preempted or two.preempted for one, two in zip(samples["before"], samples["after"], strict=True)]
     preempted = None if any(flag is None for flag in flags) else sum(map(bool, flags)) / pairs
+    clocks = _clocks(samples)
     judgement = judge(effect, noise, halves, pairs=pairs, preempted=preempted, margin=margin, threads=threads)
+    judgement = judgement if clocks is None else hold_clocks(judgement, clocks.before, clocks.after)
     return Comparison(
         verdict=judgement.verdict,
         ratio=effect.ratio,
@@ -218,6 +229,7 @@ def _conclude(
         preempted=preempted,
         times=times,
         wall_ms=_walls(samples),
+        clocks=clocks,
         notes=(*judgement.notes, *notes),
         **facts,
     )
@@ -227,6 +239,13 @@ def _median_ratio(times: Times, part: slice) -> float:
     return statistics.median(
         after / before for before, after in zip(times.before[part], times.after[part], strict=True)
     )
+
+
+def _clocks(samples: Mapping[str, Sequence[Sample]]) -> BeforeAfter[Clocks] | None:
+    readings = {name: [one.clocks for one in taken if one.clocks is not None] for name, taken in samples.items()}
+    if not readings["before"] or not readings["after"]:
+        return None
+    return BeforeAfter(median_clocks(readings["before"]), median_clocks(readings["after"]))
 
 
 def _walls(samples: Mapping[str, Sequence[Sample]]) -> BeforeAfter[float] | None:

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fxopt.bench.clocks import Clocks
+
 FEWEST_PAIRS = 6
 """Fewer pairs carry no 95 % statement: even if all agree, chance does that once in 2 ** (pairs - 1)."""
+
+
+_SAME_CLOCK = 0.01
+"""Share by which the clocks of two arms may differ and their times still be compared."""
 
 
 class Verdict(str, enum.Enum):
@@ -175,6 +181,22 @@ def judge(
     if verdict is not Verdict.INCONCLUSIVE:
         return Judgement(verdict, floor)
     return Judgement(verdict, floor, tuple(_advice(effect, floor, pairs, preempted, margin, threads)))
+
+
+def hold_clocks(judgement: Judgement, before: Clocks, after: Clocks) -> Judgement:
+    """The judgement, or none where the GPU did not run both sides at the same clock."""
+    notes = list(judgement.notes)
+    for name, clocks in (("before", before), ("after", after)):
+        if clocks.throttled:
+            notes.append(f"the GPU was held back while {name!r} ran: {', '.join(clocks.throttled)}")
+    verdict = judgement.verdict
+    if abs(math.log(after.sm_mhz / before.sm_mhz)) > math.log1p(_SAME_CLOCK):
+        verdict = Verdict.INCONCLUSIVE
+        notes.append(
+            f"the GPU ran at {before.sm_mhz:.0f} MHz before and {after.sm_mhz:.0f} MHz after, more than "
+            f"{_percent(_SAME_CLOCK)} apart: `nvidia-smi --lock-gpu-clocks` holds it still"
+        )
+    return Judgement(verdict, judgement.noise_floor, tuple(notes))
 
 
 def _advice(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from fxopt.bench.clocks import Clocks
+
 try:
     import resource
 except ImportError:  # Windows has none.
@@ -21,15 +23,23 @@ class Sample:
         seconds: mean over the calls that were timed together; on a GPU, of the GPU.
         preempted: whether the system took the CPU away meanwhile; None where that is not known.
         wall: wall time in seconds from the call until the GPU is done; None on the CPU, where it is the same.
+        clocks: of the GPU meanwhile; None where they are not known.
     """
 
     seconds: float
     preempted: bool | None = None
     wall: float | None = None
+    clocks: Clocks | None = None
 
 
 class Timer(Protocol):
-    """A clock for calls."""
+    """A clock for calls.
+
+    Attributes:
+        limits: what it can't tell on this machine, and what would help.
+    """
+
+    limits: tuple[str, ...]
 
     def time(self, call: Callable[[], object], calls: int) -> Sample:
         """Make so many calls, one after the other, and time them together."""
@@ -40,6 +50,8 @@ class Timer(Protocol):
 
 class CpuTimer:
     """Wall time by the monotonic clock, with involuntary context switches as an alarm."""
+
+    limits: tuple[str, ...] = ()
 
     def time(self, call: Callable[[], object], calls: int) -> Sample:
         """Time so many calls together."""

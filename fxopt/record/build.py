@@ -144,6 +144,7 @@ def of_entry(entry: Entry) -> PassRecord:
 def of_comparison(comparison: Comparison) -> LatencyRecord:
     """The latency on one device. Raw times are kept to the nanosecond."""
     first, peak, wall = comparison.first_call, comparison.peak_memory, comparison.wall_ms
+    clocks = comparison.clocks
     return LatencyRecord(
         before_ms=comparison.before_ms,
         after_ms=comparison.after_ms,
@@ -160,6 +161,7 @@ def of_comparison(comparison: Comparison) -> LatencyRecord:
         first_call_ms={"before": 1e3 * first.before, "after": 1e3 * first.after},
         peak_bytes={"before": peak.before, "after": peak.after},
         wall_ms=None if wall is None else {"before": wall.before, "after": wall.after},
+        clocks_mhz=None if clocks is None else {"before": clocks.before.sm_mhz, "after": clocks.after.sm_mhz},
         seconds=comparison.seconds,
         times=TimesRecord(
             before=[round(time, 9) for time in comparison.times.before],

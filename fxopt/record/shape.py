@@ -95,6 +95,7 @@ class LatencyRecord(TypedDict):
     first_call_ms: dict[str, float]
     peak_bytes: dict[str, int | None]
     wall_ms: dict[str, float] | None
+    clocks_mhz: dict[str, float] | None
     seconds: float
     times: TimesRecord
     notes: list[str]

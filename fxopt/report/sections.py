@@ -174,6 +174,8 @@ def _device_rows(record: Record) -> Iterator[tuple[str, ...]]:
         yield _row(f"first call, {device}", first["before"], first["after"], words.duration)
         if wall is not None:
             yield _row(f"wall time, {device}", wall["before"], wall["after"], words.duration)
+        if (clocks := found["clocks_mhz"]) is not None:
+            yield _row(f"clock in MHz, {device}", clocks["before"], clocks["after"], words.count)
 
 
 def _row(name: str, before: float | None, after: float | None, written: Callable[[Any], str]) -> tuple[str, ...]:

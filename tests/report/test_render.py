@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxopt.bench import Verdict
+from fxopt.bench import BeforeAfter, Clocks, Verdict
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.inputs import Inputs
 from fxopt.record import Record, build, of_comparison
@@ -54,6 +55,12 @@ def test_a_bare_record_says_what_it_can(format: str) -> None:
     assert "NO: outputs were not compared" in text
     for absent in ("Latency", "Passes", "Changes", "Left alone", "Before and after"):
         assert absent not in text
+
+
+def test_the_clocks_of_a_gpu_are_shown() -> None:
+    clocks = BeforeAfter(Clocks(1980.0), Clocks(1965.0))
+    text = render(bare(latency={"cuda": comparison(clocks=clocks)}))
+    assert re.search(r"clock in MHz, cuda +1,980 +1,965", text)
 
 
 def test_the_reason_for_no_latency_is_shown() -> None:
