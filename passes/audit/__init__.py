@@ -41,16 +41,16 @@ class Audit(Inspector):
 
     def inspect(self, subject: Subject) -> Inspection:
         """Offer the evidence to each rule. A rule that fails is a note, not an end."""
-        evidence = Evidence(subject)
         findings: list[Finding] = []
         notes: list[str] = []
-        for kind in RULES:
-            if kind.id in self.rules_off.split():
-                continue
-            try:
-                findings.extend(kind().check(evidence))
-            except Exception as error:  # whatever a user's class raises when it is looked at
-                notes.append(f"{subject.name}: {kind.id} could not look: {type(error).__name__}: {error}")
+        with Evidence(subject) as evidence:
+            for kind in RULES:
+                if kind.id in self.rules_off.split():
+                    continue
+                try:
+                    findings.extend(kind().check(evidence))
+                except Exception as error:  # whatever a user's class raises when it is looked at
+                    notes.append(f"{subject.name}: {kind.id} could not look: {type(error).__name__}: {error}")
         return Inspection.joined([Inspection(tuple(findings), (*evidence.notes, *notes))])
 
     def run(self, region: Region) -> Iterator[Change | Skip]:

@@ -40,11 +40,12 @@ class Rule(ABC):
         related: tuple[Place, ...] = (),
         severity: Severity | None = None,
         fix: Fix | None = None,
+        advice: str = "",
     ) -> Finding:
-        """A finding of this rule."""
+        """A finding of this rule; `advice` stands for that of its card."""
         card = card_of(type(self))
         severity = severity or self.severity
-        return Finding(self.id, severity, self.precision, message, place, module, related, card.advice, fix)
+        return Finding(self.id, severity, self.precision, message, place, module, related, advice or card.advice, fix)
 
 
 @functools.cache

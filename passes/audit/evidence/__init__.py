@@ -11,7 +11,7 @@ from torch import nn
 from fxopt.findings import Subject
 from passes.audit.evidence import code
 from passes.audit.evidence.backward import Backward, run_backward
-from passes.audit.evidence.device import Meeting, run_on_fake_device
+from passes.audit.evidence.device import FakeDeviceRun, Meeting
 from passes.audit.evidence.forward import Forward, run_forward
 from passes.audit.evidence.precision import Loss, run_in_half
 
@@ -24,6 +24,15 @@ class Evidence:
     def __init__(self, subject: Subject):
         self.subject = subject
         self.notes: list[str] = []
+        # It takes a process of its own, so it may as well begin before the other runs.
+        self._fake_device = self._tried("the fake-device run", FakeDeviceRun)
+
+    def __enter__(self) -> Evidence:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._fake_device is not None:
+            self._fake_device.stop()
 
     @functools.cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
@@ -76,7 +85,8 @@ class Evidence:
     @functools.cached_property
     def meetings(self) -> list[Meeting]:
         """Where tensors of two devices meet."""
-        return self._tried("the fake-device run", run_on_fake_device) or []
+        run = self._fake_device
+        return (self._tried("the fake-device run", lambda subject: run.result()) or []) if run is not None else []
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of that name."""

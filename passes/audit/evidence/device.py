@@ -42,28 +42,49 @@ class Meeting:
     shape: tuple[int, ...]
 
 
-def run_on_fake_device(subject: Subject) -> list[Meeting]:
-    """All meetings of one forward.
+class FakeDeviceRun:
+    """A run that goes on beside others, until its result is asked for.
 
     Raises:
-        RuntimeError: the process crashed, took too long, or can't be made here.
+        RuntimeError: it can't be started here.
     """
-    if not hasattr(os, "fork"):
-        raise RuntimeError("this system can't fork a process")
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python warns of forking beside threads; this child uses none of them
-        child = os.fork()
-    if child == 0:
-        _answer(subject, reading, writing)
-    os.close(writing)
-    try:
-        found, error = _received(reading, child)
-    finally:
-        os.close(reading)
-    if error:
-        raise RuntimeError(error)
-    return found
+
+    def __init__(self, subject: Subject):
+        if not hasattr(os, "fork"):
+            raise RuntimeError("this system can't fork a process")
+        # Imported here, the child need not do it anew each time.
+        from passes.audit.evidence import fake  # noqa: F401
+
+        self._reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of forking beside threads; this child uses none of them
+            self._child = os.fork()
+        if self._child == 0:
+            _answer(subject, self._reading, writing)
+        os.close(writing)
+
+    def result(self) -> list[Meeting]:
+        """All meetings of one forward.
+
+        Raises:
+            RuntimeError: the process crashed, or took too long.
+        """
+        try:
+            found, error = _received(self._reading, self._child)
+        finally:
+            self._child = 0
+            os.close(self._reading)
+        if error:
+            raise RuntimeError(error)
+        return found
+
+    def stop(self) -> None:
+        """End the process, where nobody asked for its result."""
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            os.close(self._reading)
+            self._child = 0
 
 
 def _answer(subject: Subject, reading: int, writing: int) -> None:

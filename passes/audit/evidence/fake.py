@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -66,6 +67,10 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> Any:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
+def _is_fake(device: Any) -> bool:
+    return device is not None and torch.device(device).type == _NAME
+
+
 class _Words(TorchFunctionMode):
     """Takes "cuda" for the fake device."""
 
@@ -80,9 +85,26 @@ class _Words(TorchFunctionMode):
             return torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device=self.device)
         if "cuda" in str(kwargs.get("device")):
             kwargs["device"] = self.device
+        if name in ("tensor", "as_tensor") and _is_fake(kwargs.get("device")):
+            # These copy below the modes, where the fake device has no kernels.
+            device = kwargs.pop("device")
+            return _moved(func(*args, **kwargs), torch.device(device))
         if name == "to":
             args = tuple(self.device if isinstance(a, (str, torch.device)) and "cuda" in str(a) else a for a in args)
         return func(*args, **kwargs)
+
+
+def _by_zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator without a fake kernel returns, learned from a run of it on zeros on the CPU."""
+    if func is torch.ops.aten._thnn_fused_gru_cell.default:  # accelerators alone have it: state and workspace
+        state = args[2]
+        return torch.empty_like(state), state.new_empty(state.shape[0], 5 * state.shape[1])
+    with no_dispatch():
+        real = pytree.tree_map_only(
+            torch.Tensor, lambda x: torch.zeros(tuple(x.shape), dtype=x.dtype, device="cpu"), (args, kwargs)
+        )
+        result = func(*real[0], **real[1])
+    return pytree.tree_map_only(torch.Tensor, lambda x: _moved(x, torch.device(_NAME, 0)), result)
 
 
 class _Devices(TorchDispatchMode):
@@ -110,7 +132,10 @@ class _Devices(TorchDispatchMode):
             args, kwargs = pytree.tree_map_only(
                 torch.Tensor, lambda x: _moved(x, there) if any(x is leaf for leaf in foreign) else x, (args, kwargs)
             )
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except NotImplementedError:
+            result = _by_zeros(func, args, kwargs)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf not in self.made:
                 self.made[leaf] = self._origin(name, given)

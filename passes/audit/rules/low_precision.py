@@ -6,13 +6,32 @@ from collections.abc import Iterator
 
 from fxopt.findings import Finding, Severity
 from passes.audit.evidence import Evidence
+from passes.audit.evidence.precision import Loss
 from passes.audit.rule import Rule
+
+_ADVICE = {
+    "overflow": "scale before it, or compute this part in float32: cast its input by `.float()`",
+    "underflow": "scale up before it, or compute this part in float32: cast its input by `.float()`",
+    "error": "subtract or normalise before the numbers grow large, or compute this part in float32",
+}
+
+
+def _message(loss: Loss) -> str:
+    name, slip = str(loss.dtype).removeprefix("torch."), loss.slip
+    if slip.kind != "error":
+        what = "infinite" if slip.kind == "overflow" else "all zeros"
+        return f"'{loss.operator}' gives {slip.value:.1e}: {slip.kind} in {name}, where it is {what}"
+    tail = ", and so are the outputs" if loss.reaches else ""
+    return (
+        f"the result of '{loss.operator}' is off by {slip.value:.0%} in {name}, "
+        f"of operands that are off by {slip.given:.1%}{tail}"
+    )
 
 
 class LowPrecision(Rule):
     """A result that float16 or bfloat16 can't hold.
 
-    Under autocast, or after `half()`, it becomes infinite or zero, and what follows is NaN.
+    Under autocast, or after `half()`, it becomes infinite or zero, or is lost in the rounding of larger numbers.
 
     Bad:
         (x * 1000).pow(2).sum(-1)
@@ -34,9 +53,7 @@ class LowPrecision(Rule):
             if loss.place in reported:
                 continue
             reported.add(loss.place)
-            name = str(loss.dtype).removeprefix("torch.")
-            message = f"'{loss.operator}' gives {loss.value:.1e}: {loss.kind} in {name}"
-            if loss.kind == "error":
-                message = f"in {name} the outputs differ by {loss.value:.0%} from float64"
-            severity = Severity.WARNING if loss.kind == "overflow" else Severity.NOTE
-            yield self.found(message, loss.place, loss.module, severity=severity)
+            serious = loss.slip.kind == "overflow" or (loss.slip.kind == "error" and loss.reaches)
+            severity = Severity.WARNING if serious else Severity.NOTE
+            advice = _ADVICE[loss.slip.kind]
+            yield self.found(_message(loss), loss.place, loss.module, severity=severity, advice=advice)

@@ -1,0 +1,55 @@
+"""The run on a device that does not exist goes to the end, and beside others."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.findings import Subject
+from fxopt.inputs import Inputs
+from passes.audit.evidence import Evidence
+
+
+class MadeEmpty(nn.Module):
+    """As the key-value caches of transformers begin."""
+
+    def forward(self, x):
+        return torch.cat([torch.tensor([], dtype=x.dtype, device=x.device), x.flatten()])
+
+
+class Late(nn.Module):
+    """A mismatch behind the operator that had no fake kernel."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, x):
+        return self.first(x)[0] + torch.ones(8)
+
+
+MODELS = {"gru": nn.GRU(8, 8), "lstm": nn.LSTM(8, 8), "rnn": nn.RNN(8, 8), "torch.tensor there": MadeEmpty()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_goes_to_the_end(name):
+    with Evidence(Subject(name, MODELS[name], Inputs((torch.randn(3, 2, 8),)))) as evidence:
+        assert evidence.meetings == []
+        assert evidence.notes == []
+
+
+def test_what_comes_after_a_gru_is_seen():
+    with Evidence(Subject("x", Late(nn.GRU(8, 8)), Inputs((torch.randn(3, 2, 8),)))) as evidence:
+        (meeting,) = evidence.meetings
+    assert meeting.operator == "add"
+    assert meeting.made is not None and meeting.made.path == __file__
+
+
+def test_no_process_is_left_behind():
+    with Evidence(Subject("x", nn.Linear(8, 8), Inputs((torch.randn(2, 8),)))):
+        pass
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
