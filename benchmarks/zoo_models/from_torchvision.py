@@ -27,6 +27,13 @@ _SIZES = {
     "squeezenet1_1": 96,
 }
 _SIZED_AT_BUILD = ("vit_",)
+# So many candidates as in use take minutes without compiled operators.
+_SMALL_DETECTORS: dict[str, dict[str, Any]] = {
+    "rcnn": {"min_size": 96, "max_size": 192, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 20},
+    "retinanet": {"min_size": 96, "max_size": 192, "topk_candidates": 20},
+    "fcos": {"min_size": 96, "max_size": 192, "topk_candidates": 20},
+    "ssd": {"topk_candidates": 10},
+}
 
 
 def specimens() -> Iterator[Specimen]:
@@ -57,6 +64,8 @@ def _build(name: str, kind: str) -> Built:
         options["init_weights"] = False
     if name.startswith(_SIZED_AT_BUILD):
         options["image_size"] = _SIZES.get(name, 64)
+    for part, smaller in _SMALL_DETECTORS.items() if kind == "detection" else ():
+        options |= smaller if part in name else {}
     module = torchvision.models.get_model(name, **options).eval()
     make = _inputs(name, kind)
     size = _SIZES.get(name, 64)

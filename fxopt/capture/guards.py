@@ -43,6 +43,19 @@ def guard_input(actual: Any, expected: Any, name: str) -> None:
         raise _broken(f"{name} is {expected!r}", "an input", f"{actual!r} here")
 
 
+def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:
+    """Check that a list or dict among the inputs has as many items, or the same keys, as the one that was captured.
+
+    Raises:
+        GuardError: naming the input.
+    """
+    if isinstance(expected, int):
+        if len(actual) != expected:
+            raise _broken(f"{name} has {expected} items", "an input", f"{len(actual)} here")
+    elif list(actual) != expected:
+        raise _broken(f"{name} has the keys {expected}", "an input", f"{list(actual)} here")
+
+
 def guard_rank(actual: Any, dimensions: int, name: str) -> None:
     """Check that an input is a tensor with as many dimensions as the one that was captured.
 
@@ -66,7 +79,7 @@ def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
 
 
 _MODES = {True: "training", False: "evaluation"}
-GUARDS = (guard, guard_tensor, guard_input, guard_rank, guard_mode)
+GUARDS = (guard, guard_tensor, guard_input, guard_items, guard_rank, guard_mode)
 
 
 def _broken(assumption: str, location: str, found: str) -> GuardError:

@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.capture.describe import describe
-from fxopt.capture.guards import guard_input
+from fxopt.capture.guards import guard_input, guard_items
 from fxopt.capture.provenance import Depends
 from fxopt.capture.structure import Build, attributes_of, items_of, put_attribute, put_item, replace_items
 from fxopt.capture.tape import Unrecordable
@@ -119,6 +119,9 @@ class Objects(Tensors):
             return value
         if isinstance(value, (int, float)):
             return traced(value, node, origin.numbers, cast("Sink", self))
+        if origin.given and isinstance(value, (list, tuple, dict)):
+            expected = list(value) if isinstance(value, dict) else len(value)
+            self.emit("call_function", guard_items, (node, expected, describe(node)))
         if type(value) is tuple or (type(value) in (dict, list) and not origin.given):
             items = [self._adopt_item(node, key, item, origin) for key, item in _pairs(value)]
             return dict(zip(value, items, strict=True)) if isinstance(value, dict) else type(value)(items)

@@ -10,7 +10,18 @@ from tabulate import tabulate
 
 from fxopt.explain.explanation import Explanation, Part
 
-_HIDDEN = ("getitem", "getattr", "reads", ".size", "guard", "guard_rank", "guard_input", "guard_mode", "guard_tensor")
+_HIDDEN = (
+    "getitem",
+    "getattr",
+    "reads",
+    ".size",
+    "guard",
+    "guard_rank",
+    "guard_input",
+    "guard_items",
+    "guard_mode",
+    "guard_tensor",
+)
 """Calls that a reader of the text does not look for: the guards are listed apart."""
 
 

@@ -88,6 +88,30 @@ def test_inputs_of_another_kind_are_refused(args, kwargs, said):
         captured(*args, **kwargs)
 
 
+class Adds(nn.Module):
+    """Python unrolls what it iterates over."""
+
+    def forward(self, parts):
+        if isinstance(parts, dict):
+            parts = list(parts.values())
+        return sum(self(part) if isinstance(part, list) else part * 2 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("given", "other", "said"),
+    [
+        ([torch.ones(2)] * 2, [torch.ones(2)] * 3, "parts has 2 items .* 3 here"),
+        ((torch.ones(2),) * 2, (torch.ones(2),), "parts has 2 items .* 1 here"),
+        ({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}, r"parts has the keys \['a'\]"),
+        ([[torch.ones(2)]], [[torch.ones(2), torch.ones(2)]], r"parts\[0\] has 1 items"),
+    ],
+)
+def test_inputs_with_more_or_fewer_items_are_refused(given, other, said):
+    captured = capture(Adds(), (given,))
+    with pytest.raises(GuardError, match=said):
+        captured.module(other)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_recapture_keeps_both(training):
     torch.manual_seed(0)
