@@ -49,6 +49,9 @@ def audit(
     ] = None,
     fix: Annotated[bool, typer.Option("--fix", help="Show the safe fixes as a diff.")] = False,
     write: Annotated[bool, typer.Option("--write", help="With --fix: write them to the files.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Print activations, gradients and gains of each layer, too.")
+    ] = False,
     rules: Annotated[bool, typer.Option("--rules", help="List all rules.")] = False,
     explain: Annotated[str | None, typer.Option(help="Explain a rule.", metavar="RULE")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
@@ -61,6 +64,7 @@ def audit(
         raise typer.BadParameter("name a model, or ask for --rules or --explain RULE", param_hint="TARGET")
     with progress(quiet or rules or explain is not None) as stage, contextlib.redirect_stdout(sys.stderr):
         from fxopt.findings import catalog, patch, render, search
+        from fxopt.findings.render import layers as table
 
         cards = catalog.cards()
         if rules or explain is not None:
@@ -73,6 +77,8 @@ def audit(
     texts = patch.patched(found.findings) if fix else {}
     # A format for machines stays whole on stdout; the diff goes beside it.
     typer.echo(render(found, cards, style.value), nl=False)
+    if layers:
+        typer.echo("\n" + table(found.layers), nl=False, err=style is not Style.TEXT)
     if fix:
         typer.echo(patch.diff(texts) or "nothing to fix by itself\n", nl=False, err=style is not Style.TEXT)
     if write:

@@ -3,6 +3,7 @@
 from fxopt.findings.accept import Baseline
 from fxopt.findings.finding import Finding, Fix, Place, Precision, Severity
 from fxopt.findings.inspection import Inspection, Inspector, Subject
+from fxopt.findings.layer import Layer
 from fxopt.findings.render import FORMATS, render
 from fxopt.findings.rule import RuleCard
 
@@ -13,6 +14,7 @@ __all__ = [
     "Fix",
     "Inspection",
     "Inspector",
+    "Layer",
     "Place",
     "Precision",
     "RuleCard",

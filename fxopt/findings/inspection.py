@@ -10,6 +10,7 @@ from torch import nn
 
 from fxopt.contract import Pass
 from fxopt.findings.finding import Finding
+from fxopt.findings.layer import Layer
 from fxopt.findings.rule import RuleCard
 from fxopt.inputs import Inputs
 
@@ -39,11 +40,13 @@ class Inspection:
         findings: in the order of their places.
         notes: what did not work, and why.
         suppressed: findings that a comment in the source accepts.
+        layers: what was measured, layer by layer, in the order in which they ran.
     """
 
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     suppressed: tuple[Finding, ...] = ()
+    layers: tuple[Layer, ...] = ()
 
     @classmethod
     def joined(cls, several: Iterable[Inspection]) -> Inspection:
@@ -52,7 +55,9 @@ class Inspection:
         findings = {finding: None for part in parts for finding in part.findings}
         notes = {note: None for part in parts for note in part.notes}
         suppressed = {finding: None for part in parts for finding in part.suppressed}
-        return cls(tuple(sorted(findings, key=lambda each: each.order)), tuple(notes), tuple(suppressed))
+        layers = {layer: None for part in parts for layer in part.layers}
+        ordered = sorted(findings, key=lambda each: each.order)
+        return cls(tuple(ordered), tuple(notes), tuple(suppressed), tuple(layers))
 
 
 class Inspector(Pass):

@@ -51,7 +51,8 @@ class Audit(Inspector):
                     findings.extend(kind().check(evidence))
                 except Exception as error:  # whatever a user's class raises when it is looked at
                     notes.append(f"{subject.name}: {kind.id} could not look: {type(error).__name__}: {error}")
-        return Inspection.joined([Inspection(tuple(findings), (*evidence.notes, *notes))])
+            layers = tuple(evidence.layers())
+        return Inspection.joined([Inspection(tuple(findings), (*evidence.notes, *notes), layers=layers)])
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Nothing: a graph by itself says too little."""

@@ -8,6 +8,7 @@ from fxopt.findings.inspection import Inspection
 from fxopt.findings.render.github import github
 from fxopt.findings.render.json import as_json
 from fxopt.findings.render.junit import junit
+from fxopt.findings.render.layers import layers
 from fxopt.findings.render.markdown import markdown
 from fxopt.findings.render.sarif import sarif
 from fxopt.findings.render.text import text
@@ -26,3 +27,6 @@ FORMATS: dict[str, Callable[[Inspection, Sequence[RuleCard]], str]] = {
 def render(found: Inspection, rules: Sequence[RuleCard], style: str) -> str:
     """Print `found` in a form of `FORMATS`."""
     return FORMATS[style](found, rules)
+
+
+__all__ = ["FORMATS", "layers", "render"]

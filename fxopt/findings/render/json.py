@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from fxopt.findings.finding import Finding
 from fxopt.findings.inspection import Inspection
+from fxopt.findings.layer import Layer
 from fxopt.findings.rule import RuleCard
 
 
 def as_json(found: Inspection, rules: Sequence[RuleCard]) -> str:
-    """`{"findings": [...], "notes": [...], "suppressed": n}`."""
+    """`{"findings": [...], "layers": [...], "notes": [...], "suppressed": n}`."""
     content = {
         "version": 1,
         "findings": [_plain(finding) for finding in found.findings],
+        "layers": [_measured(layer) for layer in found.layers],
         "notes": list(found.notes),
         "suppressed": len(found.suppressed),
     }
     return json.dumps(content, indent=2) + "\n"
+
+
+def _measured(layer: Layer) -> dict[str, Any]:
+    # JSON has no NaN and no infinity.
+    values = dataclasses.asdict(layer)
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
 
 
 def _plain(finding: Finding) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from fxopt.findings import Subject
+from fxopt.findings import Layer, Subject
 from passes.audit.evidence import code
 from passes.audit.evidence.backward import Backward, run_backward
 from passes.audit.evidence.device import FakeDeviceRun, Meeting
 from passes.audit.evidence.forward import Forward, run_forward
+from passes.audit.evidence.gains import Gain, gains
+from passes.audit.evidence.graph import Graph, look_at_graph
 from passes.audit.evidence.precision import Loss, run_in_half
 
 T = TypeVar("T")
@@ -88,17 +90,49 @@ class Evidence:
         run = self._fake_device
         return (self._tried("the fake-device run", lambda subject: run.result()) or []) if run is not None else []
 
+    @functools.cached_property
+    def gains(self) -> dict[str, Gain]:
+        """By how much each layer scales its input."""
+        return gains(self.modules, self.forward.steps) if self.forward else {}
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """What the captured graph shows."""
+        return self._tried("capture", look_at_graph) or Graph()
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, nn.Module]:
+        return dict(self.modules)
+
+    def layers(self) -> Iterator[Layer]:
+        """What was measured of each module that ran."""
+        squares: dict[str, float] = {}
+        for name, norm in self.backward.norms.items() if self.backward else []:
+            if norm is not None:
+                path = name.rpartition(".")[0]
+                squares[path] = squares.get(path, 0.0) + norm**2
+        for path, found in self.forward.layers.items() if self.forward else []:
+            one, square = self.gains.get(path), squares.get(path)
+            gradient = None if square is None else square**0.5
+            numbers = (found.mean, found.variance, found.zeros, found.low, found.high, gradient)
+            gain = (one.gain, one.wanted) if one is not None else (None, None)
+            yield Layer(self.subject.name, path, type(self.module_at(path)).__name__, *numbers, *gain)
+
     def module_at(self, path: str) -> nn.Module | None:
         """The module of that name."""
-        return dict(self.modules).get(path)
+        return self._by_name.get(path)
+
+    def children(self, path: str) -> Iterator[nn.Module]:
+        """The modules directly inside."""
+        module = self.module_at(path)
+        return module.children() if module is not None else iter(())
 
     def owner(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """The modules around `path`, from the inside out."""
-        names = dict(self.modules)
         while path:
             path = path.rpartition(".")[0]
-            if path in names:
-                yield path, names[path]
+            if path in self._by_name:
+                yield path, self._by_name[path]
 
     def _tried(self, what: str, run: Callable[[Subject], T]) -> T | None:
         if self.subject.module is None or self.subject.inputs is None:

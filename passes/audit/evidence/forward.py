@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
-from passes.audit.evidence.driver import call, copied, kept, telling_modules, tensors
+from passes.audit.evidence.driver import call, copied, floating, kept, telling_modules, tensors
 from passes.audit.evidence.places import raised, running
+from passes.audit.evidence.spread import Spread, flat, spread
+
+_ACTIVATIONS = ("relu", "relu_", "sigmoid", "tanh", "softmax")
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,25 @@ class Step:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
 
 
+@dataclass(frozen=True)
+class Activation:
+    """One call of an activation function.
+
+    Attributes:
+        name: of the function.
+        dead: whether it gave zeros only.
+        flat: share of the elements where it has next to no gradient.
+        place: the user's line.
+        module: qualified name.
+    """
+
+    name: str
+    dead: bool
+    flat: float
+    place: Place | None
+    module: str
+
+
 @dataclass
 class Forward:
     """What was seen.
@@ -62,7 +88,10 @@ class Forward:
         spoiled: the first places where numbers became NaN or infinite, with the operator.
         differs: whether two runs gave different outputs.
         error: what the forward raised, and where.
-        zeros: for each module that calls a ReLU, the share of zeros in its last output.
+        activations: calls of ReLU, sigmoid, tanh and softmax.
+        given: the spread of the first input that has one.
+        layers: the spread of what each module returned, in the order in which they did so first.
+        results: the spread of each output of the model.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -71,7 +100,10 @@ class Forward:
     spoiled: list[tuple[Place | None, str, str]] = field(default_factory=list)
     differs: bool = False
     error: tuple[Exception, Place | None] | None = None
-    zeros: dict[str, float] = field(default_factory=dict)
+    activations: list[Activation] = field(default_factory=list)
+    given: Spread | None = None
+    layers: dict[str, Spread] = field(default_factory=dict)
+    results: list[Spread] = field(default_factory=list)
 
     def made(self) -> dict[int, Step]:
         """The step that made each tensor first."""
@@ -107,9 +139,12 @@ class Tape(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = tuple(self.number(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
         path = self.stack[-1] if self.stack else ""
-        if name in ("relu", "relu_") and isinstance(result, torch.Tensor) and result.numel():
-            self.seen.zeros[path] = float((result == 0).float().mean())
-        self.seen.steps.append(Step(name, plain[0], plain[1], outputs, running(), path))
+        place = running()
+        if name in _ACTIVATIONS and isinstance(result, torch.Tensor) and result.numel() and not result.is_meta:
+            dead = name.startswith("relu") and not bool(result.any())
+            share = 0.0 if name.startswith("relu") else flat(name, result)
+            self.seen.activations.append(Activation(name, dead, share, place, path))
+        self.seen.steps.append(Step(name, plain[0], plain[1], outputs, place, path))
         return result
 
     def _value(self, tensor: torch.Tensor) -> Value:
@@ -153,14 +188,43 @@ def _sound(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
+@contextmanager
+def _measured(module: nn.Module, seen: Forward) -> Iterator[None]:
+    """Note how the results of each module are spread."""
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            with torch._C.DisableTorchFunction(), no_dispatch():  # else it would be on the tape
+                first = next(iter(floating(output)), None)
+                found = spread(first) if first is not None else None
+            if found is not None:
+                before = seen.layers.get(path)
+                seen.layers[path] = found if before is None else before.joined(found)
+
+        return hook
+
+    plain = [(path, each) for path, each in module.named_modules() if not isinstance(each, torch.jit.ScriptModule)]
+    handles = [each.register_forward_hook(note(path)) for path, each in plain]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run_forward(subject: Subject) -> Forward:
     """Run twice in evaluation."""
+    assert subject.inputs is not None
     seen, stack = Forward(), list[str]()
     module = copied(subject, training=False)
     with kept(), torch.no_grad():
         try:
-            with telling_modules(module, stack), Watch(seen, stack), Tape(seen, stack):
+            with telling_modules(module, stack), _measured(module, seen), Watch(seen, stack), Tape(seen, stack):
                 first = call(module, subject)
+            seen.results = [found for tensor in floating(first) if (found := spread(tensor)) is not None]
+            inputs = pytree.tree_leaves((subject.inputs.args, dict(subject.inputs.kwargs)))
+            spreads = (spread(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))
+            seen.given = next((found for found in spreads if found is not None), None)
         except Exception as error:  # whatever a user's model raises
             seen.error = (error, raised(error))
             return seen

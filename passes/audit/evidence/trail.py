@@ -10,7 +10,7 @@ from torch import nn
 
 from fxopt.findings import Place
 from passes.audit.evidence import code
-from passes.audit.evidence.forward import Step, Value
+from passes.audit.evidence.forward import Activation, Step, Value
 
 if TYPE_CHECKING:
     from passes.audit.evidence import Evidence
@@ -70,6 +70,17 @@ def epsilon(step: Step) -> float:
         if isinstance(low, (int, float)) and low > 0:
             return float(low)
     return 0.0
+
+
+def called(evidence: Evidence) -> dict[tuple[str, Place | None], list[Activation]]:
+    """Calls of activations by the module and the line that makes them: the module's own, where torch wrote it."""
+    found: dict[tuple[str, Place | None], list[Activation]] = {}
+    for each in evidence.forward.activations if evidence.forward else []:
+        module = evidence.module_at(each.module)
+        by_module = module is not None and not code.is_users(type(module))
+        place = place_of(evidence, each.module, "") if by_module else each.place
+        found.setdefault((each.module, place), []).append(each)
+    return found
 
 
 def place_of(evidence: Evidence, path: str, leaf: str) -> Place | None:

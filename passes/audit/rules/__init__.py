@@ -24,9 +24,14 @@ from passes.audit.rules.mixed_dtypes import MixedDtypes
 from passes.audit.rules.no_gradient import NoGradient
 from passes.audit.rules.no_onnx import NoOnnx
 from passes.audit.rules.not_finite import NotFinite
+from passes.audit.rules.opaque_part import OpaquePart
 from passes.audit.rules.random_in_eval import RandomInEval
+from passes.audit.rules.repeated_computation import RepeatedComputation
 from passes.audit.rules.sample_loop import SampleLoop
+from passes.audit.rules.saturated_activation import SaturatedActivation
+from passes.audit.rules.shape_decision import ShapeDecision
 from passes.audit.rules.shared_inplace import SharedInplace
+from passes.audit.rules.signal_lost import SignalLost
 from passes.audit.rules.unguarded_division import UnguardedDivision
 from passes.audit.rules.unguarded_log import UnguardedLog
 from passes.audit.rules.unguarded_sqrt import UnguardedSqrt
@@ -35,6 +40,7 @@ from passes.audit.rules.unregistered_parameter import UnregisteredParameter
 from passes.audit.rules.unregistered_tensor import UnregisteredTensor
 from passes.audit.rules.unsaved_buffer import UnsavedBuffer
 from passes.audit.rules.unused_parameter import UnusedParameter
+from passes.audit.rules.unused_result import UnusedResult
 from passes.audit.rules.whole_module_saved import WholeModuleSaved
 
 RULES: tuple[type[Rule], ...] = (
@@ -66,11 +72,17 @@ RULES: tuple[type[Rule], ...] = (
     GradientRange,
     DeadActivation,
     ForwardFails,
+    SaturatedActivation,
+    SignalLost,
     DataDependent,
     SampleLoop,
     NoOnnx,
     WholeModuleSaved,
     UnsavedBuffer,
     BatchStatistics,
+    OpaquePart,
+    ShapeDecision,
     BiasBeforeNorm,
+    UnusedResult,
+    RepeatedComputation,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fxopt.findings import Finding, Severity
 from passes.audit.evidence import Evidence
-from passes.audit.evidence.trail import place_of
+from passes.audit.evidence.trail import called
 from passes.audit.rule import Rule
 
 
@@ -31,6 +31,6 @@ class DeadActivation(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        for path, share in evidence.forward.zeros.items() if evidence.forward else []:
-            if share == 1.0:
-                yield self.found(f"all outputs of '{path}' are 0", place_of(evidence, path, ""), path)
+        for (path, place), calls in called(evidence).items():
+            if all(each.dead for each in calls):
+                yield self.found(f"all outputs of '{calls[0].name.strip('_')}' are 0", place, path)

@@ -1,0 +1,40 @@
+"""FX508: control flow that depends on the shape of an input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxopt.findings import Finding, Severity
+from passes.audit.evidence import Evidence
+from passes.audit.rule import Rule
+
+
+class ShapeDecision(Rule):
+    """Control flow that depends on the shape of an input.
+
+    A graph holds one of the branches only: for other shapes, an exported model raises, or computes the wrong thing.
+
+    Bad:
+        if x.shape[0] == 1:
+            x = x * 2
+
+    Good:
+        # one computation for every batch size
+
+    Fix: compute the same for every shape, or export one model for each side of the decision.
+    """
+
+    id = "FX508"
+    name = "shape-decision"
+    group = "deployment"
+    severity = Severity.NOTE
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """All places that have the fault."""
+        reported = set()
+        for guard in evidence.graph.guards:
+            # Libraries decide on shapes all over, on purpose, and nobody can change them.
+            if guard.place is None or "-packages" in guard.place.path or guard.place in reported:
+                continue
+            reported.add(guard.place)
+            yield self.found(f"a graph holds only where `{guard.what}`", guard.place, guard.module)

@@ -1,0 +1,141 @@
+"""Activations, gradients and gains of each layer, and the rules that judge by them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.findings import Subject, render
+from fxopt.findings.render import layers as table
+from fxopt.inputs import Inputs
+from passes.audit import Audit
+from passes.audit.evidence.spread import spread
+
+X = torch.linspace(-2, 3, 48).view(6, 8)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1 = nn.Linear(8, 8)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def inspected(module, x=X):
+    return Audit().inspect(Subject("net", module, Inputs((x,))))
+
+
+def test_each_module_is_measured():
+    net = Net()
+    by_name = {layer.module: layer for layer in inspected(net).layers}
+    assert list(by_name) == ["fc1", "act", "fc2", ""]
+    hidden = net.act(net.fc1(X)).detach()
+    act = by_name["act"]
+    assert (act.kind, act.low, act.high) == ("ReLU", 0.0, float(hidden.max()))
+    assert act.mean == pytest.approx(float(hidden.mean()), rel=1e-5)
+    assert act.variance == pytest.approx(float(hidden.var(correction=0)), rel=1e-5)
+    assert act.zeros == pytest.approx(float((hidden == 0).float().mean()), rel=1e-5)
+    assert act.gradient is None and act.gain is None
+    fc1 = by_name["fc1"]
+    assert fc1.gradient is not None and fc1.gradient > 0
+    assert fc1.gain == pytest.approx(float(net.fc1.weight.detach().std()) * 8**0.5, rel=1e-5)
+    assert fc1.wanted_gain == pytest.approx(2**0.5)
+
+
+def test_a_module_that_runs_twice_is_measured_over_both():
+    parts = (torch.randn(3, 4), 5 + torch.randn(2, 4))
+    one, other = map(spread, parts)
+    joined = one.joined(other)
+    both = torch.cat(parts)
+    assert joined.mean == pytest.approx(float(both.mean()), rel=1e-5)
+    assert joined.variance == pytest.approx(float(both.var(correction=0)), rel=1e-5)
+    assert (joined.low, joined.high) == (float(both.min()), float(both.max()))
+
+
+def test_json_holds_the_numbers_and_no_nan():
+    class Spoils(Net):
+        def forward(self, x):
+            return super().forward(x) * torch.inf
+
+    plain = json.loads(render(inspected(Net()), Audit.rules(), "json"))["layers"]
+    assert plain[0]["module"] == "fc1" and plain[0]["gain"] > 0
+    spoiled = json.loads(render(inspected(Spoils()), Audit.rules(), "json"), parse_constant=pytest.fail)["layers"]
+    assert spoiled[-1]["mean"] is None
+
+
+def test_the_table_has_a_row_for_each():
+    lines = table(inspected(Net()).layers).splitlines()
+    assert lines[0].split() == "module class mean variance zeros lowest highest gradient gain wanted".split()
+    assert [line.split()[0] for line in lines[2:]] == ["fc1", "act", "fc2", "the"]
+
+
+def rules(module, x=X) -> set[str]:
+    return {finding.rule for finding in inspected(module, x).findings}
+
+
+class Deep(nn.Module):
+    def __init__(self, std, residual=False, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(8, 64)
+        self.norm = nn.LayerNorm(64) if norm else nn.Identity()
+        self.head = nn.Linear(64, 3)
+        self.residual = residual
+        nn.init.normal_(self.fc.weight, std=std)
+
+    def forward(self, x):
+        h = torch.relu(self.fc(x))
+        h = h + x.repeat(1, 8) if self.residual else h
+        return self.head(self.norm(h))
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (Deep(1e-2), True),
+        (Deep(5.0), True),
+        (Deep(0.5), False),
+        (Deep(1e-2, residual=True), False),
+        (Deep(1e-2, norm=True), False),
+    ],
+)
+def test_a_gain_is_judged_both_ways_unless_something_corrects_it(module, found):
+    assert ("FX403" in rules(module)) is found
+
+
+class Bounded(nn.Module):
+    def __init__(self, function, scale):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(8, 8)
+        self.function, self.scale = function, scale
+
+    def forward(self, x):
+        return self.function(self.scale * self.fc(x))
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh, lambda x: torch.softmax(x, -1)])
+def test_saturation_is_found_where_it_is(function):
+    assert "FX411" in rules(Bounded(function, 1e5))
+    assert "FX411" not in rules(Bounded(function, 1.0))
+
+
+def test_a_signal_that_explodes_is_found():
+    layers = [nn.Linear(8, 8) for _ in range(6)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=10.0)
+    assert "FX412" in rules(nn.Sequential(*layers))
+
+
+def test_a_head_of_zeros_is_no_lost_signal():
+    net = Net()
+    nn.init.zeros_(net.fc2.weight)
+    assert "FX412" not in rules(net)
