@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.findings import Place
+from fxopt.findings import Fix, Place
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
@@ -168,6 +168,39 @@ def _registers(call: ast.Call) -> set[str]:
     if name in ("append", "extend", "insert", "update") and isinstance(function, ast.Attribute):
         return {self_attribute(function.value)} - {""}
     return set()
+
+
+def with_value(path: str, statement: ast.Assign, change: Callable[[str], str], what: str) -> Fix:
+    """The edit that puts something else in the place of an assignment; what stands around it on its lines stays.
+
+    Args:
+        path: of the file.
+        statement: to one target.
+        change: is given the text of the value, and returns the new statement.
+        what: the edit does, in a few words.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    first, last = statement.lineno, statement.end_lineno or statement.lineno
+    target = statement.targets[0]
+    before = lines[first - 1].encode()[: statement.col_offset].decode()
+    after = lines[last - 1].encode()[statement.end_col_offset :].decode()
+    inside = lines[first - 1 : last]
+    inside[-1] = inside[-1][: len(inside[-1]) - len(after)]
+    inside[0] = inside[0].encode()[target.end_col_offset :].decode()
+    value = "\n".join(inside).partition("=")[2].strip()
+    return Fix(path, first, last, before + change(value) + after, what)
+
+
+def imported(path: str) -> dict[str, str]:
+    """What the imports of a file mean: `{"nn": "torch.nn"}`."""
+    found: dict[str, str] = {}
+    tree = syntax(path)
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Import):
+            found |= {item.asname or item.name: item.name for item in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {item.asname or item.name: f"{node.module}.{item.name}" for item in node.names}
+    return found
 
 
 def self_attribute(node: ast.AST) -> str:

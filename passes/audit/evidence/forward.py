@@ -83,7 +83,7 @@ class Forward:
 
     Attributes:
         steps: every call.
-        operators: names of the operators below the calls, with the place of each first use.
+        operators: the operators below the calls, with the place of each first use.
         random: places that drew random numbers.
         spoiled: the first places where numbers became NaN or infinite, with the operator.
         differs: whether two runs gave different outputs.
@@ -95,7 +95,7 @@ class Forward:
     """
 
     steps: list[Step] = field(default_factory=list)
-    operators: dict[str, tuple[Place | None, str]] = field(default_factory=dict)
+    operators: dict[Any, tuple[Place | None, str]] = field(default_factory=dict)
     random: list[tuple[Place | None, str]] = field(default_factory=list)
     spoiled: list[tuple[Place | None, str, str]] = field(default_factory=list)
     differs: bool = False
@@ -162,10 +162,8 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0]
         path = self.stack[-1] if self.stack else ""
-        place = None
-        if name not in self.seen.operators:
-            place = running()
-            self.seen.operators[name] = (place, path)
+        if func not in self.seen.operators:
+            self.seen.operators[func] = (running(), path)
         if torch.Tag.nondeterministic_seeded in func.tags and name not in ("aten::dropout",):
             self.seen.random.append((running(), path))
         if not self.seen.spoiled and _spoils(args, result):

@@ -25,7 +25,8 @@ def _fix(evidence: Evidence, place: Place) -> Fix | None:
             if name.removeprefix("torch.") in _FACTORIES and call.end_col_offset:
                 line = linecache.getline(place.path, place.line).rstrip()
                 end = len(line.encode()[: call.end_col_offset].decode()) - 1
-                text = f"{line[:end]}, device={arguments[0]}.device{line[end:]}"
+                given = line[:end].rstrip(" ,")
+                text = f"{given}, device={arguments[0]}.device{line[end:]}"
                 return Fix(place.path, place.line, place.line, text, "make it on the device of the input")
     return None
 

@@ -6,13 +6,8 @@ from collections.abc import Iterator
 
 from fxopt.findings import Finding
 from passes.audit.evidence import Evidence
+from passes.audit.evidence.onnx import lacks_onnx
 from passes.audit.rule import Rule
-
-_WITHOUT = frozenset(
-    "_linalg_svd _linalg_eigh linalg_eig linalg_qr linalg_cholesky_ex linalg_inv_ex linalg_lu_factor_ex "
-    "linalg_lstsq _linalg_solve_ex geqrf histc bincount kthvalue mode poisson lgamma digamma igamma igammac "
-    "linalg_matrix_exp polygamma cummax cummin".split()
-)
 
 
 class NoOnnx(Rule):
@@ -35,6 +30,6 @@ class NoOnnx(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        for name, (place, path) in evidence.forward.operators.items() if evidence.forward else []:
-            if name.removeprefix("aten::") in _WITHOUT:
-                yield self.found(f"ONNX has no form of '{name}'", place, path)
+        for operator, (place, path) in evidence.forward.operators.items() if evidence.forward else []:
+            if lacks_onnx(operator):
+                yield self.found(f"ONNX has no form of '{operator.name()}'", place, path)

@@ -22,9 +22,28 @@ def _fix(kind: type, name: str, value: Any) -> Fix | None:
         return None
     if not isinstance(statement.value, (ast.List, ast.ListComp, ast.Dict, ast.DictComp)):
         return None
-    container = "nn.ModuleDict" if isinstance(value, dict) else "nn.ModuleList"
-    text = f"{' ' * statement.col_offset}self.{name} = {container}({ast.unparse(statement.value)})"
-    return Fix(path, statement.lineno, statement.end_lineno or statement.lineno, text, f"use {container}")
+    container = "ModuleDict" if isinstance(value, dict) else "ModuleList"
+    names = {meaning: name for name, meaning in code.imported(path).items()}
+    if "torch.nn" not in names or not _can_be(getattr(nn, container), kind, name, value):
+        return None
+    called = f"{names['torch.nn']}.{container}"
+    return code.with_value(path, statement, lambda v: f"self.{name} = {called}({v})", f"use {called}")
+
+
+def _can_be(container: type, kind: type, name: str, value: Any) -> bool:
+    """Whether a container of modules can stand for `value`: all are modules, and all uses of it are known there."""
+    items = value.values() if isinstance(value, dict) else value
+    if not all(isinstance(item, nn.Module) for item in items):
+        return False
+    if isinstance(value, dict) and not all(isinstance(key, str) and key and "." not in key for key in value):
+        return False
+    used = {
+        part.attr
+        for _, _, node in code.bases(kind)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute) and code.self_attribute(part.value) == name
+    }
+    return all(hasattr(container, attribute) for attribute in used)
 
 
 class UnregisteredModule(Rule):

@@ -35,9 +35,7 @@ def _fix(kind: type, name: str, value: Any) -> Fix | None:
     path, statement = places[0]
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return None
-    text = ast.unparse(statement.value)
-    call = f'{" " * statement.col_offset}self.register_buffer("{name}", {text})'
-    return Fix(path, statement.lineno, statement.end_lineno or statement.lineno, call, "register the buffer")
+    return code.with_value(path, statement, lambda v: f'self.register_buffer("{name}", {v})', "register the buffer")
 
 
 class UnregisteredTensor(Rule):

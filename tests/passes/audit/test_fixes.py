@@ -1,0 +1,124 @@
+"""The fixes that are made by themselves: they cure the fault, and leave all else on their lines as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fxopt.findings import patch
+from fxopt.findings.search import subject_of
+from passes.audit import Audit
+
+CLASS = """
+class Faulty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        {init}
+    def forward(self, x):
+        {forward}
+"""
+FIXED = {
+    "buffer": (
+        "FX101",
+        "self.scale = torch.ones(4)  # one for each",
+        "return self.fc(x) * self.scale",
+        'self.register_buffer("scale", torch.ones(4))  # one for each',
+    ),
+    "buffer over several lines": (
+        "FX101",
+        "self.scale = torch.tensor(\n            [1.0, 2.0, 3.0, 4.0]  # by channel\n        )",
+        "return self.fc(x) * self.scale",
+        'self.register_buffer("scale", torch.tensor(\n            [1.0, 2.0, 3.0, 4.0]  # by channel\n        ))',
+    ),
+    "list": (
+        "FX102",
+        "self.layers = [nn.Linear(4, 4) for _ in range(2)]  # two",
+        "return self.layers[1](self.layers[0](self.fc(x)))",
+        "self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])  # two",
+    ),
+    "dictionary": (
+        "FX102",
+        'self.heads = {"a": nn.Linear(4, 2)}  # \u00e9',
+        'return self.heads["a"](self.fc(x))',
+        'self.heads = nn.ModuleDict({"a": nn.Linear(4, 2)})  # \u00e9',
+    ),
+    "device": (
+        "FX202",
+        "",
+        "return self.fc(x) + torch.ones(4)  # shifted",
+        "return self.fc(x) + torch.ones(4, device=x.device)  # shifted",
+    ),
+    "device behind a comma": (
+        "FX202",
+        "",
+        "return self.fc(x) + torch.ones(4, )",
+        "return self.fc(x) + torch.ones(4, device=x.device)",
+    ),
+}
+
+
+def audited(name: str):
+    subject, notes = subject_of(f"{name}:Faulty", ["2x3"])
+    assert notes == ()
+    return Audit().inspect(subject).findings
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fix_cures_the_fault(name, write):
+    rule, init, forward, wanted = FIXED[name]
+    path = write(CLASS.format(init=init, forward=forward))
+    found = audited(path)
+    assert rule in {finding.rule for finding in found}
+    ((_, after),) = patch.patched(found).values()
+    assert wanted in after
+    Path("fixed.py").write_text(after, encoding="utf-8")
+    assert audited("fixed.py") == ()
+
+
+LEFT = {
+    "a list that holds more than modules": "self.layers = [nn.Linear(4, 4), None]",
+    "keys that are no names": "self.layers = {0: nn.Linear(4, 4)}",
+    "a method that the container lacks": (
+        "self.layers = {'a': nn.Linear(4, 4)}\n        self.layers.setdefault('b', nn.Linear(4, 4))"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_would_not_run_afterwards_is_left_alone(name, write):
+    found = audited(write(CLASS.format(init=LEFT[name], forward="return self.fc(x)")))
+    assert [(finding.rule, finding.fix) for finding in found] == [("FX102", None)]
+
+
+def test_a_file_that_calls_torch_nn_otherwise_is_fixed_in_its_words(write):
+    body = "class Faulty(layers.Module):\n    def __init__(self):\n        super().__init__()\n"
+    body += "        self.parts = [layers.Linear(3, 3)]\n    def forward(self, x):\n        return self.parts[0](x)\n"
+    found = audited(write(body, header="import torch.nn as layers\n\n\n"))
+    ((_, after),) = patch.patched(found).values()
+    assert "self.parts = layers.ModuleList([layers.Linear(3, 3)])" in after
+
+
+SAVED = [
+    ("net = Faulty()\n    torch.save(net, path)", True),
+    ("net = nn.Linear(2, 2)\n    torch.save(net, path)", True),
+    ("net = Faulty()\n    torch.save(net.state_dict(), path)", False),
+    ("state = {'step': 1}\n    torch.save(state, path)", False),
+]
+
+
+@pytest.mark.parametrize(("body", "found"), SAVED)
+def test_a_whole_module_that_is_saved_is_found(body, found, write):
+    source = CLASS.format(init="", forward="return self.fc(x)")
+    path = write(f"{source}\ndef keep(path):\n    {body}\n")
+    places = [(each.rule, each.place and each.place.line) for each in audited(path)]
+    lines = Path(path).read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if "torch.save" in text)
+    assert places == ([("FX504", line)] if found else [])
+
+
+def test_a_module_that_saves_itself_is_found(write):
+    source = CLASS.format(init="", forward="return self.fc(x)")
+    path = write(f"{source}\n    def keep(self, path):\n        torch.save(self, path)\n")
+    assert [each.rule for each in audited(path)] == ["FX504"]
