@@ -5,8 +5,8 @@ from passes.audit import Audit
 from passes.clean import Clean
 from passes.fuse import Fuse
 from passes.lora import LoRA, LoRAMerge
-from passes.qat import QAT
+from passes.qat import PTQ, QAT, QuantizeFreeze
 
-__all__ = ["PASSES", "QAT", "Audit", "Clean", "Fuse", "LoRA", "LoRAMerge"]
+__all__ = ["PASSES", "PTQ", "QAT", "Audit", "Clean", "Fuse", "LoRA", "LoRAMerge", "QuantizeFreeze"]
 
-PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT, LoRA, LoRAMerge, Audit)
+PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT, PTQ, QuantizeFreeze, LoRA, LoRAMerge, Audit)

@@ -141,7 +141,7 @@ def test_round_trips_as_text(kind: type[Pass]) -> None:
     "text",
     [
         "clean{max_bytes=16},fuse{include=layer1.*,activations=false},qat{bits=4}",
-        "qat{weight_bits=4,observer=ema,symmetric=true,exclude=head}",
+        "qat{weights=int4,activations=int8,observer=ema,exclude=head}",
     ],
 )
 def test_options_round_trip(text: str) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import io
 import pickle
+import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,7 +125,9 @@ class GraphModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         frozen = {mode: _freeze(graph) for mode, graph in self._graphs.items()}
         # Bytes of their own, since torch.save insists on a protocol that can't name torch's functions.
-        return _thaw_module, (type(self).__name__, _state(self), pickle.dumps(frozen))
+        written = io.BytesIO()
+        _GraphPickler(written).dump(frozen)
+        return _thaw_module, (type(self).__name__, _state(self), written.getvalue())
 
     def _restore(self) -> None:
         current = self._graphs.get(self.training)
@@ -172,6 +178,26 @@ def _freeze(graph: fx.Graph) -> list[tuple[Any, ...]]:
         )
         for node in graph.nodes
     ]
+
+
+class _GraphPickler(pickle.Pickler):
+    """Knows functions by the name under which their module offers them.
+
+    `torch.nn.functional.max_pool2d` and its kin are closures, which pickle would look for inside of the function
+    that made them.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, types.FunctionType) or "<locals>" not in value.__qualname__:
+            return NotImplemented
+        module = sys.modules.get(value.__module__)
+        if getattr(module, value.__name__, None) is not value:
+            return NotImplemented
+        return _function, (value.__module__, value.__name__)
+
+
+def _function(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 class _Reference(str):

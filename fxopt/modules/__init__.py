@@ -1,7 +1,7 @@
 """Modules that passes put into a graph and that other passes and the engines recognise again."""
 
 from fxopt.modules.activation import Activation
-from fxopt.modules.fake_quantize import FakeQuantize, State
+from fxopt.modules.fake_quantize import FakeQuantize, Observer, State
 from fxopt.modules.functional import fused_call
 from fxopt.modules.fused import (
     Fused,
@@ -26,6 +26,7 @@ __all__ = [
     "FusedConvTranspose2d",
     "FusedConvTranspose3d",
     "FusedLinear",
+    "Observer",
     "State",
     "fused_call",
     "rebuild",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-Observer = Literal["minmax", "ema", "current"]
+from fxopt.modules import histogram
+
+Observer = Literal["minmax", "ema", "current", "histogram", "mse", "percentile"]
+_FOLLOW = ("minmax", "ema", "current")
+_SMALLEST = torch.finfo(torch.float32).eps
 
 
 class State(enum.Enum):
@@ -19,14 +24,21 @@ class State(enum.Enum):
     """Widens its range to hold it, and passes it on as it is."""
     QUANTIZE = "quantize"
     """Rounds it; in training mode the range follows first, in evaluation mode it never moves."""
+    FROZEN = "frozen"
+    """Rounds it; the range never moves."""
+
+
+_PHASES = tuple(State)
 
 
 class FakeQuantize(nn.Module):
     """q = clamp(round(x / scale) + zero_point, low, high);  y = (q - zero_point) * scale
 
-    The gradient of y is that of x inside the range and zero outside (straight-through; Jacob et al. 2018).
-    It always works in float32, under autocast too, and gives back the dtype that it was given. While it has
-    not observed anything it passes its input on unchanged.
+    The gradient of y is that of x inside the range and zero outside (straight-through; Jacob et al. 2018). A
+    learned scale has the gradient of LSQ, damped by 1 / sqrt(count high) (Esser et al. 2020). It always works in
+    float32, under autocast too, and gives back the dtype that it was given. While it has not observed anything
+    it passes its input on unchanged. In training with several processes their ranges are joined, so all must
+    reach it.
 
     Args:
         bits: width of the integer, 2 to 8, or 16.
@@ -34,13 +46,16 @@ class FakeQuantize(nn.Module):
             ones, whose zero point is where 0.0 falls, scale = (max - min) / (2^bits - 1).
         axis: the dimension that has a range for each index; None for one range for the whole tensor.
         channels: length of `axis`.
-        observer: `minmax`, the union of all that was seen; `ema`, an exponential moving average of each
-            batch's range with weight 0.1; `current`, the range of the tensor at hand (for weights).
+        observer: what the range is: `minmax`, the union of all that was seen; `ema`, an exponential moving
+            average of each batch's range with weight 0.1; `current`, that of the tensor at hand (for weights).
+            From a histogram, of the whole tensor and only while observing: `histogram`, the least divergence;
+            `mse`, the least squared error; `percentile`, all but 0.01 % of the values.
+        learned: the scale is a parameter; observing gives its first value only.
         device: where the buffers live.
 
     Attributes:
-        scale, zero_point, minimum, maximum: buffers; 0-d, or one value a channel.
-        state: `State.OBSERVE` or `State.QUANTIZE`.
+        scale, zero_point, minimum, maximum: buffers; 0-d, or one value a channel. A learned scale is a parameter.
+        phase: buffer; the state, so that a state_dict holds it.
         ready: whether anything was observed.
     """
 
@@ -48,6 +63,8 @@ class FakeQuantize(nn.Module):
     zero_point: torch.Tensor
     minimum: torch.Tensor
     maximum: torch.Tensor
+    counts: torch.Tensor
+    phase: torch.Tensor
 
     def __init__(
         self,
@@ -57,39 +74,87 @@ class FakeQuantize(nn.Module):
         axis: int | None = None,
         channels: int = 1,
         observer: Observer = "minmax",
+        learned: bool = False,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         if bits not in (*range(2, 9), 16):
             raise ValueError(f"bits: expected 2 to 8, or 16, got {bits}")
+        if observer not in get_args(Observer):
+            raise ValueError(f"observer: expected one of {', '.join(get_args(Observer))}, got {observer!r}")
+        if observer not in _FOLLOW and axis is not None:
+            raise ValueError(f"observer: {observer!r} takes one range of a whole tensor, and 'axis' asks for more")
         self.bits = bits
         self.symmetric = symmetric
         self.axis = axis
         self.observer = observer
+        self.learned = learned
         self.low = -(2 ** (bits - 1)) if symmetric else 0
         self.high = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-        self.state = State.QUANTIZE
         self.ready = False
         shape = () if axis is None else (channels,)
-        self.register_buffer("scale", torch.ones(shape, device=device))
+        scale = torch.ones(shape, device=device)
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("minimum", torch.full(shape, torch.inf, device=device))
         self.register_buffer("maximum", torch.full(shape, -torch.inf, device=device))
+        self.register_buffer("phase", torch.zeros((), dtype=torch.uint8, device=device))
+        if observer not in _FOLLOW:
+            self.register_buffer("counts", torch.zeros(histogram.BINS, device=device))
+        self.state = State.QUANTIZE
+
+    @property
+    def state(self) -> State:
+        """What it does with what it is given."""
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self.phase.fill_(_PHASES.index(state))
+
+    @property
+    def follows(self) -> bool:
+        """Whether the range moves with what it is given in training."""
+        if self.state is not State.QUANTIZE:
+            return False
+        return not self.ready or (self.observer in _FOLLOW and not self.learned)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Observe, round, or both, as the state and the mode say."""
-        if self.state is State.OBSERVE or self.training:
+        if self.state is State.OBSERVE or (self.training and self.follows):
             self.observe(input)
         if self.state is State.OBSERVE or not self.ready:
             return input
         wide, scale = input.float(), self.scale.float()
-        if self.axis is None:
+        if self.learned:
+            rounded = self._rounded_by_learned(wide, scale)
+        elif self.axis is None:
             rounded = torch.fake_quantize_per_tensor_affine(wide, scale, self.zero_point, self.low, self.high)
         else:
             rounded = torch.fake_quantize_per_channel_affine(
                 wide, scale, self.zero_point, self.axis, self.low, self.high
             )
         return rounded.to(input.dtype)
+
+    def _rounded_by_learned(self, wide: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        count = wide.numel() / max(1, scale.numel())
+        damping = (count * self.high) ** -0.5
+        scale = scale.abs().clamp(min=_SMALLEST)
+        scale = scale * damping + (scale * (1 - damping)).detach()
+        scale, zero = self._along(scale, wide), self._along(self.zero_point, wide)
+        place = (wide / scale + zero).clamp(self.low, self.high)
+        return (place + (place.round() - place).detach() - zero) * scale
+
+    def _along(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if self.axis is None:
+            return value
+        shape = [1] * like.dim()
+        shape[self.axis] = -1
+        return value.reshape(shape)
 
     @torch.no_grad()
     def observe(self, input: torch.Tensor) -> None:
@@ -101,33 +166,75 @@ class FakeQuantize(nn.Module):
             low, high = torch.aminmax(wide)
         else:
             low, high = torch.aminmax(wide.movedim(self.axis, 0).flatten(1), dim=1)
+        joined = self.training and self.observer != "current" and dist.is_available() and dist.is_initialized()
+        if joined:
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
         if self.observer == "ema" and self.ready:
             low, high = self.minimum.lerp(low, 0.1), self.maximum.lerp(high, 0.1)
-        elif self.observer == "minmax":
+        elif self.observer not in ("current", "ema"):
             low, high = torch.fmin(self.minimum, low), torch.fmax(self.maximum, high)
-        self.minimum.copy_(torch.where(low.isfinite(), low, self.minimum))
-        self.maximum.copy_(torch.where(high.isfinite(), high, self.maximum))
+        low = torch.where(low.isfinite(), low, self.minimum)
+        high = torch.where(high.isfinite(), high, self.maximum)
+        if self.observer not in _FOLLOW:
+            self._count(wide, low, high, joined)
+        self.minimum.copy_(low)
+        self.maximum.copy_(high)
+        # A compiled graph can't ask for values; whoever compiles has calibrated before.
+        self.ready = self.ready or torch.compiler.is_compiling() or self._observed()
         self._choose_scale()
-        self.ready = self.ready or self._observed()
 
     def reset(self) -> None:
         """Forget all that was observed."""
         self.minimum.fill_(torch.inf)
         self.maximum.fill_(-torch.inf)
-        self.scale.fill_(1)
+        if self.observer not in _FOLLOW:
+            self.counts.zero_()
+        with torch.no_grad():
+            self.scale.fill_(1)
         self.zero_point.zero_()
         self.ready = False
 
+    def _count(self, wide: torch.Tensor, low: torch.Tensor, high: torch.Tensor, joined: bool) -> None:
+        """Take the values into the histogram, which `low` and `high` bound from now on."""
+        if not bool(low.isfinite() & high.isfinite()):
+            return
+        before = self.counts
+        if self._observed():
+            before = histogram.widened(before, self.minimum, self.maximum, low, high)
+        found = histogram.counted(wide[wide.isfinite()], low, high)
+        if joined:
+            dist.all_reduce(found)
+        self.counts.copy_(before + found)
+
+    @torch.no_grad()
     def _choose_scale(self) -> None:
         # The range always holds 0.0, so that zeros (padding, ReLU) stay exact.
-        low = self.minimum.clamp(max=0).nan_to_num(neginf=0.0, posinf=0.0)
-        high = self.maximum.clamp(min=0).nan_to_num(neginf=0.0, posinf=0.0)
-        smallest = torch.finfo(torch.float32).eps
+        low, high = self._range()
+        low = low.clamp(max=0).nan_to_num(neginf=0.0, posinf=0.0)
+        high = high.clamp(min=0).nan_to_num(neginf=0.0, posinf=0.0)
         if self.symmetric:
-            self.scale.copy_((torch.maximum(-low, high) / self.high).clamp(min=smallest))
+            self.scale.copy_((torch.maximum(-low, high) / self.high).clamp(min=_SMALLEST))
             return
-        self.scale.copy_(((high - low) / (self.high - self.low)).clamp(min=smallest))
+        self.scale.copy_(((high - low) / (self.high - self.low)).clamp(min=_SMALLEST))
         self.zero_point.copy_((self.low - (low / self.scale).round()).clamp(self.low, self.high))
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.minimum, self.maximum
+        # While observing, the next batch may change the choice: it is made once, when that ends.
+        if self.observer in _FOLLOW or self.state is State.OBSERVE or not self._observed():
+            return low, high
+        if self.observer == "percentile":
+            return histogram.percentile_range(self.counts, low, high)
+        if self.observer == "mse":
+            return histogram.least_squares_range(self.counts, low, high, self.high - self.low, self.symmetric)
+        return histogram.least_divergence_range(self.counts, low, high, self.high - self.low)
+
+    def settle(self) -> None:
+        """Observing has ended: choose the scale by all that was observed, and quantise from now on."""
+        self.state = State.QUANTIZE
+        if self.ready:
+            self._choose_scale()
 
     def _observed(self) -> bool:
         return bool(self.minimum.isfinite().all() and self.maximum.isfinite().all())
@@ -135,10 +242,12 @@ class FakeQuantize(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.ready = self._observed()
+        self._state = _PHASES[int(self.phase)]
 
     def extra_repr(self) -> str:
         """Options and state."""
         kind = "symmetric" if self.symmetric else "affine"
         where = "per tensor" if self.axis is None else f"per channel of axis {self.axis}"
         state = self.state.value if self.ready else f"{self.state.value}, nothing observed yet"
-        return f"bits={self.bits}, {kind}, {where}, observer={self.observer!r}, {state}"
+        learned = ", learned" if self.learned else ""
+        return f"bits={self.bits}, {kind}, {where}, observer={self.observer!r}{learned}, {state}"

@@ -32,14 +32,17 @@ class Fused(nn.Module):
 
     Attributes:
         activation: what is applied last, or None.
+        norm_frozen: whether `bn` normalises by its running statistics in training too, and leaves them be.
         adds: whether `forward` takes a second tensor that is added before the activation.
         bn: the batch norm of the training form; its state sits under `conv1.bn.`, and state under its
             former name still loads.
         weight_fake_quant: what quantises the weight, or None.
+        inner_fake_quant: what quantises the output of the operator before the addition, or None.
     """
 
     activation: Activation | None
     adds: bool
+    norm_frozen: bool = False
     weight: torch.Tensor
     bias: Any  # a Parameter or None; the plain classes disagree on how to say so
     channel_axis: ClassVar[int] = 0
@@ -53,6 +56,7 @@ class Fused(nn.Module):
         adds: bool = False,
         bn: BatchNorm | None = None,
         weight_fake_quant: FakeQuantize | None = None,
+        inner_fake_quant: FakeQuantize | None = None,
     ) -> Fused:
         """The fused form of `module`, with the same parameters and, if it is fused already, all that it holds."""
         kind = next(fused for plain, fused in _FORMS.items() if isinstance(module, plain))
@@ -60,9 +64,8 @@ class Fused(nn.Module):
         held = module if isinstance(module, Fused) else None
         fused.activation = activation or (held.activation if held is not None else None)
         fused.adds = adds or (held is not None and held.adds)
-        for name, part in (("bn", bn), ("weight_fake_quant", weight_fake_quant)):
-            if part is not None:
-                fused._modules[name] = part
+        parts = {"bn": bn, "weight_fake_quant": weight_fake_quant, "inner_fake_quant": inner_fake_quant}
+        fused._modules.update({name: part for name, part in parts.items() if part is not None})
         return fused
 
     @property
@@ -76,6 +79,11 @@ class Fused(nn.Module):
         return cast("FakeQuantize | None", self._modules.get("weight_fake_quant"))
 
     @property
+    def inner_fake_quant(self) -> FakeQuantize | None:
+        """What quantises the output of the operator before something is added to it."""
+        return cast("FakeQuantize | None", self._modules.get("inner_fake_quant"))
+
+    @property
     def is_bare(self) -> bool:
         """Whether nothing follows the operator: its output is the affine map itself."""
         return self.activation is None and not self.adds and self.bn is None
@@ -86,10 +94,17 @@ class Fused(nn.Module):
         """All parts in order; `other` is there if and only if `adds`."""
         out = self._affine(input, output_size)
         if self.bn is not None:
-            out = self.bn(out)
+            out = self._normalized(out, self.bn)
+        if self.inner_fake_quant is not None:
+            out = self.inner_fake_quant(out)
         if self.adds and other is None:
             raise TypeError(f"{type(self).__name__} adds: its forward needs 'other'")
         return tail(out, other if self.adds else None, self.activation)
+
+    def _normalized(self, out: torch.Tensor, bn: BatchNorm) -> torch.Tensor:
+        if not self.norm_frozen or bn.running_var is None:
+            return cast(torch.Tensor, bn(out))
+        return F.batch_norm(out, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
 
     def folding_scale(self) -> torch.Tensor | None:
         """s of the formula above, a factor for each output channel; None without `bn`."""

@@ -34,9 +34,12 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
     quantizers = {name: child for name, child in module.named_modules() if isinstance(child, FakeQuantize)}
     if not quantizers:
         raise PassError("calibrate: the module has no fake quantisers; put them in with the pass 'qat' first")
+    frozen = [name for name, quantizer in quantizers.items() if quantizer.state is State.FROZEN]
+    if frozen:
+        raise PassError(f"calibrate: {frozen[0]!r} is frozen, its range is final; calibrate before 'quantize-freeze'")
     if isinstance(data, torch.Tensor):
         raise PassError(f"calibrate: the data is one tensor; {_ADVICE}")
-    before = {name: ({k: v.clone() for k, v in q.named_buffers()}, q.ready) for name, q in quantizers.items()}
+    before = {name: ({k: v.clone() for k, v in q.state_dict().items()}, q.state) for name, q in quantizers.items()}
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -44,15 +47,14 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             quantizer.reset()
             quantizer.state = State.OBSERVE
         _observe(module, data)
+        for quantizer in quantizers.values():
+            quantizer.settle()
     except BaseException:
-        for name, (buffers, ready) in before.items():
-            quantizers[name].ready = ready
-            for key, value in buffers.items():
-                quantizers[name].get_buffer(key).copy_(value)
+        for name, (values, state) in before.items():
+            quantizers[name].load_state_dict(values)
+            quantizers[name].state = state
         raise
     finally:
-        for quantizer in quantizers.values():
-            quantizer.state = State.QUANTIZE
         for child, training in modes:
             if child.training is not training:
                 child.train(training)

@@ -7,8 +7,10 @@ import pickle
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
+from fxopt.capture import capture
 from fxopt.graph import GraphModule, Source
 from fxopt.graph.observe import observe
 
@@ -42,6 +44,16 @@ def two_modes() -> GraphModule:
 def test_the_whole_tree_stays_in_order() -> None:
     assert list(program().state_dict()) == list(Model().state_dict())
     assert [name for name, _ in program().named_modules()] == [name for name, _ in Model().named_modules()]
+
+
+def test_pickles_functions_that_torch_made_by_dispatch() -> None:
+    class Pools(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.adaptive_max_pool2d(F.max_pool2d(x, 2), 1)
+
+    x = torch.randn(2, 3, 8, 8)
+    module = capture(Pools(), (x,)).module
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
 
 
 def test_copies_and_pickles_with_metadata() -> None:

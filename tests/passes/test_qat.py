@@ -228,7 +228,7 @@ class TestInsertion:
 
     def test_options(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        options = QAT(weight_bits=4, symmetric=True, per_channel=False, observer="ema", exclude="1")
+        options = QAT(weights="int4", activations="int8", per_channel=False, observer="ema", exclude="1")
         outcome = run(options, model, (torch.randn(3, 4),))
         assert outcome.whats == ["0: weight fake-quantised to 4 bits and input fake-quantised to 8 bits"]
         weight, value = (quantizers(outcome.module)[name] for name in ("0.weight_fake_quant", "input_fake_quant.0"))
@@ -237,7 +237,7 @@ class TestInsertion:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"bits": 1}, "'bits' is 2 to 8"), ({"weight_bits": 9}, "'weight_bits'"), ({"observer": "x"}, "'observer'")],
+        [({"bits": 1}, "'bits' is 2 to 8"), ({"weights": "int9"}, "'weights'"), ({"observer": "x"}, "'observer'")],
     )
     def test_bad_options(self, options: dict[str, object], message: str) -> None:
         with pytest.raises(SpecError, match=message):
@@ -385,7 +385,7 @@ def test_a_joined_norm_quantises_the_folded_weight() -> None:
     folded = captured(model, inputs)
     rewrite(Fuse(), folded)
     for program in (joined, folded):
-        rewrite(QAT(weight_bits=4, activation_bits=16), program)
+        rewrite(QAT(weights="int4", activations="uint16"), program)
         calibrate(program, [inputs])
     assert_close(joined(*inputs), folded(*inputs), 1e-2)
     assert any((a - b).abs().max() > 0.02 for a, b in zip(leaves(folded(*inputs)), leaves(model(*inputs)), strict=True))

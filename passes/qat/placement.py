@@ -1,0 +1,131 @@
+"""Where a runtime wants values quantised besides the inputs of layers, so that its integer kernels fuse.
+
+onnxruntime runs a convolution, an addition, a concatenation or a pooling on integers only where its inputs and its
+output are quantised; linear layers, transformers' above all, are best left with quantised inputs alone, since
+quantising their residual stream costs more accuracy than it gains time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.graph import Affine, Region, inherit, read_affine
+from fxopt.modules import FakeQuantize, Fused
+
+_JOINS: frozenset[Any] = frozenset(
+    {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, "add", "add_"}
+)  # fmt: skip
+_JOIN_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+_PASSED_ON: frozenset[Any] = frozenset(
+    {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, torch.flatten, torch.reshape, torch.squeeze,
+     "flatten", "reshape", "view", "squeeze", "contiguous"}
+)  # fmt: skip
+_PASSED_ON_MODULES = (nn.modules.pooling._MaxPoolNd, nn.Flatten, nn.Identity)
+_ACTIVATIONS: frozenset[Any] = frozenset(
+    {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.silu, F.gelu, F.hardswish, torch.relu, torch.relu_, torch.sigmoid,
+     torch.tanh, "relu", "relu_", "sigmoid", "tanh"}
+)  # fmt: skip
+_ACTIVATION_MODULES = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Tanh,
+)
+
+
+def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Callable[[], FakeQuantize]) -> int:
+    """Quantise the outputs of convolutions, and of what joins quantised values; how many that were.
+
+    What leads to an output of the graph with no layer between stays a float.
+    """
+    ahead = _with_layers_ahead(region)
+    quantised: dict[fx.Node, fx.Node] = {}  # a value, and the call of its quantiser
+    count = 0
+    for node in list(region.graph.nodes):
+        if node not in ahead:
+            continue
+        if _is(node, region, _PASSED_ON, _PASSED_ON_MODULES):
+            source = node.all_input_nodes[0]
+            call = source if _calls_fake_quantize(source, region) else None
+            if call is not None:
+                quantised[node] = _after(node, region, str(call.target))
+            continue
+        if not wanted(node):
+            continue
+        affine = read_affine(node, region)
+        if isinstance(affine, Affine) and affine.kind != "linear":
+            if isinstance(affine.module, Fused) and affine.module.adds:
+                inner = make().train(affine.module.training)
+                region.program.replace_module(affine.module, Fused.of(affine.module, inner_fake_quant=inner))
+                count += 1
+        elif not (
+            _is(node, region, _JOINS, _JOIN_MODULES)
+            and all(_calls_fake_quantize(source, region) for source in node.all_input_nodes)
+        ):
+            continue
+        last = _activated(node, region)
+        if last in quantised or last not in ahead:
+            continue
+        name = region.qualified(last).replace(".", "_")
+        quantised[last] = _after(last, region, region.add_module(f"output_fake_quant.{name}", make()))
+        count += 1
+    return count
+
+
+def edge_layers(region: Region) -> frozenset[fx.Node]:
+    """The layers that no other layer comes before, and those that none comes behind."""
+    layers = [node for node in region.graph.nodes if isinstance(read_affine(node, region), Affine)]
+    ahead = _with_layers_ahead(region)
+    behind: set[fx.Node] = set()
+    for node in region.graph.nodes:
+        if any(source in behind or source in layers for source in node.all_input_nodes):
+            behind.add(node)
+    return frozenset(node for node in layers if node not in ahead or node not in behind)
+
+
+def _with_layers_ahead(region: Region) -> set[fx.Node]:
+    """The nodes whose value some layer reads, maybe by way of others."""
+    ahead: set[fx.Node] = set()
+    for node in reversed(region.graph.nodes):
+        if any(user in ahead or isinstance(read_affine(user, region), Affine) for user in node.users):
+            ahead.add(node)
+    return ahead
+
+
+def _activated(node: fx.Node, region: Region) -> fx.Node:
+    """The activation behind `node`, where that is all that reads it; else `node`."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and _is(users[0], region, _ACTIVATIONS, _ACTIVATION_MODULES) else node
+
+
+def _is(node: fx.Node, region: Region, targets: frozenset[Any], modules: tuple[type[nn.Module], ...]) -> bool:
+    if node.op == "call_module":
+        return isinstance(region.submodule(node), modules)
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _calls_fake_quantize(node: fx.Node, region: Region) -> bool:
+    return node.op == "call_module" and isinstance(region.submodule(node), FakeQuantize)
+
+
+def _after(node: fx.Node, region: Region, name: str) -> fx.Node:
+    """Let all that reads `node` read it through the quantiser `name`, and return the call."""
+    with region.graph.inserting_after(node):
+        call = region.graph.call_module(name, (node,))
+    region.program.note(call, region)
+    inherit(call, node)
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    return call

@@ -1,0 +1,481 @@
+"""Ranges from histograms, learned scales, schedules, placement by target, ptq, and freezing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fxopt
+from fxopt.errors import PassError, SpecError
+from fxopt.graph import GraphModule
+from fxopt.modules import FakeQuantize, Fused, State, histogram
+from passes import PTQ, QAT, Fuse, QuantizeFreeze
+from passes.qat import QATSchedule, calibrate
+from passes.qat.correct import correct_biases
+from tests.models import STATIC, ConvBlock
+from tests.passes.programs import Outcome, assert_close, captured, rewrite, run
+
+
+def quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, FakeQuantize)}
+
+
+def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Signal to quantisation noise, in dB."""
+    return float(10 * torch.log10(wanted.square().mean() / (found - wanted).square().mean().clamp(min=1e-20)))
+
+
+def heavy_tailed() -> torch.Tensor:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    return torch.cat([values, torch.tensor([60.0])])
+
+
+class TestRanges:
+    def observed(self, observer: str, bits: int = 4, *batches: torch.Tensor) -> FakeQuantize:
+        fake = FakeQuantize(bits, observer=observer).eval()  # type: ignore[arg-type]
+        fake.state = State.OBSERVE
+        for batch in batches or (heavy_tailed(),):
+            fake(batch)
+        fake.settle()
+        return fake
+
+    def test_an_outlier_does_not_cost_the_rest_its_resolution(self) -> None:
+        values = heavy_tailed()[:-1]
+        error = {
+            observer: (self.observed(observer)(values) - values).square().mean().item()
+            for observer in ("minmax", "percentile", "mse", "histogram")
+        }
+        assert max(error["percentile"], error["mse"], error["histogram"]) < error["minmax"] / 3
+
+    def test_the_least_squared_error_is_about_the_best_of_all_ranges(self) -> None:
+        values = heavy_tailed()
+        found = self.observed("mse")
+        rivals = []
+        for high in torch.linspace(0.5, 60, 120):
+            rival = FakeQuantize(4).eval()
+            rival.observe(torch.stack([-high.clamp(max=4), high]))
+            rivals.append((rival(values) - values).square().mean().item())
+        assert (found(values) - values).square().mean().item() <= 1.1 * min(rivals)
+
+    def test_batches_count_as_one_histogram(self) -> None:
+        values = heavy_tailed()[:-1]
+        whole, parts = self.observed("mse", 4, values), self.observed("mse", 4, *values.split(20_000))
+        assert parts.counts.sum() == len(values)
+        assert_close(parts.scale, whole.scale, 0.05)
+
+    def test_training_does_not_move_what_a_histogram_chose(self) -> None:
+        fake = self.observed("percentile").train()
+        scale = fake.scale.clone()
+        fake(torch.randn(100) * 100)
+        assert_close(fake.scale, scale, 0)
+
+    def test_one_range_only(self) -> None:
+        with pytest.raises(ValueError, match="takes one range of a whole tensor"):
+            FakeQuantize(observer="mse", axis=0, channels=3)
+
+    @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=60), st.integers(0, 1000))
+    @settings(max_examples=60, deadline=None)
+    def test_widening_loses_no_count(self, values: list[float], more: int) -> None:
+        given = torch.tensor(values)
+        low, high = torch.aminmax(given)
+        counts = histogram.counted(given, low, high)
+        wider = histogram.widened(counts, low, high, low - more, high + more)
+        assert counts.sum() == wider.sum() == len(values)
+
+
+class TestLearnedScale:
+    def test_its_gradient_is_that_of_lsq(self) -> None:
+        """Esser et al. 2020, equation 3, with the damping of section 2.2."""
+        fake = FakeQuantize(4, symmetric=True, learned=True).eval()
+        fake.observe(torch.tensor([-1.0, 1.0]))
+        x = torch.tensor([-3.0, -0.6, 0.02, 0.31, 5.0])
+        fake(x).sum().backward()
+        ratio = x / fake.scale.detach()
+        inside = (ratio >= -8) & (ratio <= 7)
+        expected = torch.where(inside, ratio.round() - ratio, ratio.clamp(-8, 7)).sum() / (len(x) * 7) ** 0.5
+        assert_close(fake.scale.grad, expected)
+
+    def test_it_rounds_like_a_fixed_one(self) -> None:
+        x = torch.randn(5, 6)
+        fixed, learned = (FakeQuantize(4, axis=0, channels=5, learned=each) for each in (False, True))
+        assert_close(learned(x), fixed(x), 1e-6)
+
+    def test_training_it_reduces_the_error(self) -> None:
+        x = heavy_tailed()[-2000:]
+        fake = FakeQuantize(3, symmetric=True, learned=True)
+        fake(x)
+        optimizer = torch.optim.Adam(fake.parameters(), 0.3)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (fake(x) - x)[:-1].square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] / 2
+
+    def test_qat_makes_scales_parameters(self) -> None:
+        outcome = run(QAT(learned="lsq"), nn.Sequential(nn.Linear(4, 4)).eval(), (torch.randn(3, 4),))
+        names = dict(outcome.module.named_parameters())
+        assert {"0.weight_fake_quant.scale", "input_fake_quant.0.scale"} <= names.keys()
+
+
+class TestState:
+    def test_it_is_in_the_state_dict(self) -> None:
+        fake = FakeQuantize()
+        fake(torch.randn(8))
+        fake.state = State.FROZEN
+        other = FakeQuantize()
+        other.load_state_dict(fake.state_dict())
+        assert other.state is State.FROZEN
+        assert "frozen" in repr(other)
+
+    def test_frozen_never_moves(self) -> None:
+        fake = FakeQuantize()
+        fake(torch.randn(8))
+        fake.state = State.FROZEN
+        scale = fake.scale.clone()
+        fake.train()(torch.randn(8) * 100)
+        assert_close(fake.scale, scale, 0)
+
+    @pytest.mark.parametrize("learned", [False, "lsq"])
+    def test_a_program_compiles_whole_and_trains(self, learned: str | bool) -> None:
+        x = torch.randn(4, 3, 8, 8)
+        program = captured(nn.Sequential(ConvBlock(3, 4), nn.Flatten(), nn.Linear(256, 3)).eval(), (x,))
+        rewrite(Fuse(), program)
+        rewrite(QAT(learned=learned), program)  # type: ignore[arg-type]
+        calibrate(program, [x])
+        program.train()
+        compiled = torch.compile(copy.deepcopy(program), fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), program(x), 1e-4)
+        compiled(x).sum().backward()
+
+
+class TestSchedule:
+    def program(self) -> GraphModule:
+        x = torch.randn(4, 3, 8, 8)
+        program = captured(ConvBlock(3, 4).train(), (x,))
+        rewrite(Fuse(), program)
+        rewrite(QAT(), program)
+        return program
+
+    def test_it_drives_quantisers_and_norms(self) -> None:
+        program, x = self.program(), torch.randn(4, 3, 8, 8)
+        layer = next(child for child in program.modules() if isinstance(child, Fused))
+        schedule = QATSchedule(program, quantize_from=1, freeze_norms_at=2, freeze_ranges_at=3)
+        states, frozen = [], []
+        for _ in range(4):
+            program(x)
+            states.append({fake.state for fake in quantizers(program).values()})
+            frozen.append(layer.norm_frozen)
+            schedule.step()
+        assert states == [{State.OBSERVE}, {State.QUANTIZE}, {State.QUANTIZE}, {State.FROZEN}]
+        assert frozen == [False, False, True, True]
+
+    def test_frozen_norms_use_and_keep_the_running_statistics(self) -> None:
+        program = self.program()
+        layer = next(child for child in program.modules() if isinstance(child, Fused))
+        assert layer.bn is not None
+        program(torch.randn(4, 3, 8, 8))
+        QATSchedule(program, freeze_norms_at=0)
+        before = copy.deepcopy(layer.bn.state_dict())
+        x = torch.randn(2, 3, 8, 8) * 5
+        for fake in quantizers(program).values():
+            fake.state = State.FROZEN
+        trained = program.train()(x)
+        assert_close(layer.bn.state_dict(), before, 0)
+        assert_close(program.eval()(x), trained)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"quantize_from": 5, "freeze_ranges_at": 2}, "ranges would rest at step 2")],
+    )
+    def test_refuses_nonsense(self, options: dict[str, int], message: str) -> None:
+        with pytest.raises(PassError, match=message):
+            QATSchedule(self.program(), **options)
+
+    def test_needs_quantisers(self) -> None:
+        with pytest.raises(PassError, match="no fake quantisers"):
+            QATSchedule(nn.Linear(2, 2))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        x = F.relu(self.right(F.relu(self.left(x))) + x)
+        return self.head(self.pool(x).flatten(1))
+
+
+IMAGES = (2, 3, 8, 8)
+
+
+class TestPlacement:
+    def outcome(self, **options: object) -> Outcome:
+        program = captured(Residual().eval(), (torch.randn(*IMAGES),))
+        rewrite(Fuse(), program)
+        return rewrite(QAT(**options), program)  # type: ignore[arg-type]
+
+    def test_generic_quantises_what_goes_into_layers(self) -> None:
+        assert {name for name in quantizers(self.outcome().module) if "weight" not in name} == {
+            "input_fake_quant.stem",
+            "input_fake_quant.left",
+            "input_fake_quant.right",
+            "input_fake_quant.head",
+        }
+
+    def test_onnxruntime_gets_outputs_and_the_sum_too(self) -> None:
+        outcome = self.outcome(target="onnxruntime")
+        assert {name for name in quantizers(outcome.module) if "weight" not in name} == {
+            "input_fake_quant.stem",
+            "output_fake_quant.stem",
+            "output_fake_quant.left",
+            "output_fake_quant.right",
+            "right.inner_fake_quant",
+            "output_fake_quant.pool",
+        }
+        calls = outcome.calls
+        assert calls[calls.index("max_pool2d") + 1] == "output_fake_quant.stem"
+        assert calls[-1] == "head"
+
+    def test_edges_can_stay_floats(self) -> None:
+        outcome = self.outcome(first_last="keep")
+        assert {name for name in quantizers(outcome.module) if "weight" in name} == {
+            "left.weight_fake_quant",
+            "right.weight_fake_quant",
+        }
+        assert sum("first_last=keep" in reason for reason in outcome.reasons) == 2
+
+    def test_weights_alone(self) -> None:
+        outcome = self.outcome(weights="int4", activations="none")
+        assert all(fake.bits == 4 for fake in quantizers(outcome.module).values())
+        assert all("weight" in name for name in quantizers(outcome.module))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weights": "float8"}, "'weights' is int2 to int8"),
+            ({"activations": "uint9"}, "'activations' is uint2"),
+            ({"target": "tensorrt"}, "'target' is one of generic"),
+            ({"learned": "yes"}, "'learned' is one of False, lsq"),
+            ({"first_last": "drop"}, "'first_last' is one of"),
+        ],
+    )
+    def test_bad_options(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(SpecError, match=message):
+            QAT(**options)  # type: ignore[arg-type]
+
+
+def unequal() -> nn.Module:
+    """Channels whose weights differ by a factor of hundreds, undone by the next layer."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    factors = torch.logspace(-2, 1, 8)
+    with torch.no_grad():
+        for first, second in ((model[0], model[2]), (model[2], model[4])):
+            first.weight.mul_(factors.reshape(-1, 1, 1, 1))
+            first.bias.mul_(factors)
+            second.weight.div_(factors.reshape(1, -1, 1, 1))
+    return model.eval()
+
+
+class Outliers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up = nn.Linear(16, 32)
+        self.gate = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+        with torch.no_grad():
+            self.norm.weight[3] = 80.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class TestPTQ:
+    def quantised(self, model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
+        passes = [Fuse(), PTQ(**options)]  # type: ignore[arg-type]
+        result = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x])
+        self.ledger = result.ledger
+        with torch.no_grad():
+            return result.module(x)
+
+    def test_equalization_keeps_the_outputs_and_evens_out_the_ranges(self) -> None:
+        torch.manual_seed(0)
+        model, x = unequal(), torch.randn(8, 3, 9, 9)
+        with torch.no_grad():
+            wanted = model(x)
+        off = {"smooth": 0.0, "correct": False, "per_channel": False}
+        without = sqnr(self.quantised(model, x, equalize=False, **off), wanted)
+        with_it = sqnr(self.quantised(model, x, equalize=True, **off), wanted)
+        assert with_it > without + 6
+        assert any("evened out with '2'" in change.what for entry in self.ledger for change in entry.changes)
+        sixteen = self.quantised(model, x, bits=16, smooth=0.0, correct=False)
+        assert sqnr(sixteen, wanted) > 60
+
+    def test_smoothing_moves_outliers_into_the_weights(self) -> None:
+        torch.manual_seed(0)
+        model, x = Outliers().eval(), torch.randn(64, 16)
+        with torch.no_grad():
+            wanted = model(x)
+        off = {"equalize": False, "correct": False}
+        without = sqnr(self.quantised(model, x, smooth=0.0, **off), wanted)
+        with_it = sqnr(self.quantised(model, x, smooth=0.5, **off), wanted)
+        assert with_it > without + 3
+        assert any("smoothed into the 2 layers" in change.what for entry in self.ledger for change in entry.changes)
+
+    def test_bias_correction_takes_out_the_mean_error(self) -> None:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(16, 3, 9, 9)
+        with torch.no_grad():
+            wanted = model(x).mean((0, 2, 3))
+        off = {"equalize": False, "smooth": 0.0, "weights": "int3"}
+        errors = [
+            (self.quantised(model, x, correct=each, **off).mean((0, 2, 3)) - wanted).abs().max()
+            for each in (False, True)
+        ]
+        assert errors[1] < errors[0] / 5
+
+    def test_correcting_leaves_no_trace_of_itself(self) -> None:
+        x = torch.randn(8, 3, 8, 8)
+        program = captured(Residual().eval(), (x,))
+        rewrite(Fuse(), program)
+        rewrite(QAT(), program)
+        calibrate(program, [x])
+        assert correct_biases(program, [fxopt.Inputs.of(x)]) == ("stem", "left", "right", "head")
+        assert not any("_affine" in child.__dict__ for child in program.modules())
+        assert all(fake.ready for fake in quantizers(program).values())
+
+    def test_without_data_it_says_what_to_give(self) -> None:
+        with pytest.raises(PassError, match="ptq: there is no calibration data; give `calibration_data"):
+            fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), [PTQ()], devices=())
+
+    def test_it_and_qat_exclude_each_other(self) -> None:
+        with pytest.raises(SpecError, match="can't be in one pipeline"):
+            fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), "qat,ptq", devices=())
+
+
+def prepared(model: nn.Module, inputs: tuple[torch.Tensor, ...], **options: object) -> GraphModule:
+    program = captured(model, inputs)
+    rewrite(Fuse(), program)
+    rewrite(QAT(**options), program)  # type: ignore[arg-type]
+    program.eval()
+    calibrate(program, [inputs])
+    return program
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "folded": lambda: Residual().eval(),
+    "joined": lambda: nn.Sequential(ConvBlock(3, 8), ConvBlock(8, 4), nn.Flatten(), nn.Linear(256, 3)).train(),
+}
+
+
+class TestFreeze:
+    @pytest.mark.parametrize(
+        "options", [{}, {"learned": "lsq"}, {"weights": "int4"}, {"target": "onnxruntime"}], ids=str
+    )
+    @pytest.mark.parametrize("name", MODELS)
+    def test_outputs_stay_and_weights_lie_on_the_grid(self, name: str, options: dict[str, object]) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(4, *IMAGES[1:])
+        program = prepared(MODELS[name](), (x,), **options)
+        with torch.no_grad():
+            simulated = program(x)
+            outcome = rewrite(QuantizeFreeze(), program)
+            assert_close(outcome.module(x), simulated, 1e-4)
+        assert all(fake.state is State.FROZEN for fake in quantizers(program).values())
+        for layer in program.modules():
+            if isinstance(layer, Fused):
+                assert layer.bn is None
+                assert layer.weight_fake_quant is not None
+                assert_close(layer.weight_fake_quant(layer.weight), layer.weight, 1e-6)
+                assert not isinstance(layer.weight_fake_quant.scale, nn.Parameter)
+        assert not rewrite(QuantizeFreeze(), program).changes
+        restored = pickle.loads(pickle.dumps(program))
+        assert_close(restored(x), program(x), 0)
+
+    def test_functions_of_parameters_too(self) -> None:
+        class Functional(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4, 4))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return F.relu(F.linear(x, self.weight))
+
+        x = torch.randn(3, 4)
+        model = Functional().eval()
+        program = prepared(model, (x,))
+        simulated = program(x)
+        rewrite(QuantizeFreeze(), program)
+        assert_close(program(x), simulated)
+        fake = program.get_submodule("weight_fake_quant.weight")
+        assert_close(fake(program.weight), program.weight, 1e-6)
+        assert not torch.equal(program.weight, model.weight)
+
+    def test_what_never_observed_is_taken_out_by_name(self) -> None:
+        program = captured(Residual().eval(), (torch.randn(*IMAGES),))
+        rewrite(QAT(), program)
+        outcome = rewrite(QuantizeFreeze(), program)
+        assert sum("never observed anything" in reason for reason in outcome.reasons) == 4
+        assert not any("input_fake_quant" in name for name in outcome.calls)
+
+    def test_a_model_in_training_mode_is_refused(self) -> None:
+        program = captured(ConvBlock(3, 4).train(), (torch.randn(*IMAGES),))
+        rewrite(QAT(), program)
+        outcome = rewrite(QuantizeFreeze(), program)
+        assert not outcome.changes
+        assert "call .eval() on it before it is frozen" in outcome.reasons[0]
+
+    def test_nothing_quantised_is_an_error(self) -> None:
+        with pytest.raises(PassError, match="nothing is quantised; put 'qat' or 'ptq' before it"):
+            fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), [QuantizeFreeze()], devices=())
+
+    def test_what_is_frozen_is_not_calibrated_again(self) -> None:
+        x = torch.randn(*IMAGES)
+        program = prepared(Residual().eval(), (x,))
+        rewrite(QuantizeFreeze(), program)
+        with pytest.raises(PassError, match="is frozen, its range is final"):
+            calibrate(program, [x])
+
+
+@pytest.mark.parametrize("name", [name for name in STATIC if name not in ("dict_heads",)])
+def test_static_models_train_and_freeze(name: str) -> None:
+    """Twenty steps of training, then frozen: the outputs stay those of the trained model."""
+    torch.manual_seed(0)
+    case = STATIC[name]
+    model, inputs = case.build(), case.example()
+    program = captured(model, inputs, case.kwargs)
+    rewrite(Fuse(), program)
+    if not rewrite(QAT(), program).changes:
+        return
+    calibrate(program, [fxopt.Inputs(inputs, case.kwargs)])
+    parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 1e-4)
+    for _ in range(20):
+        optimizer.zero_grad()
+        out = program(*inputs, **case.kwargs)
+        sum(leaf.float().square().mean() for leaf in torch.utils._pytree.tree_leaves(out)
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()).backward()  # fmt: skip
+        optimizer.step()
+    program.eval()
+    with torch.no_grad():
+        simulated = program(*inputs, **case.kwargs)
+        rewrite(QuantizeFreeze(), program)
+        assert_close(program(*inputs, **case.kwargs), simulated, 1e-3)
