@@ -191,9 +191,10 @@ class _GraphPickler(pickle.Pickler):
         if not isinstance(value, types.FunctionType) or "<locals>" not in value.__qualname__:
             return NotImplemented
         module = sys.modules.get(value.__module__)
-        if getattr(module, value.__name__, None) is not value:
+        name: str = value.__name__
+        if getattr(module, name, None) is not value:
             return NotImplemented
-        return _function, (value.__module__, value.__name__)
+        return _function, (value.__module__, name)
 
 
 def _function(module: str, name: str) -> Any:
