@@ -16,6 +16,7 @@ _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "leaky_relu": F.leaky_relu_,
     "silu": lambda x: F.silu(x, inplace=True),
     "gelu": F.gelu,
+    "hardsigmoid": lambda x: F.hardsigmoid(x, inplace=True),
     "hardswish": lambda x: F.hardswish(x, inplace=True),
     "sigmoid": torch.sigmoid_,
     "tanh": torch.tanh_,

@@ -1,0 +1,79 @@
+"""What an engine is: a captured module goes in, something to call comes out."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.contract import Skip
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+Run = Callable[..., Any]
+
+
+class Sizes(enum.Enum):
+    """Which sizes of the inputs may differ from those of the example."""
+
+    ANY = "any"
+    """All that the guards of the capture allow."""
+    BATCH = "batch"
+    """Dimension 0, where the tensors of the example agree on it."""
+    FIXED = "fixed"
+    """None."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What an engine made of a module.
+
+    Attributes:
+        run: takes what the module takes and gives what it gives, without gradients.
+        reasons: what the engine could not take, so that it runs as torch runs it, and why.
+        choices: what was decided by measuring, as JSON can hold it; given back to `build`, nothing is measured.
+        write: writes the engine's own form of the model into a directory; None where it has none.
+    """
+
+    run: Run
+    reasons: tuple[Skip, ...] = ()
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    write: Callable[[Path], None] | None = None
+
+
+class Engine(ABC):
+    """Something that runs a captured module. Subclasses are frozen dataclasses; their fields are the options."""
+
+    name: ClassVar[str]
+    """What `fxopt.lower` and `--engine` call it."""
+    device: ClassVar[str] = "cpu"
+    """Type of the device that it runs on."""
+    sizes: ClassVar[Sizes] = Sizes.ANY
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why it cannot run here and which command would bring it; None where it can."""
+
+    @abstractmethod
+    def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
+        """Build for a module in evaluation mode, which is not changed.
+
+        Args:
+            module: captured, on the engine's device.
+            inputs: an example of what it will be called with.
+            choices: of an earlier build of the same module; empty to decide anew.
+
+        Raises:
+            EngineError: what the engine cannot take, and why.
+        """
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The relative error that the engine may add to outputs of a dtype."""
+        from fxopt.verify import TOLERANCE
+
+        return TOLERANCE.get(dtype, 0.0)

@@ -1,0 +1,174 @@
+"""A module as an engine runs it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.contract import Skip
+from fxopt.engines.contract import Built, Engine
+from fxopt.engines.signature import Signature
+from fxopt.errors import ArtifactError, EngineError, GuardError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+
+class Executable(nn.Module):
+    """Runs a module by an engine: the same nested inputs, the same nested outputs, no gradients.
+
+    What the engine built (packed weights, sessions, compiled code) is left out of copies, pickles and saved files:
+    these hold the plain weights, the example and what was chosen by measuring, and build again when first called.
+    Change weights through `load_state_dict`; what is written into them otherwise goes unseen.
+
+    Args:
+        engine: with its options.
+        module: captured, in evaluation mode.
+        inputs: an example.
+        choices: of an earlier build; empty to decide anew.
+
+    Attributes:
+        engine: that runs it.
+        module: what it runs, with plain weights.
+        relative_error: of the outputs for the example against those of the module, once that was measured.
+    """
+
+    module: GraphModule
+
+    def __init__(self, engine: Engine, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        super().train(False)
+        self.engine = engine
+        self.relative_error: float | None = None
+        self._inputs = inputs
+        self._signature = Signature(engine.name, inputs, engine.sizes)
+        self._choices = dict(choices or {})
+        self._built: Built | None = None
+        self._build_seconds = 0.0
+
+    @property
+    def built(self) -> Built:
+        """What the engine made, made now where that is not done yet."""
+        if self._built is None:
+            began = time.perf_counter()
+            with torch.no_grad():
+                self._built = self.engine.build(self.module, self._inputs, self._choices)
+            self._choices = dict(self._built.choices)
+            self._build_seconds = time.perf_counter() - began
+        return self._built
+
+    @property
+    def build_seconds(self) -> float:
+        """Wall time that the engine took to build, without capture."""
+        return self._build_seconds if self.built else 0.0
+
+    @property
+    def reasons(self) -> tuple[Skip, ...]:
+        """What the engine could not take, so that torch runs it as it is, and why."""
+        return self.built.reasons
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """What was decided by measuring, as JSON can hold it."""
+        return self.built.choices
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run.
+
+        Raises:
+            EngineError: for inputs of another structure, device or dtype, of sizes that it was not built for, that
+                require a gradient, or under autocast.
+        """
+        self._signature.check(args, kwargs)
+        if torch.is_autocast_enabled(self.engine.device):
+            raise EngineError(
+                f"engine '{self.engine.name}' has its precision built in, and autocast would change nothing: call it "
+                "outside of autocast, and cast by a pass before lowering"
+            )
+        built = self._built or self.built
+        with torch.no_grad():
+            try:
+                return built.run(*args, **kwargs)
+            except GuardError as error:
+                raise EngineError(
+                    f"engine '{self.engine.name}': {error}; lower the module again with such inputs"
+                ) from error
+
+    def train(self, mode: bool = True) -> Executable:
+        """Evaluation mode is the only one.
+
+        Raises:
+            EngineError: for training mode.
+        """
+        if mode:
+            raise EngineError(
+                f"engine '{self.engine.name}' has no gradients, so an executable cannot train: train the module that "
+                "it was lowered from, and lower it again"
+            )
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Executable:
+        """Nothing here takes a gradient.
+
+        Raises:
+            EngineError: where one is asked for.
+        """
+        return self.train(requires_grad)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write `executable.pt`, `engine.json` with what was chosen, and the engine's own form of the model.
+
+        `torch.load("executable.pt", weights_only=False)` gives the executable again, on any machine that has the
+        engine; it builds when first called and measures nothing. It is a pickle: load only what you trust.
+
+        Raises:
+            ArtifactError: where the directory cannot be written.
+        """
+        path = Path(directory)
+        facts = {"engine": self.engine.name, "choices": self.choices, "inputs": self._inputs.describe()}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "engine.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            torch.save(self, path / "executable.pt")
+            if self.built.write is not None:
+                self.built.write(path)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write to '{path}': {error.strerror or error}; choose a directory that is yours"
+            ) from error
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, and build again with the same choices when called next."""
+        found = super().load_state_dict(*args, **kwargs)
+        self._built = None
+        return found
+
+    def extra_repr(self) -> str:
+        """The engine with its options."""
+        return str(self.engine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_built": None, "_signature": None, "_choices": dict(self.choices)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._signature = Signature(self.engine.name, self._inputs, self.engine.sizes)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Executable:
+        """What `to`, `half`, `cuda` and their kin call: fine where it changes nothing."""
+        tensors = [*self.parameters(), *self.buffers(), *self._inputs.tensors]
+        for probe in {(t.dtype, t.device): t.new_empty(0) for t in tensors if t.layout is torch.strided}.values():
+            moved = fn(probe)
+            if moved.dtype is not probe.dtype or moved.device != probe.device:
+                raise EngineError(
+                    f"engine '{self.engine.name}' was built for {probe.dtype} on '{probe.device}', not for "
+                    f"{moved.dtype} on '{moved.device}': move or cast the module, and lower it again"
+                )
+        return self

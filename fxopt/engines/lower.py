@@ -1,0 +1,105 @@
+"""A module -> an executable."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.capture import capture
+from fxopt.capture.independent import independent_copy
+from fxopt.engines.contract import Engine
+from fxopt.engines.executable import Executable
+from fxopt.engines.table import find
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.verify import relative_error
+
+
+def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any) -> Executable:
+    """Build a module for an engine, and check its outputs on the example.
+
+    Batch norms and activations are fused by passes, not by engines: `fxopt.optimize(module, inputs, "clean,fuse")`
+    first gives an engine more to work with.
+
+    Args:
+        module: in evaluation mode; captured where it is not yet. It is not changed, and shares nothing with the result.
+        inputs: an example: a tensor, a tuple of positional or a dict of keyword arguments.
+        engine: its name: `onednn`, `eager`, `inductor`, `onnxruntime`, `openvino`, `cudnn`, `cudagraph`.
+        options: of the engine.
+
+    Raises:
+        EngineError: an unknown engine or option, an engine that cannot run here or cannot take the module, a module
+            in training mode, or outputs that differ by more than the engine may add.
+        CaptureError: see `fxopt.capture`.
+    """
+    return build(find(engine, options), module, Inputs.of(inputs))
+
+
+def build(engine: Engine, module: nn.Module, inputs: Inputs, choices: Any = None) -> Executable:
+    """Build for an engine with its options set, by the choices of an earlier build where they are given."""
+    prepared = prepare(engine, module, inputs)
+    executable = Executable(engine, prepared, inputs, choices)
+    _ = executable.built
+    executable.relative_error = _checked(executable, inputs)
+    return executable
+
+
+def prepare(engine: Engine, module: nn.Module, inputs: Inputs) -> GraphModule:
+    """A graph of the module that shares nothing with it.
+
+    Raises:
+        EngineError: where its mode or device is not the engine's.
+    """
+    training = next((path for path, child in module.named_modules() if child.training), None)
+    if training is not None:
+        where = f"'{training}'" if training else "the module"
+        raise EngineError(f"engine '{engine.name}': {where} is in training mode; call .eval() on the module first")
+    tensors = [*module.parameters(), *module.buffers(), *inputs.tensors]
+    places = sorted({str(tensor.device) for tensor in tensors})
+    if engine.name != "eager" and any(torch.device(place).type != engine.device for place in places):
+        raise EngineError(
+            f"engine '{engine.name}' runs on '{engine.device}', but the module and its inputs are on "
+            f"{', '.join(places)}: move them with .to('{engine.device}')"
+        )
+    if isinstance(module, GraphModule):
+        return cast(GraphModule, independent_copy(module))
+    return capture(module, inputs.args, inputs.kwargs).module
+
+
+def _checked(executable: Executable, inputs: Inputs) -> float:
+    """The error on the example, after making sure that it is one that the engine may make."""
+    engine = executable.engine
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        expected = _run(executable.module, inputs)
+        found = _run(executable, inputs)
+    if expected[1] != found[1]:
+        raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")
+    worst = 0.0
+    for index, (want, got) in enumerate(zip(expected[0], found[0], strict=True)):
+        if not isinstance(want, torch.Tensor):
+            if type(want) is not type(got) or want != got:
+                raise EngineError(f"engine '{engine.name}' gives {got!r} in place of {want!r} as output {index}")
+            continue
+        if got.shape != want.shape or got.dtype is not want.dtype:
+            raise EngineError(
+                f"engine '{engine.name}' gives {tuple(got.shape)} {got.dtype} in place of {tuple(want.shape)} "
+                f"{want.dtype} as output {index}; please report it"
+            )
+        error, allowed = relative_error(want, got), engine.tolerance(want.dtype)
+        if not error <= allowed:
+            raise EngineError(
+                f"engine '{engine.name}': output {index} differs from that of the module by {error:.1e} (allowed "
+                f"{allowed:.0e}), so it is not used; use another engine, and please report it"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _run(module: nn.Module, inputs: Inputs) -> tuple[list[Any], Any]:
+    torch.manual_seed(0)
+    given = inputs.map(lambda tensor: tensor.detach().clone())
+    return pytree.tree_flatten(module(*given.args, **given.kwargs))

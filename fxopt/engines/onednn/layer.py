@@ -1,0 +1,212 @@
+"""Reads the layers off a graph that oneDNN has kernels for, with what follows them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.contract import Skip
+from fxopt.graph import Affine, Effects, Region, read_affine, source_of
+from fxopt.modules import Activation, Fused, fused_call
+
+_ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+_DTYPES: dict[torch.dtype, Callable[[], bool]] = {
+    torch.float32: lambda: True,
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """activation( op(x) + other ), at one place of a graph.
+
+    Attributes:
+        node: the call of the operator.
+        last: the node whose value it computes: `node`, or what follows and is computed with it.
+        input: what the operator is applied to.
+        other: what is added, or None.
+        reuses: whether the memory of `other` may hold the result: nothing else sees it.
+        kind: "linear", "conv" or "conv_transpose".
+        shape: of the input of the example.
+        weight, bias: the parameters.
+        stride, padding, dilation, output_padding: one number a spatial dimension.
+        groups: independent parts that the channels fall into.
+        activation: what comes last, or None.
+    """
+
+    node: fx.Node
+    last: fx.Node
+    input: fx.Node
+    other: fx.Node | None
+    reuses: bool
+    kind: str
+    shape: torch.Size
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    activation: Activation | None = None
+
+    @property
+    def spatial(self) -> int:
+        """How many spatial dimensions it has; 0 for linear."""
+        return 0 if self.kind == "linear" else len(self.shape) - 2
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a matrix product over the channels of each place: linear, or a 1x1 convolution."""
+        if self.kind == "linear":
+            return True
+        ones = all(size == 1 for size in self.weight.shape[2:]) and not any(self.padding)
+        return self.kind == "conv" and ones and self.groups == 1 and self.spatial == 2
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What its speed depends on."""
+        tail = (self.activation, self.other is not None, self.reuses)
+        geometry = (self.stride, self.padding, self.dilation, self.output_padding, self.groups)
+        weight = (tuple(self.weight.shape), self.weight.dtype, self.bias is None)
+        return (self.kind, tuple(self.shape), *weight, *geometry, *tail)
+
+
+def read_layer(node: fx.Node, region: Region, taken: Set[fx.Node] = frozenset()) -> Layer | Skip | None:
+    """The layer that begins at a node; None where none does, a `Skip` where oneDNN can't take it.
+
+    What is in `taken` belongs to another layer and is not computed with this one.
+    """
+    affine = read_affine(node, region)
+    if affine is None or isinstance(affine, Skip):
+        return affine
+    meta = affine.input.meta.get("tensor_meta")
+    reason = _why_not(affine, meta)
+    if meta is None or reason is not None:
+        return Skip(region.qualified(node), reason or "", source_of(node))
+    activation, other = _tail(affine)
+    layer = Layer(
+        node=node,
+        last=node,
+        input=affine.input,
+        other=other,
+        reuses=other is not None and _is_fresh(other, region),
+        kind=affine.kind.rstrip("123d"),
+        shape=meta.shape,
+        weight=affine.weight.detach(),
+        bias=None if affine.bias is None else affine.bias.detach(),
+        **_geometry(affine),
+        groups=affine.groups,
+        activation=activation,
+    )
+    user = _only_user(node)
+    if layer.activation or layer.other or user is None or user in taken:
+        return layer
+    return _with_addition(layer, user, region) or _with_hardsigmoid(layer, user, region) or layer
+
+
+def _why_not(affine: Affine, meta: Any) -> str | None:
+    weight, options = affine.weight, affine.options
+    if meta is None:
+        return "the example never reaches it"
+    supported = _DTYPES.get(weight.dtype)
+    if supported is None or not supported():
+        return f"oneDNN has no kernels for {weight.dtype} here"
+    if meta.dtype is not weight.dtype:
+        return f"its input is {meta.dtype}, its weight {weight.dtype}"
+    if isinstance(affine.module, Fused) and (affine.module.bn or affine.module.weight_fake_quant):
+        return "it holds a batch norm or a fake quantiser"
+    if weight.numel() == 0 or weight.layout is not torch.strided:
+        return "its weight is empty or not dense"
+    if affine.kind == "linear":
+        return "its input has one dimension" if len(meta.shape) < 2 else None
+    if len(meta.shape) != weight.dim():
+        return "its input has no batch dimension"
+    if options.get("padding_mode", "zeros") != "zeros":
+        return f"it pads by {options['padding_mode']!r}"
+    if options.get("output_size") is not None:
+        return "it is called with an output size"
+    if options.get("padding") == "same" and any(total % 2 for total in _same_padding(affine)):
+        return "its padding is not the same on both sides"
+    if affine.kind == "conv_transpose1d":
+        return "oneDNN packs no weights of one-dimensional transposed convolutions"
+    return None
+
+
+def _geometry(affine: Affine) -> dict[str, tuple[int, ...]]:
+    spatial = 0 if affine.kind == "linear" else affine.weight.dim() - 2
+
+    def each(name: str, default: int) -> tuple[int, ...]:
+        value = affine.options.get(name, default)
+        if value == "valid":
+            value = 0
+        if value == "same":
+            return tuple(total // 2 for total in _same_padding(affine))
+        numbers = (value,) * spatial if isinstance(value, int) else tuple(value)
+        return numbers * spatial if len(numbers) == 1 else numbers
+
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    return {name: each(name, default) for name, default in defaults.items()}
+
+
+def _same_padding(affine: Affine) -> list[int]:
+    kernel = affine.weight.shape[2:]
+    dilation = affine.options.get("dilation", 1)
+    each = (dilation,) * len(kernel) if isinstance(dilation, int) else tuple(dilation)
+    return [(size - 1) * step for size, step in zip(kernel, each, strict=True)]
+
+
+def _tail(affine: Affine) -> tuple[Activation | None, fx.Node | None]:
+    if isinstance(affine.module, Fused):
+        return affine.module.activation, affine.options.get("other")
+    if affine.node.target is fused_call:
+        given = affine.node.kwargs
+        other = given.get("other", affine.node.args[3] if len(affine.node.args) > 3 else None)
+        return Activation(str(given["activation"]), given.get("arguments", ())), other  # type: ignore[arg-type, return-value]
+    return None, None
+
+
+def _with_addition(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
+    """With the addition behind it, where one follows that may come later than the layer."""
+    operands = [*user.args, *user.kwargs.values()]
+    if user.target not in _ADDS or user.op == "call_module" or len(operands) != 2 or operands[0] is operands[1]:
+        return None
+    other = operands[1] if operands[0] is layer.node else operands[0]
+    if not isinstance(other, fx.Node):
+        return None
+    metas = [node.meta.get("tensor_meta") for node in (layer.node, other, user)]
+    if None in metas or len({(meta.shape, meta.dtype) for meta in metas}) != 1:  # type: ignore[union-attr]
+        return None
+    fresh = _is_fresh(other, region)
+    writes_other = user.target in (operator.iadd, "add_") and user.args[0] is other
+    if (writes_other and not fresh) or Effects(region).written_between(layer.input, layer.node, user):
+        return None
+    return replace(layer, last=user, other=other, reuses=fresh)
+
+
+def _with_hardsigmoid(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
+    called = user.op == "call_module" and type(region.submodule(user)) is nn.Hardsigmoid
+    if called or user.target is F.hardsigmoid:
+        return replace(layer, last=user, activation=Activation("hardsigmoid"))
+    return None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op.startswith("call_") else None
+
+
+def _is_fresh(value: fx.Node, region: Region) -> bool:
+    """Whether its only user is the only one that ever sees its memory."""
+    if not value.op.startswith("call_") or len(value.users) > 1:
+        return False
+    effects = Effects(region)
+    return effects.is_known(value) and not effects.may_alias(value) and not effects.writes(value)

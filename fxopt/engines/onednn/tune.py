@@ -1,0 +1,72 @@
+"""Which kernel computes each layer fastest here: measured, within a budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fxopt.engines.onednn.kernels import KERNELS, Kernel
+from fxopt.engines.onednn.layer import Layer
+
+_ROUNDS = 5
+_HOPELESS = 1.3
+"""Kernels this much slower than the best in the first round are not timed again."""
+_FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def choose(layers: Sequence[Layer], budget_seconds: float) -> list[str]:
+    """The name of the fastest kernel for each layer, in order.
+
+    Layers of the same shapes are measured once, those that compute most first; what the budget leaves out is packed.
+    """
+    chosen: dict[tuple[Any, ...], str] = {}
+    began = time.perf_counter()
+    for layer in sorted(layers, key=_cost, reverse=True):
+        if layer.signature in chosen or time.perf_counter() - began > budget_seconds:
+            continue
+        chosen[layer.signature] = _fastest(layer)
+    return [chosen.get(layer.signature, "packed") for layer in layers]
+
+
+def fastest(candidates: dict[str, Callable[[], object]], rounds: int, budget_seconds: float) -> dict[str, float]:
+    """The shortest time of each candidate in seconds, taken in turns; hopeless ones are timed once."""
+    best: dict[str, float] = {}
+    for call in candidates.values():
+        call()
+    began = time.perf_counter()
+    for number in range(rounds):
+        limit = _HOPELESS * min(best.values(), default=float("inf"))
+        for name, call in candidates.items():
+            if number and best[name] > limit:
+                continue
+            start = time.perf_counter()
+            call()
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+        if time.perf_counter() - began > budget_seconds:
+            break
+    return best
+
+
+def _fastest(layer: Layer) -> str:
+    kernels = {name: kernel for name, make in KERNELS.items() if (kernel := make(layer)) is not None}
+    x = _random(layer.shape, layer)
+    given = (x,) if layer.other is None else (x, _random(layer.last.meta["tensor_meta"].shape, layer))
+
+    def caller(kernel: Kernel) -> Callable[[], object]:
+        return lambda: kernel(*given)
+
+    times = fastest({name: caller(kernel) for name, kernel in kernels.items()}, _ROUNDS, 0.1)
+    return min(times, key=times.__getitem__)
+
+
+def _random(shape: torch.Size, layer: Layer) -> torch.Tensor:
+    value = torch.randn(shape, dtype=torch.float32).to(layer.weight.dtype)
+    memory_format = _FORMATS.get(layer.spatial)
+    return value if memory_format is None else value.contiguous(memory_format=memory_format)
+
+
+def _cost(layer: Layer) -> int:
+    return layer.weight.numel() * layer.shape.numel()

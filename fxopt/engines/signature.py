@@ -1,0 +1,88 @@
+"""What an executable was built for, held against each call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.engines.contract import Sizes
+from fxopt.errors import EngineError
+from fxopt.inputs import Inputs
+
+
+class Signature:
+    """Structure, dtypes, device and sizes of the inputs of an example.
+
+    Args:
+        engine: its name, for messages.
+        inputs: the example.
+        sizes: which sizes may differ.
+    """
+
+    def __init__(self, engine: str, inputs: Inputs, sizes: Sizes):
+        self._engine = engine
+        self._sizes = sizes
+        self._batch = inputs.batch_size
+        leaves, self._structure = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        self._leaves = [leaf if not isinstance(leaf, torch.Tensor) else _Tensor(leaf) for leaf in leaves]
+        self._flat = not inputs.kwargs and all(isinstance(value, torch.Tensor) for value in inputs.args)
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a call that lies outside.
+
+        Raises:
+            EngineError: naming the input, what was expected, and what to do.
+        """
+        if self._flat and not kwargs and len(args) == len(self._leaves):
+            given: Any = args  # the common case, without the cost of looking into structures
+        else:
+            given, structure = pytree.tree_flatten((args, dict(kwargs)))
+            if structure != self._structure:
+                raise self._refused("the arguments are nested otherwise than those of the example")
+        batch: int | None = None
+        for index, (value, expected) in enumerate(zip(given, self._leaves, strict=True)):
+            if not isinstance(expected, _Tensor):
+                if value is not expected and (type(value) is not type(expected) or value != expected):
+                    raise self._refused(f"input {index} is {value!r}, it was built for {expected!r}")
+            elif not isinstance(value, torch.Tensor):
+                raise self._refused(f"input {index} is a {type(value).__name__}, it was built for {expected}")
+            elif value.dtype is not expected.dtype or value.device != expected.device:
+                raise self._refused(f"input {index} is {_Tensor(value)}, it was built for {expected}")
+            elif value.shape != expected.shape:
+                batch = self._check_shape(index, value, expected, batch)
+            if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise EngineError(
+                    f"engine '{self._engine}': input {index} requires a gradient, and this engine has none: call it "
+                    "under torch.no_grad(), or use the module that it was lowered from"
+                )
+
+    def _check_shape(self, index: int, value: torch.Tensor, expected: _Tensor, batch: int | None) -> int | None:
+        found = f"input {index} is {_Tensor(value)}, it was built for {expected}"
+        if value.dim() != len(expected.shape):
+            raise self._refused(found)
+        if self._sizes is Sizes.ANY:
+            return batch
+        if self._sizes is Sizes.FIXED or self._batch is None:
+            raise self._refused(f"{found}, and its sizes are fixed")
+        if value.shape[1:] != expected.shape[1:] or value.shape[0] != (batch or value.shape[0]):
+            raise self._refused(f"{found}, of which only the batch size may differ")
+        return int(value.shape[0])
+
+    def _refused(self, what: str) -> EngineError:
+        return EngineError(f"engine '{self._engine}': {what}; lower the module again with such inputs")
+
+
+class _Tensor:
+    """What counts of a tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.shape = tensor.shape
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape)) or "scalar"
+        return f"{sizes} {str(self.dtype).removeprefix('torch.')} on {self.device}"

@@ -1,0 +1,40 @@
+"""All engines by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fxopt.engines.contract import Engine
+from fxopt.engines.eager import Eager
+from fxopt.engines.onednn import OneDNN
+from fxopt.errors import EngineError
+
+ENGINES: Mapping[str, type[Engine]] = MappingProxyType({kind.name: kind for kind in (Eager, OneDNN)})
+"""Engines by the name that `fxopt.lower` and `--engine` take."""
+
+
+def find(name: str, options: Mapping[str, Any]) -> Engine:
+    """An engine by name, with its options set.
+
+    Raises:
+        EngineError: for a name or an option that is not there, or an engine that cannot run here.
+    """
+    kind = ENGINES.get(name)
+    if kind is None:
+        close = difflib.get_close_matches(name, ENGINES, n=1)
+        meant = f"did you mean '{close[0]}'? " if close else ""
+        raise EngineError(f"unknown engine '{name}'; {meant}there are {', '.join(ENGINES)}")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            there = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise EngineError(f"engine '{name}' has no option '{option}'; {there}")
+    engine = kind(**options)
+    reason = engine.unavailable()
+    if reason is not None:
+        raise EngineError(f"engine '{name}' cannot run here: {reason}")
+    return engine

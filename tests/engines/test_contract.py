@@ -1,0 +1,260 @@
+"""What every executable must do, whatever runs it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt import Inputs
+from fxopt.engines import ENGINES, Built, Engine, Sizes
+from fxopt.engines.lower import build
+from fxopt.engines.onednn import OneDNN
+from fxopt.errors import ArtifactError, EngineError
+from fxopt.verify import relative_error
+from tests.models import DYNAMIC, STATIC, Case, StagedCNN
+
+CASES = {**STATIC, **DYNAMIC}
+IN_PROCESS = ("eager", "onednn")
+
+
+def agree(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Equal nesting, shapes and dtypes; values within the tolerance."""
+    if isinstance(expected, torch.Tensor):
+        assert isinstance(found, torch.Tensor)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        assert relative_error(expected, found) <= tolerance
+        return
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, two in zip(found, expected, strict=True):
+            agree(one, two, tolerance)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+@pytest.mark.parametrize("name", CASES)
+def test_runs_what_the_module_runs(name: str, engine: str) -> None:
+    case: Case = CASES[name]
+    model, example = case.build(), case.example()
+    executable = fxopt.lower(model, Inputs(example, case.kwargs), engine)
+    assert executable.relative_error is not None
+    assert executable.relative_error < 1e-5
+    with torch.no_grad():
+        agree(executable(*example, **case.kwargs), model(*example, **case.kwargs))
+        if name not in DYNAMIC:
+            fresh = case.example(seed=5)
+            agree(executable(*fresh, **case.kwargs), model(*fresh, **case.kwargs))
+
+
+@pytest.mark.parametrize("name", ["staged_cnn", "conv_zoo", "encoder", "mixture", "recurrent"])
+def test_runs_what_passes_made_of_it(name: str) -> None:
+    case: Case = CASES[name]
+    model, example = case.build(), case.example()
+    result = fxopt.optimize(model, example, "clean,fuse", devices=())
+    executable = fxopt.lower(result.module, example, "onednn")
+    with torch.no_grad():
+        agree(executable(*example), model(*example))
+
+
+@pytest.fixture
+def cnn() -> tuple[nn.Module, torch.Tensor]:
+    case = STATIC["staged_cnn"]
+    return case.build(), case.example()[0]
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_the_module_is_not_changed_and_not_shared(engine: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    before = copy.deepcopy(model.state_dict())
+    executable = fxopt.lower(model, x, engine)
+    expected = executable(x)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    agree(executable(x), expected, 0)
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_copies_and_pickles_build_again_without_measuring(
+    engine: str, cnn: tuple[nn.Module, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = cnn
+    executable = fxopt.lower(model, x, engine)
+    expected, choices = executable(x), executable.choices
+    monkeypatch.setattr("fxopt.engines.onednn.choose", lambda *_: pytest.fail("it measured"))
+    for duplicate in (copy.deepcopy(executable), pickle.loads(pickle.dumps(executable))):
+        agree(duplicate(x), expected, 0)
+        assert duplicate.choices == choices
+        own = {parameter.data_ptr() for parameter in executable.parameters()}
+        assert not own & {parameter.data_ptr() for parameter in duplicate.parameters()}
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_saves_and_loads(engine: str, cnn: tuple[nn.Module, torch.Tensor], tmp_path: Any) -> None:
+    model, x = cnn
+    executable = fxopt.lower(model, x, engine)
+    executable.save(tmp_path / "lowered")
+    facts = json.loads((tmp_path / "lowered" / "engine.json").read_text())
+    assert facts["engine"] == engine
+    assert facts["choices"] == executable.choices
+    loaded = torch.load(tmp_path / "lowered" / "executable.pt", weights_only=False)
+    agree(loaded(x), executable(x), 0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="choose a directory"):
+        executable.save(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_new_weights_are_seen(engine: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    executable = fxopt.lower(model, x, engine)
+    other = StagedCNN().eval()
+    executable.module.load_state_dict(other.state_dict())
+    executable.load_state_dict({f"module.{name}": value for name, value in other.state_dict().items()})
+    with torch.no_grad():
+        agree(executable(x), other(x))
+
+
+REFUSED_CALLS = {
+    "another dtype": (lambda e, x: e(x.double()), "input 0 is 2x3x8x8 float64 on cpu, it was built for 2x3x8x8"),
+    "another device": (lambda e, x: e(x.to("meta")), "on meta, it was built for"),
+    "another rank": (lambda e, x: e(x[0]), "input 0 is 3x8x8 float32"),
+    "no tensor": (lambda e, x: e(3), "input 0 is a int, it was built for"),
+    "more arguments": (lambda e, x: e(x, x), "nested otherwise"),
+    "a gradient": (lambda e, x: e(x.clone().requires_grad_()), "requires a gradient"),
+    "autocast": (lambda e, x: torch.autocast("cpu")(e)(x), "outside of autocast"),
+    "training": (lambda e, x: e.train(), "cannot train"),
+    "a trained parameter": (lambda e, x: e.requires_grad_(), "cannot train"),
+    "half": (lambda e, x: e.half(), "was built for torch.float32 on 'cpu', not for torch.float16"),
+    "a move": (lambda e, x: e.to("meta"), "not for torch.float32 on 'meta'"),
+}
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+@pytest.mark.parametrize("what", REFUSED_CALLS)
+def test_refuses_what_it_was_not_built_for(what: str, engine: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    executable = fxopt.lower(model, x, engine)
+    call, message = REFUSED_CALLS[what]
+    with pytest.raises(EngineError, match=message):
+        call(executable, x)
+    executable.eval().to("cpu").requires_grad_(False)
+    agree(executable(x), executable(x), 0)
+
+
+def test_a_guard_of_the_capture_is_an_engine_error() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if x.shape[2] > 6 else x
+
+    executable = fxopt.lower(Sized().eval(), torch.randn(1, 3, 8, 8), "onednn")
+    assert executable(torch.randn(2, 3, 9, 7)).shape == (2, 4, 7, 5)
+    with pytest.raises(EngineError, match=r"x\.shape\[2\].*lower the module again"):
+        executable(torch.randn(1, 3, 5, 5))
+
+
+@dataclass(frozen=True)
+class Broken(Engine):
+    """Gives what its option says."""
+
+    name: ClassVar[str] = "broken"
+    sizes: ClassVar[Sizes] = Sizes.BATCH
+    fault: str = ""
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def build(self, module: Any, inputs: Any, choices: Any) -> Built:
+        faults = {"value": lambda y: y + 1e-2, "shape": lambda y: y[:1], "dtype": lambda y: y.double(),
+                  "nesting": lambda y: (y,), "": lambda y: y}  # fmt: skip
+        return Built(lambda x: faults[self.fault](module(x)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("value", "differs from that of the module by .*allowed 1e-04"),
+        ("shape", r"gives \(1, 5\) torch.float32 in place of \(2, 5\)"),
+        ("dtype", r"torch.float64 in place of \(2, 5\) torch.float32"),
+        ("nesting", "in place of"),
+    ],
+)
+def test_an_engine_that_computes_something_else_is_not_used(
+    fault: str, message: str, cnn: tuple[nn.Module, torch.Tensor]
+) -> None:
+    model, x = cnn
+    with pytest.raises(EngineError, match=message):
+        build(Broken(fault), model, Inputs((x,)))
+
+
+def test_sizes_that_an_engine_fixes_are_held(cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    executable = build(Broken(), model, Inputs((x,)))
+    assert executable(torch.cat([x, x])).shape == (4, 5)
+    with pytest.raises(EngineError, match="only the batch size may differ"):
+        executable(F.pad(x, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "onedn"}, "unknown engine 'onedn'; did you mean 'onednn'"),
+        ({"engine": "eager", "threads": 2}, "engine 'eager' has no option 'threads'"),
+        ({"engine": "onednn", "tune": 2}, "no option 'tune'; its options are tune_seconds"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    with pytest.raises(EngineError, match=message):
+        fxopt.lower(model, x, **arguments)
+
+
+def test_refuses_a_module_that_trains(cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    model.stem.bn.train()
+    with pytest.raises(EngineError, match=r"'stem.bn' is in training mode; call .eval"):
+        fxopt.lower(model, x)
+
+
+def test_refuses_another_device() -> None:
+    with pytest.raises(EngineError, match=r"runs on 'cpu', but the module and its inputs are on cpu, meta"):
+        fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2, device="meta"))
+
+
+def test_an_engine_that_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="cannot run here: this torch has no oneDNN; `pip install torch`"):
+        fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "onednn")
+    assert OneDNN().unavailable()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_says_what_its_options_do(name: str) -> None:
+    import dataclasses
+
+    kind = ENGINES[name]
+    assert kind.__doc__
+    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert all(field.metadata.get("help") for field in dataclasses.fields(kind))  # type: ignore[arg-type]

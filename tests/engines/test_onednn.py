@@ -1,0 +1,328 @@
+"""oneDNN's kernels against torch's: every way to compute every kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt import Inputs, spec
+from fxopt.engines import onednn
+from fxopt.engines.onednn import OneDNN
+from fxopt.engines.onednn.kernels import KERNELS
+from fxopt.errors import EngineError
+from fxopt.pipeline import replay
+from fxopt.verify import relative_error
+
+pytestmark = pytest.mark.skipif(OneDNN().unavailable() is not None, reason="this torch has no oneDNN")
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 8), (3, 12)),
+    "linear without bias": (lambda: nn.Linear(12, 8, bias=False), (3, 12)),
+    "linear on sequences": (lambda: nn.Linear(12, 8), (2, 5, 12)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "conv1d, strided and grouped": (lambda: nn.Conv1d(4, 6, 3, 2, 2, 2, groups=2), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 9, 8)),
+    "conv2d without bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (2, 4, 9, 8)),
+    "conv2d, odd geometry": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2)), (2, 4, 9, 8)),
+    "conv2d, grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 8)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 8)),
+    "conv2d, same": (lambda: nn.Conv2d(4, 6, (3, 5), padding="same", dilation=(2, 1)), (2, 4, 9, 8)),
+    "conv2d, valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (2, 4, 9, 8)),
+    "conv2d, 1x1": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 9, 8)),
+    "conv2d, 1x1 without bias": (lambda: nn.Conv2d(4, 6, 1, bias=False), (2, 4, 9, 8)),
+    "conv2d, 1x1 strided": (lambda: nn.Conv2d(4, 6, 1, (2, 3)), (2, 4, 9, 8)),
+    "conv2d on one place": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 1, 1)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 3, padding=1), (2, 2, 5, 4, 6)),
+    "conv3d, 1x1": (lambda: nn.Conv3d(2, 3, 1), (2, 2, 5, 4, 6)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), (2, 4, 5, 6)),
+    "transposed 2d, grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, groups=2, dilation=2), (2, 4, 5, 6)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, 2), (2, 2, 3, 4, 5)),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardtanh": lambda: nn.Hardtanh(-0.3, 0.4),
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu by tanh": lambda: nn.GELU("tanh"),
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+
+
+class Tailed(nn.Module):
+    """act(layer(x)), or act(layer(x) + y)."""
+
+    def __init__(self, layer: nn.Module, activation: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        out = self.layer(x)
+        return self.activation(out if y is None else out + y)
+
+
+class AddsFresh(nn.Module):
+    """The other operand is a value that nothing else sees, so its memory may be taken."""
+
+    def __init__(self, layer: nn.Module, activation: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.layer(x) + torch.exp(y))
+
+
+def force(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute every layer by one kernel where it applies, in channels_last, without measuring."""
+
+    def choose(layers: Any, budget: float) -> list[str]:
+        return [kernel if KERNELS[kernel](layer) is not None else "packed" for layer in layers]
+
+    monkeypatch.setattr(onednn, "choose", choose)
+    monkeypatch.setattr(onednn, "_time", lambda runs, inputs: {"as given": 2.0, "channels_last": 1.0})
+
+
+def lowered(model: nn.Module, *inputs: torch.Tensor) -> fxopt.Executable:
+    return fxopt.lower(replay(model, Inputs(inputs), spec.parse("clean,fuse")), inputs, "onednn")
+
+
+def check(executable: fxopt.Executable, model: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    with torch.no_grad():
+        expected = model(*(value.clone() for value in inputs))
+        found = executable(*inputs)
+    assert found.shape == expected.shape
+    assert found.dtype is expected.dtype
+    assert found.is_contiguous() or not expected.is_contiguous()
+    assert relative_error(expected.double(), found.double()) <= tolerance
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_kernel_of_every_layer(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(kernel, monkeypatch)
+    torch.manual_seed(0)
+    factory, shape = LAYERS[name]
+    model, x = factory().eval(), torch.randn(*shape)
+    executable = lowered(model, x)
+    assert not executable.reasons
+    check(executable, model, x)
+    check(executable, model, torch.randn(5, *shape[1:]))
+    check(executable, model, torch.randn(0, *shape[1:]))
+
+
+@pytest.mark.parametrize("kernel", ["packed", "mkl", "plain"])
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d", "conv2d, 1x1", "transposed 2d"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(kernel, monkeypatch)
+    torch.manual_seed(0)
+    factory, shape = LAYERS[layer]
+    model, x = Tailed(factory(), ACTIVATIONS[activation]()).eval(), torch.randn(*shape)
+    check(lowered(model, x), model, x)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("form", [Tailed, AddsFresh])
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d", "conv2d, grouped", "conv2d, 1x1", "transposed 2d"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_every_addition(
+    activation: str, layer: str, form: type[nn.Module], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(kernel, monkeypatch)
+    torch.manual_seed(0)
+    factory, shape = LAYERS[layer]
+    model, x = form(factory(), ACTIVATIONS[activation]()).eval(), torch.randn(*shape)
+    y = torch.randn_like(model.layer(x).detach())
+    executable = lowered(model, x, y)
+    assert len(executable.choices["kernels"]) == 1
+    before = y.clone()
+    check(executable, model, x, y)
+    assert torch.equal(y, before), "an input is never written"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "conv2d, 1x1"])
+def test_bfloat16(layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(kernel, monkeypatch)
+    torch.manual_seed(0)
+    factory, shape = LAYERS[layer]
+    model, x = Tailed(factory(), nn.ReLU()).eval().bfloat16(), torch.randn(*shape).bfloat16()
+    check(lowered(model, x), model, x, tolerance=2e-2)
+
+
+class Meeting(nn.Module):
+    """Two layers that meet in an addition without an activation, whose sum is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 3, padding=1)
+        self.two = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x) + self.two(x)
+        return self.last(y) + y
+
+
+class Viewed(nn.Module):
+    """`view` behind a convolution, and channels counted by another `view`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y = y.view(y.shape[0], 2, 4, -1).transpose(1, 2)
+        return y.reshape(y.shape[0], -1)
+
+
+class Hidden(nn.Module):
+    """Python that no graph shows, around a layer, and with a `view` of what the layer gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        if y.sum().item() > 1e9:
+            return y
+        return y.view(y.shape[0], -1)
+
+
+class WritesInput(nn.Module):
+    """The input of the convolution is written before the addition, so the convolution can't wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        y = self.conv(x)
+        x.mul_(2)
+        return y + x
+
+
+class AddsInto(nn.Module):
+    """`y += x` into an input, which the caller sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += self.conv(x)
+        return x * 2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("form", [Meeting, Viewed, Hidden, WritesInput, AddsInto])
+def test_odd_graphs(form: type[nn.Module], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(kernel, monkeypatch)
+    torch.manual_seed(0)
+    model = form().eval()
+    x = torch.randn(2, 3 if form is Meeting else 4, 6, 5)
+    executable = lowered(model, x)
+    check(executable, model, x.clone())
+    with torch.no_grad():
+        one, two = x.clone(), x.clone()
+        executable(one), model(two)
+    assert relative_error(two, one) < 1e-6
+
+
+def test_a_view_that_is_written_keeps_its_memory() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            y.view(-1).mul_(2)
+            return y
+
+    model, x = Written().eval(), torch.randn(2, 4, 6, 6)
+    executable = fxopt.lower(model, x)
+    check(executable, model, x)
+    assert [skip.where for skip in executable.reasons] == ["conv"]
+    assert "is a view of memory that is written" in executable.reasons[0].reason
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {
+    "double": (lambda: nn.Linear(3, 2).double(), torch.randn(2, 3).double(), "no kernels for torch.float64"),
+    "circular": (
+        lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+        torch.randn(1, 3, 5, 5),
+        "it pads by 'circular'",
+    ),
+    "uneven": (lambda: nn.Conv2d(3, 4, 2, padding="same"), torch.randn(1, 3, 5, 5), "not the same on both sides"),
+    "unbatched": (lambda: nn.Conv2d(3, 4, 3), torch.randn(3, 5, 5), "no batch dimension"),
+    "a vector": (lambda: nn.Linear(3, 2), torch.randn(3), "one dimension"),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 2, 2), torch.randn(1, 3, 5), "one-dimensional transposed"),
+    "a batch norm": (lambda: nn.BatchNorm2d(3), torch.randn(1, 3, 5, 5), "the pass 'fuse' folds it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stays_as_it_is_says_why(name: str) -> None:
+    factory, x, reason = REFUSED[name]
+    model = nn.Sequential(factory()).eval()
+    executable = fxopt.lower(model, x)
+    assert [skip.where.split(".")[0] for skip in executable.reasons] == ["0"]
+    assert reason in executable.reasons[0].reason
+    check(executable, model, x)
+
+
+def test_a_graph_that_is_slower_packed_stays_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_time", lambda runs, inputs: {"as given": 1.0, "channels_last": 2.0})
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)).eval(), torch.randn(1, 3, 5, 5)
+    executable = fxopt.lower(model, x)
+    assert executable.choices["layout"] == "as given"
+    assert "packed, the graph took 2.00x as long" in executable.reasons[0].reason
+    check(executable, model, x)
+
+
+def test_without_tuning_everything_is_packed() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)).eval(), torch.randn(1, 3, 5, 5)
+    executable = fxopt.lower(model, x, tune_seconds=0.0)
+    assert executable.choices["layout"] == "channels_last"
+    assert set(executable.choices["kernels"].values()) == {"packed"}
+
+
+def test_choices_of_another_module_are_refused() -> None:
+    x = torch.randn(1, 3)
+    executable = fxopt.lower(nn.Linear(3, 2).eval(), x)
+    other = fxopt.lower(nn.Sequential(nn.Linear(3, 2)).eval(), x)
+    other._choices, other._built = dict(executable.choices), None
+    with pytest.raises(EngineError, match="the choices are those of another module"):
+        other(x)
+
+
+def test_functions_are_taken_too() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(F.conv2d(x, self.weight, None, 1, 1))
+
+    model, x = Functional().eval(), torch.randn(2, 3, 5, 5)
+    executable = lowered(model, x)
+    assert len(executable.choices["kernels"]) == 1
+    check(executable, model, x)
