@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import pickle
+import pkgutil
 import sys
 import types
 from collections.abc import Mapping
@@ -194,11 +194,7 @@ class _GraphPickler(pickle.Pickler):
         name: str = value.__name__
         if getattr(module, name, None) is not value:
             return NotImplemented
-        return _function, (value.__module__, name)
-
-
-def _function(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name, (f"{value.__module__}:{name}",)
 
 
 class _Reference(str):
