@@ -13,6 +13,7 @@ from fxopt.modules.fused import (
     FusedConvTranspose3d,
     FusedLinear,
 )
+from fxopt.modules.onnx_quantize import for_onnx
 from fxopt.modules.rebuild import rebuild
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "FusedLinear",
     "Observer",
     "State",
+    "for_onnx",
     "fused_call",
     "rebuild",
 ]
