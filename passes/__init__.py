@@ -6,7 +6,31 @@ from passes.clean import Clean
 from passes.fuse import Fuse
 from passes.lora import LoRA, LoRAMerge
 from passes.qat import PTQ, QAT, QuantizeFreeze
+from passes.sparsify import Sparsify, SparsifyBake
 
-__all__ = ["PASSES", "PTQ", "QAT", "Audit", "Clean", "Fuse", "LoRA", "LoRAMerge", "QuantizeFreeze"]
+__all__ = [
+    "PASSES",
+    "PTQ",
+    "QAT",
+    "Audit",
+    "Clean",
+    "Fuse",
+    "LoRA",
+    "LoRAMerge",
+    "QuantizeFreeze",
+    "Sparsify",
+    "SparsifyBake",
+]
 
-PASSES: tuple[type[Pass], ...] = (Clean, Fuse, QAT, PTQ, QuantizeFreeze, LoRA, LoRAMerge, Audit)
+PASSES: tuple[type[Pass], ...] = (
+    Clean,
+    Fuse,
+    Sparsify,
+    SparsifyBake,
+    QAT,
+    PTQ,
+    QuantizeFreeze,
+    LoRA,
+    LoRAMerge,
+    Audit,
+)

@@ -4,6 +4,7 @@ from fxopt.graph.affine import Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead
 from fxopt.graph.module import GraphModule
 from fxopt.graph.observe import observe
+from fxopt.graph.product import Product, read_parameter, read_product
 from fxopt.graph.region import Program, Region
 from fxopt.graph.source import Source, inherit, source_of
 
@@ -11,6 +12,7 @@ __all__ = [
     "Affine",
     "Effects",
     "GraphModule",
+    "Product",
     "Program",
     "Region",
     "Source",
@@ -18,6 +20,8 @@ __all__ = [
     "inherit",
     "observe",
     "read_affine",
+    "read_parameter",
+    "read_product",
     "source_of",
     "why_not_plain",
 ]

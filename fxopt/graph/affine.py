@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxopt.contract import Skip
+from fxopt.graph.product import read_parameter
 from fxopt.graph.region import Region
 from fxopt.graph.source import source_of
 from fxopt.modules import FakeQuantize, Fused, fused_call
@@ -152,17 +153,10 @@ def _read_function(node: fx.Node, region: Region) -> Affine | Skip | None:
     called = isinstance(weight, fx.Node) and weight.op == "call_module"
     if called and isinstance(region.submodule(weight), FakeQuantize):
         return Skip(region.qualified(node), "its weight is fake-quantised already", source_of(node))
-    values = [_parameter(weight, region), None if bias is None else _parameter(bias, region)]
+    values = [read_parameter(weight, region), None if bias is None else read_parameter(bias, region)]
     if values[0] is None or (bias is not None and values[1] is None):
         return Skip(region.qualified(node), "its weight or bias is computed, not a parameter", source_of(node))
     options = {key: value for key, value in given.items() if key not in _TAIL}
     if any(isinstance(option, fx.Node) for option in options.values()):
         return Skip(region.qualified(node), "its options are computed", source_of(node))
     return Affine(node, kind, source, values[0], values[1], None, options, weight, bias, bare)
-
-
-def _parameter(node: Any, region: Region) -> torch.Tensor | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = region.attribute(node)
-    return value if isinstance(value, nn.Parameter) and value.is_floating_point() else None

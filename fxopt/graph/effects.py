@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.graph.region import Region
-from fxopt.modules import FakeQuantize, Fused, fused_call
+from fxopt.modules import FakeQuantize, Fused, Mask, fused_call
 
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -60,6 +60,7 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.ConstantPad3d,
     nn.ZeroPad2d,
     nn.MultiheadAttention,
+    Mask,
 )
 _VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten, FakeQuantize)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

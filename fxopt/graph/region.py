@@ -73,6 +73,15 @@ class Program:
             self._forget(node, old)
             self._note_call(node, new)
 
+    def replace_parameter(self, old: nn.Parameter, value: torch.Tensor) -> None:
+        """Put a new parameter in the place of `old` under all of its names; it trains if the old one did."""
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        for module in self.root.modules():
+            for name in [name for name, parameter in module._parameters.items() if parameter is old]:
+                module._parameters[name] = new
+                if isinstance(module, nn.RNNBase):
+                    module.__dict__["_flat_weights"] = [getattr(module, each) for each in module._flat_weights_names]
+
     def paths(self, module: nn.Module) -> list[str]:
         """All qualified names under which `module` is registered."""
         return [path for path, child in self.root.named_modules(remove_duplicate=False) if child is module]
@@ -220,11 +229,7 @@ class Region:
 
         Whatever reads the old one reads the new one then; it trains if the old one did.
         """
-        old = self.attribute(node)
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
-        for module in self.program.root.modules():
-            for name in [name for name, parameter in module._parameters.items() if parameter is old]:
-                module._parameters[name] = new
+        self.program.replace_parameter(self.attribute(node), value)
         self.program.note(node, self)
 
     def insert_module(

@@ -13,10 +13,13 @@ from fxopt.modules.fused import (
     FusedConvTranspose3d,
     FusedLinear,
 )
+from fxopt.modules.mask import Mask
+from fxopt.modules.masked import MASKED_FORMS, masked_form, unmasked_form
 from fxopt.modules.onnx_quantize import for_onnx
 from fxopt.modules.rebuild import rebuild
 
 __all__ = [
+    "MASKED_FORMS",
     "Activation",
     "FakeQuantize",
     "Fused",
@@ -27,9 +30,12 @@ __all__ = [
     "FusedConvTranspose2d",
     "FusedConvTranspose3d",
     "FusedLinear",
+    "Mask",
     "Observer",
     "State",
     "for_onnx",
     "fused_call",
+    "masked_form",
     "rebuild",
+    "unmasked_form",
 ]

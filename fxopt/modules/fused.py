@@ -12,13 +12,14 @@ from torch import nn
 from fxopt.modules.activation import Activation
 from fxopt.modules.fake_quantize import FakeQuantize
 from fxopt.modules.functional import tail
+from fxopt.modules.mask import Mask
 from fxopt.modules.rebuild import rebuild
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Fused(nn.Module):
-    """activation( bn( op(x, Q(W)) + b ) + other ), each part but op optional.
+    """activation( bn( op(x, Q(M W)) + b ) + other ), each part but op optional.
 
     The mixin of `FusedConv2d` and its kin. They are still a `torch.nn.Conv2d` (and so on) and keep its
     parameters under their names: `conv1.weight` stays `conv1.weight`.
@@ -38,6 +39,7 @@ class Fused(nn.Module):
             former name still loads.
         weight_fake_quant: what quantises the weight, or None.
         inner_fake_quant: what quantises the output of the operator before the addition, or None.
+        weight_mask: what holds part of the weight at zero, or None.
     """
 
     activation: Activation | None
@@ -57,6 +59,7 @@ class Fused(nn.Module):
         bn: BatchNorm | None = None,
         weight_fake_quant: FakeQuantize | None = None,
         inner_fake_quant: FakeQuantize | None = None,
+        weight_mask: Mask | None = None,
     ) -> Fused:
         """The fused form of `module`, with the same parameters and, if it is fused already, all that it holds."""
         kind = next(fused for plain, fused in _FORMS.items() if isinstance(module, plain))
@@ -64,7 +67,8 @@ class Fused(nn.Module):
         held = module if isinstance(module, Fused) else None
         fused.activation = activation or (held.activation if held is not None else None)
         fused.adds = adds or (held is not None and held.adds)
-        parts = {"bn": bn, "weight_fake_quant": weight_fake_quant, "inner_fake_quant": inner_fake_quant}
+        parts: dict[str, nn.Module | None] = {"bn": bn, "weight_mask": weight_mask}
+        parts |= {"weight_fake_quant": weight_fake_quant, "inner_fake_quant": inner_fake_quant}
         fused._modules.update({name: part for name, part in parts.items() if part is not None})
         return fused
 
@@ -82,6 +86,11 @@ class Fused(nn.Module):
     def inner_fake_quant(self) -> FakeQuantize | None:
         """What quantises the output of the operator before something is added to it."""
         return cast("FakeQuantize | None", self._modules.get("inner_fake_quant"))
+
+    @property
+    def weight_mask(self) -> Mask | None:
+        """What holds part of the weight at zero."""
+        return cast("Mask | None", self._modules.get("weight_mask"))
 
     @property
     def is_bare(self) -> bool:
@@ -118,12 +127,16 @@ class Fused(nn.Module):
 
     def scaled_weight(self) -> torch.Tensor:
         """The weight that `weight_fake_quant` sees: as it is, or as folding the batch norm makes it."""
-        scale = self.folding_scale()
-        return self.weight if scale is None else self.weight * self._by_channel(scale)
+        scale, weight = self.folding_scale(), self.masked_weight()
+        return weight if scale is None else weight * self._by_channel(scale)
+
+    def masked_weight(self) -> torch.Tensor:
+        """The weight with zeros where `weight_mask` has them."""
+        return self.weight if self.weight_mask is None else self.weight_mask(self.weight)
 
     def _affine(self, input: torch.Tensor, output_size: Sequence[int] | None) -> torch.Tensor:
         if self.weight_fake_quant is None:
-            return self._operate(input, self.weight, self.bias, output_size)
+            return self._operate(input, self.masked_weight(), self.bias, output_size)
         weight = self.weight_fake_quant(self.scaled_weight())
         scale = self.folding_scale()
         if scale is None:

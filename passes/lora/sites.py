@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.fx as fx
-import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
-from fxopt.graph import Affine, Region, read_affine, source_of
+from fxopt.graph import Affine, Region, read_affine, read_parameter, read_product, source_of
 from fxopt.modules import Fused
 from passes.lora import inside
 from passes.lora.adapter import Adapter
 from passes.lora.forms import Form, form_of
-
-_PRODUCTS = (operator.matmul, torch.matmul, torch.mm)
-_METHODS = ("matmul", "mm", "__matmul__")
 
 
 @dataclass(frozen=True)
@@ -84,8 +78,6 @@ def _read(node: fx.Node, region: Region) -> Site | Skip | None:
         return _affine(affine, region)
     if isinstance(affine, Skip):
         return None if node.op == "call_function" and "computed" in affine.reason else affine
-    if node.op == "call_function" and node.target in (F.embedding, torch.embedding):
-        return _functional_embedding(node, region)
     return _product(node, region)
 
 
@@ -135,52 +127,21 @@ def _embedding_module(node: fx.Node, region: Region) -> Site | Skip | None:
     return Site(node, _names(slot), slot, module.weight, form, "embedding", source)
 
 
-def _functional_embedding(node: fx.Node, region: Region) -> Site | None:
-    weight_first = node.target is torch.embedding
-    first, second = (node.args[i] if len(node.args) > i else None for i in range(2))
-    ids = node.kwargs.get("indices" if weight_first else "input", second if weight_first else first)
-    weight = node.kwargs.get("weight", first if weight_first else second)
-    max_norm = node.args[3] if len(node.args) > 3 and not weight_first else node.kwargs.get("max_norm")
-    if max_norm is not None:
-        return None
-    return _by_function(node, "embedding", ids, weight, None, region)
-
-
 def _product(node: fx.Node, region: Region) -> Site | None:
-    given = node.args
-    if (node.op == "call_function" and node.target in _PRODUCTS) or (
-        node.op == "call_method" and node.target in _METHODS
-    ):
-        return _by_function(node, "matmul", given[0], given[1], None, region) if len(given) == 2 else None
-    adds = (node.op == "call_function" and node.target is torch.addmm) or (
-        node.op == "call_method" and node.target == "addmm"
-    )
-    if adds and len(given) == 3 and not node.kwargs:
-        return _by_function(node, "matmul", given[1], given[2], given[0], region)
-    return None
-
-
-def _by_function(node: fx.Node, kind: str, value: Any, weight: Any, bias: Any, region: Region) -> Site | None:
-    parameter = _parameter(weight, region)
-    if parameter is None or parameter.dim() != 2 or not isinstance(value, fx.Node) or value.op == "get_attr":
+    found = read_product(node, region)
+    if found is None:
         return None
-    slot = _slot(node, "weight", weight, region)
-    bias_slot = _slot(node, "bias", bias, region) if _parameter(bias, region) is not None else None
-    return Site(node, _names(slot), slot, parameter, form_of(kind, parameter.shape, {}), kind, value, bias_slot)
-
-
-def _parameter(node: Any, region: Region) -> nn.Parameter | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = region.attribute(node)
-    return value if isinstance(value, nn.Parameter) and value.is_floating_point() else None
+    slot = _slot(node, "weight", found.weight_node, region)
+    bias_slot = None if found.bias_node is None else _slot(node, "bias", found.bias_node, region)
+    form = form_of(found.kind, found.weight.shape, {})
+    return Site(node, _names(slot), slot, found.weight, form, found.kind, found.input, bias_slot)
 
 
 def _whole_weight(
     node: fx.Node, region: Region, uses: Mapping[fx.Node, Any], layouts: Mapping[str, set[str]]
 ) -> Site | None:
     """A parameter that something other than a known layer reads, or layers that see it in different forms."""
-    parameter = _parameter(node, region)
+    parameter = read_parameter(node, region)
     if parameter is None or parameter.dim() < 2:
         return None
     slot = _slot(node, "weight", node, region)

@@ -1,0 +1,100 @@
+"""Layers of torch.nn that use their weights as a whole, with masks on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.modules.mask import SUFFIX, Mask
+from fxopt.modules.rebuild import rebuild
+
+
+class MaskedEmbedding(nn.Embedding):
+    """`torch.nn.Embedding` with a mask on its weight, which is looked up as the weight is."""
+
+    weight_mask: Mask
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows of the masked weight."""
+        held = self.weight_mask
+        options = (self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse)
+        if held.score is not None:
+            return F.embedding(input, held(self.weight), *options)
+        # The table may be large and the rows few.
+        return torch.where(held.mask[input], F.embedding(input, self.weight, *options), 0)
+
+
+class _Replacing:
+    """Runs the plain forward with masked weights in the place of the weights."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain forward."""
+        assert isinstance(self, nn.Module)
+        with _masks_applied(self):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class MaskedLSTM(_Replacing, nn.LSTM):
+    """`torch.nn.LSTM` with masks on its weights."""
+
+
+class MaskedGRU(_Replacing, nn.GRU):
+    """`torch.nn.GRU` with masks on its weights."""
+
+
+class MaskedRNN(_Replacing, nn.RNN):
+    """`torch.nn.RNN` with masks on its weights."""
+
+
+class MaskedMultiheadAttention(_Replacing, nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` with masks on its weights, that of `out_proj` included."""
+
+
+MASKED_FORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Embedding: MaskedEmbedding,
+    nn.LSTM: MaskedLSTM,
+    nn.GRU: MaskedGRU,
+    nn.RNN: MaskedRNN,
+    nn.MultiheadAttention: MaskedMultiheadAttention,
+}
+"""Which layers have a form that holds masks, beside convolutions and linear layers, whose form is `Fused`."""
+
+
+def masked_form(module: nn.Module) -> nn.Module:
+    """The same module, with the same parameters, in the form that holds masks."""
+    return rebuild(module, MASKED_FORMS[type(module)])
+
+
+def unmasked_form(module: nn.Module) -> nn.Module:
+    """The same module without its masks."""
+    plain = next(plain for plain, masked in MASKED_FORMS.items() if type(module) is masked)
+    made = rebuild(module, plain)
+    for name in [name for name, child in made._modules.items() if isinstance(child, Mask)]:
+        del made._modules[name]
+    return made
+
+
+@contextmanager
+def _masks_applied(module: nn.Module) -> Iterator[None]:
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for owner in module.modules():
+        for name, child in owner._modules.items():
+            if isinstance(child, Mask):
+                leaf = name.removesuffix(SUFFIX)
+                before.append((owner, leaf, cast("nn.Parameter", owner._parameters[leaf])))
+                owner._parameters[leaf] = child(owner._parameters[leaf])
+    flat = {owner: owner._flat_weights for owner, _, _ in before if isinstance(owner, nn.RNNBase)}
+    try:
+        for owner in flat:
+            owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
+        yield
+    finally:
+        for owner, leaf, weight in before:
+            owner._parameters[leaf] = weight
+        for owner, weights in flat.items():
+            owner.__dict__["_flat_weights"] = weights

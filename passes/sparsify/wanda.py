@@ -1,0 +1,99 @@
+"""The length of what each input of a layer saw: |w| |x| of Wanda (Sun et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from fxopt.errors import PassError
+from fxopt.graph import GraphModule, Program, observe
+from fxopt.inputs import Inputs
+from fxopt.modules import Fused
+from passes.sparsify.mask import Masked, PrunedMask
+
+_LAST = ("linear", "matmul", "addmm", "mm", "__matmul__")
+
+
+def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Inputs]) -> None:
+    """Run the module on all batches and add up the squares of what each masked layer is given.
+
+    Raises:
+        PassError: there are no batches, or a layer sees none of them.
+    """
+    hooks = [each.owner.register_forward_pre_hook(_watch(each.mask)) for each in found if isinstance(each.owner, Fused)]
+    functional = {id(each.mask): each.mask for each in found if not isinstance(each.owner, Fused)}
+    readers = _readers(module, functional)
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    count = 0
+    try:
+        with torch.no_grad():
+            for count, batch in enumerate(batches, start=1):  # noqa: B007
+                observe(module, batch.args, batch.kwargs, _visit(readers))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for child, training in modes:
+            if child.training is not training:
+                child.train(training)
+    unseen = [each.name for each in found if each.mask.input_norm is None or not each.mask.input_norm.any()]
+    if count == 0:
+        raise PassError(
+            "sparsify: criterion 'wanda' needs the inputs of the layers and there is no calibration data; give some "
+            "by optimize(..., calibration=batches) or take criterion=magnitude"
+        )
+    if unseen:
+        raise PassError(f"sparsify: no calibration batch reached '{unseen[0]}'; leave it out by exclude=[{unseen[0]}]")
+    for each in found:
+        assert each.mask.input_norm is not None
+        each.mask.input_norm.sqrt_()
+
+
+def _watch(mask: PrunedMask) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(owner: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        _add(mask, args[0], channels_last=isinstance(owner, nn.Linear))
+
+    return hook
+
+
+def _readers(module: GraphModule, masks: dict[int, PrunedMask]) -> dict[fx.Node, list[tuple[PrunedMask, bool]]]:
+    """For each value that a function multiplies with a masked weight: the mask, and whether channels are last."""
+    found: dict[fx.Node, list[tuple[PrunedMask, bool]]] = {}
+    for region in Program(module).regions:
+        for node in region.graph.nodes:
+            mask = region.submodule(node) if node.op == "call_module" else None
+            if not isinstance(mask, PrunedMask) or id(mask) not in masks:
+                continue
+            for user in node.users:
+                value = next((other for other in user.all_input_nodes if other is not node), None)
+                if value is not None:
+                    name = str(user.kwargs.get("kind", getattr(user.target, "__name__", user.target)))
+                    source = user.args[1] if name == "addmm" else value
+                    assert isinstance(source, fx.Node)
+                    found.setdefault(source, []).append((mask, name in _LAST))
+    return found
+
+
+def _visit(readers: dict[fx.Node, list[tuple[PrunedMask, bool]]]) -> Callable[[GraphModule, fx.Node, object], None]:
+    def visit(_: GraphModule, node: fx.Node, value: object) -> None:
+        for mask, channels_last in readers.get(node, ()):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                _add(mask, value, channels_last)
+
+    return visit
+
+
+def _add(mask: PrunedMask, value: torch.Tensor, channels_last: bool) -> None:
+    norm = mask.input_norm
+    assert norm is not None
+    rows, _, inputs = norm.shape
+    axis = value.dim() - 1 if channels_last else value.dim() - (mask.mask.dim() - 1)
+    others = [dim for dim in range(value.dim()) if dim != axis]
+    squares = value.detach().float().square().sum(others)
+    if mask.outputs == 0:
+        # Of a grouped convolution each output sees the inputs of its group only.
+        squares = squares.reshape(mask.groups, 1, inputs).expand(-1, rows // mask.groups, -1)
+    norm += squares.reshape(-1, 1, inputs)
