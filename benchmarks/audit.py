@@ -1,16 +1,25 @@
 """What `audit` finds in a corpus of single faults, and in stock models, where it should find nothing that is untrue.
 
-python benchmarks/audit.py [SECONDS]
+python benchmarks/audit.py        (pip install .[bench] brings the peers)
 
-writes benchmarks/results/audit.md; stops taking new models after SECONDS
+writes benchmarks/results/audit.md. A peer has found a fault where it says something of the faulty module that it does
+not say of the corrected twin; what it says of a twin is counted beside. On stock models the text of the line that a
+finding names is its evidence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import linecache
+import statistics
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +29,11 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fxopt.findings import Severity, Subject  # noqa: E402
+from fxopt.findings import Finding, Severity, Subject  # noqa: E402
 from fxopt.inputs import Inputs  # noqa: E402
 from fxopt.torchvision_operators import declare_missing  # noqa: E402
 from passes.audit import Audit  # noqa: E402
-from tests.audit_corpus.reading import cases  # noqa: E402
+from tests.audit_corpus.reading import FOLDER, Case, cases  # noqa: E402
 
 Build = Callable[[], tuple[nn.Module, Inputs]]
 
@@ -103,50 +112,182 @@ def from_timm() -> Iterator[tuple[str, Build]]:
         yield name, of(functools.partial(timm.create_model, name, pretrained=False), 2, 3, size, size)
 
 
-def corpus() -> str:
-    """Look at every module of the corpus."""
-    found = wrong = faults = twins = 0
-    for case in cases():
-        result = Audit().inspect(case.subject())
-        places = {(f.rule, f.place.line) for f in result.findings if f.place is not None}
-        faults += case.line is not None
-        twins += case.line is None
-        found += (case.rule, case.line) in places
-        wrong += case.line is None and bool(result.findings)
-    twin = f"{wrong} of {twins} corrected twins with a finding"
-    return f"Corpus: {found} of {faults} faults found by the right rule at the right line; {twin}."
+Says = Callable[[Case], set[str]]
 
 
-def main() -> None:
-    """Make the table."""
-    limit = time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else "1e9")
-    torch.set_num_threads(2)
-    first = corpus() if len(sys.argv) < 3 else sys.argv[2]
+def by_fxopt(case: Case) -> set[str]:
+    """Rules and lines."""
+    return {f"{f.rule}:{f.place.line if f.place else 0}" for f in Audit().inspect(case.subject()).findings}
+
+
+def by_export(case: Case) -> set[str]:
+    """The error of the export."""
+    subject = case.subject()
+    assert subject.module is not None and subject.inputs is not None
+    try:
+        torch.export.export(subject.module.eval(), subject.inputs.args, strict=False)
+    except Exception as error:
+        return {type(error).__name__}
+    return set()
+
+
+def by_torch_audit(case: Case) -> set[str]:
+    """Rules and entities, of its static look and of one step."""
+    import torch_audit
+
+    subject = case.subject()
+    assert subject.module is not None and subject.inputs is not None
+    batch = subject.inputs.args[0]
+    found = list(torch_audit.audit(subject.module, batch=batch, suppress_internal_errors=True).findings)
+    with contextlib.suppress(Exception):
+        outputs = [t for t in torch.utils._pytree.tree_leaves(subject.module.train()(batch)) if t.requires_grad]
+        sum((t * torch.randn_like(t)).sum() for t in outputs).backward()
+        kinds = {"phase": "backward", "batch": batch, "suppress_internal_errors": True}
+        found += torch_audit.audit(subject.module, **kinds).findings
+    return {f"{f.rule_id}:{f.entity}" for f in found}
+
+
+def by_torchtest2(case: Case) -> set[str]:
+    """Checks that fail or warn."""
+    import torchtest2
+
+    subject = case.subject()
+    assert subject.module is not None and subject.inputs is not None
+    report = torchtest2.check_model(subject.module, subject.inputs.args[0])
+    return {check.name for check in (*report.failures, *report.warnings)}
+
+
+@functools.cache
+def _torchfix() -> dict[str, set[str]]:
+    """All that TorchFix says of the corpus, by place."""
+    command = [sys.executable, "-m", "torchfix", "--select=ALL", str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said: dict[str, set[str]] = {}
+    for line in done.stdout.splitlines():
+        path, *rest = line.split(":")
+        if len(rest) > 1 and rest[0].isdigit():
+            said.setdefault(f"{Path(path).name}:{rest[0]}", set()).add(line)
+    return said
+
+
+def by_torchfix(case: Case) -> set[str]:
+    """What it says of the line."""
+    return _torchfix().get(f"{case.path.name}:{case.line}", set())
+
+
+PEERS: dict[str, tuple[str, Says]] = {
+    "fxopt audit": ("", by_fxopt),
+    "torch.export": ("torch", by_export),
+    "torch-audit": ("torch-audit", by_torch_audit),
+    "torchtest2": ("torchtest2", by_torchtest2),
+    "TorchFix": ("torchfix", by_torchfix),
+}
+
+
+def corpus() -> Iterator[str]:
+    """A row a tool: faults that it tells from their corrected twins, and twins of which it says something."""
+    yield "| tool | version | faults found | at the right line, by the right rule | twins with a finding | seconds |"
+    yield "|---|---|---|---|---|---|"
+    everything = {(case.rule, case.name): case for case in cases()}
+    for tool, (package, says) in PEERS.items():
+        try:
+            version = metadata.version(package) if package else "this one"
+        except metadata.PackageNotFoundError:
+            yield f"| {tool} | not installed | | | | |"
+            continue
+        began, found, right, twins, faults = time.perf_counter(), 0, 0, 0, 0
+        for (rule, name), case in everything.items():
+            if case.line is None:
+                continue
+            said, of_twin = _quietly(says, case), _quietly(says, everything[rule, f"{name}Fixed"])
+            faults += 1
+            found += bool(said - of_twin)
+            right += f"{rule}:{case.line}" in said
+            twins += bool(of_twin)
+        exact = (
+            f"{right} of {faults}" if not package else "names none" if tool != "TorchFix" else f"{found} of {faults}"
+        )
+        seconds = time.perf_counter() - began
+        yield f"| {tool} | {version} | {found} of {faults} | {exact} | {twins} of {faults} | {seconds:.0f} |"
+        print(tool, found, right, twins, f"{seconds:.0f} s", flush=True)
+
+
+def _quietly(says: Says, case: Case) -> set[str]:
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            return says(case)
+        except Exception as error:
+            return {f"failed: {type(error).__name__}"}
+
+
+def stock() -> Iterator[str]:
+    """A row a model, and how many have no finding worse than a note."""
     rows, clean = [], 0
     for source in (from_torch, from_transformers, from_torchvision, from_timm):
         for name, build in source():
-            if time.monotonic() > limit:
-                break
             torch.manual_seed(0)
-            try:
-                module, inputs = build()
-            except Exception as error:
-                print(name, "can't be built:", error)
-                continue
+            module, inputs = build()
             began = time.perf_counter()
             result = Audit().inspect(Subject(name, module, inputs))
             seconds = time.perf_counter() - began
             bad = [finding for finding in result.findings if finding.severity is not Severity.NOTE]
             clean += not bad
-            said = "; ".join(f"{f.rule} {f.place}: {f.message}".replace(str(ROOT), "") for f in bad) or "nothing"
-            short = [note.split(": ", 1)[-1][:80] for note in result.notes]
-            row = [source.__name__.removeprefix("from_"), name, f"{seconds:.1f}", said, "; ".join(short)]
-            rows.append("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |")
+            said = "; ".join(map(_evidence, bad)) or "nothing"
+            short = "; ".join(note.split(": ", 1)[-1][:80] for note in result.notes)
+            notes = len(result.findings) - len(bad)
+            row = [source.__name__.removeprefix("from_"), name, f"{seconds:.1f}", said, str(notes), short]
+            rows.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |")
             print(rows[-1], flush=True)
-    head = "| library | model | seconds | errors and warnings | not looked at |\n|---|---|---|---|---|"
-    total = f"Stock models: {clean} of {len(rows)} without an error or a warning."
-    text = f"# audit\n\n{first}\n\n{total}\n\n{head}\n" + "\n".join(rows) + "\n"
-    (ROOT / "benchmarks" / "results" / "audit.md").write_text(text, encoding="utf-8")
+    yield f"{clean} of {len(rows)} without an error or a warning.\n"
+    yield "| library | model | seconds | errors and warnings, with the line they name | notes | not looked at |"
+    yield "|---|---|---|---|---|---|"
+    yield from rows
+
+
+def _evidence(finding: Finding) -> str:
+    place = finding.place
+    if place is None:
+        return f"{finding.rule}: {finding.message}"
+    where = "/".join(Path(place.path).parts[-3:])
+    return (
+        f"{finding.rule} {where}:{place.line} `{linecache.getline(place.path, place.line).strip()}`: {finding.message}"
+    )
+
+
+def speed() -> Iterator[str]:
+    """Warm, in one process, whole inspections."""
+    import torchvision
+    import transformers
+
+    models = {
+        "resnet50, 1x3x224x224": (torchvision.models.resnet50(), torch.randn(1, 3, 224, 224)),
+        "bert-base, 1x128": (transformers.BertModel(transformers.BertConfig()), torch.randint(1, 1000, (1, 128))),
+    }
+    yield "| model | median seconds of 5 | least | most |\n|---|---|---|---|"
+    for name, (module, given) in models.items():
+        subject, times = Subject(name, module.eval(), Inputs((given,))), []
+        for _ in range(6):
+            began = time.perf_counter()
+            Audit().inspect(subject)
+            times.append(time.perf_counter() - began)
+        warm = times[1:]
+        yield f"| {name} | {statistics.median(warm):.2f} | {min(warm):.2f} | {max(warm):.2f} |"
+        print(name, [f"{one:.2f}" for one in times], flush=True)
+
+
+def main() -> None:
+    """Make the tables."""
+    torch.set_num_threads(2)
+    declare_missing()
+    lines = ["# audit", "", "Speed, warm, on two threads:", "", *speed()]
+    lines += ["", "Single faults, each with a corrected twin:", "", *corpus()]
+    lines += ["", "Stock models:", "", *stock()]
+    (ROOT / "benchmarks" / "results" / "audit.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

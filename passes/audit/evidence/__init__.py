@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxopt.findings import Layer, Subject
 from passes.audit.evidence import code
@@ -89,6 +90,14 @@ class Evidence:
         """Where tensors of two devices meet."""
         run = self._fake_device
         return (self._tried("the fake-device run", lambda subject: run.result()) or []) if run is not None else []
+
+    @functools.cached_property
+    def settled(self) -> bool:
+        """Whether activations in evaluation are those of training: not before batch norms have seen a batch."""
+        return not any(
+            isinstance(module, _BatchNorm) and module.num_batches_tracked is not None and not module.num_batches_tracked
+            for _, module in self.modules
+        )
 
     @functools.cached_property
     def gains(self) -> dict[str, Gain]:

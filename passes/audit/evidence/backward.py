@@ -73,7 +73,7 @@ def run_backward(subject: Subject) -> Backward | None:
         seen.spoiled = _blame(subject)
     if zero:
         other = copied(subject, training=True)
-        if any(_wake(parameter) for parameter in other.parameters()):
+        if sum(_wake(parameter) for parameter in other.parameters()):  # wakes all of them
             _differentiate(other, subject, Backward())
             seen.revived = {name for name in zero if _norms(other).get(name)}
         seen.dead = zero - seen.revived

@@ -20,7 +20,15 @@ def lacks_onnx(operator: Any) -> bool:
         return False
     if name.startswith(_INTERNAL) and not name.startswith("_linalg"):
         return False
-    return not _has_form()(operator)
+    return not any(map(_has_form(), _functional(operator)))
+
+
+def _functional(operator: Any) -> list[Any]:
+    """What export makes of an operator that writes in place."""
+    packet = getattr(torch.ops.aten, operator.overloadpacket.__name__.rstrip("_"), None)
+    if not operator._schema.is_mutable or packet is None:
+        return [operator]
+    return [getattr(packet, overload) for overload in packet.overloads()]
 
 
 @functools.cache

@@ -34,7 +34,7 @@ class SaturatedActivation(Rule):
         """All places that have the fault."""
         for (path, place), calls in called(evidence).items():
             share = min(each.flat for each in calls)
-            if share > _SHARE:
+            if share > _SHARE and evidence.settled:
                 what = "rows" if calls[0].name == "softmax" else "outputs"
                 message = f"{share:.0%} of the {what} of '{calls[0].name}' are where it is flat"
                 yield self.found(message, place, path)

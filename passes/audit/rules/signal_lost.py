@@ -44,7 +44,7 @@ class SignalLost(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
         seen = evidence.forward
-        if seen is None or seen.given is None:
+        if seen is None or seen.given is None or not evidence.settled:
             return
         # A sum of parts is no layer: what it was made of comes before it.
         leaves = [(path, found) for path, found in seen.layers.items() if not any(evidence.children(path))]

@@ -139,3 +139,38 @@ def test_a_head_of_zeros_is_no_lost_signal():
     net = Net()
     nn.init.zeros_(net.fc2.weight)
     assert "FX412" not in rules(net)
+
+
+class Branches(nn.Module):
+    """Residual branches that start as zeros, as many models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+        for branch in self.branches:
+            nn.init.zeros_(branch[2].weight)
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+def test_branches_that_start_as_zeros_are_not_dead():
+    assert not {"FX402", "FX407"} & rules(Branches())
+
+
+def test_nothing_is_said_of_a_signal_before_batch_norms_have_seen_a_batch():
+    def block():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+    deep = nn.Sequential(*(block() for _ in range(20)), nn.Linear(8, 4))
+    assert "FX412" not in rules(deep)
+
+
+def test_an_operator_in_place_has_the_form_of_the_other():
+    class Strided(Net):
+        def forward(self, x):
+            return super().forward(x.clone().as_strided_((6, 8), (8, 1)))
+
+    assert "FX503" not in rules(Strided())
