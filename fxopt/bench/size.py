@@ -96,7 +96,7 @@ def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.detach()]
 
 
-def _attention_on_cpu() -> dict[Any, Any]:
+def attention_on_cpu() -> dict[Any, Any]:
     """The formula that torch has for attention on CUDA, for its CPU operator, which has none."""
     from torch.utils.flop_counter import sdpa_flop_count
 
@@ -109,6 +109,6 @@ def _attention_on_cpu() -> dict[Any, Any]:
 def _flops(call: Callable[[], object]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    with visible_operators(), FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
+    with visible_operators(), FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter:
         call()
     return int(counter.get_total_flops())

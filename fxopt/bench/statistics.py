@@ -79,6 +79,11 @@ def paired_interval(
     )
 
 
+def median_interval(times: Sequence[float]) -> tuple[float, float]:
+    """The order statistics between which the median lies with at least 95 %, whatever the distribution."""
+    return _sign_interval(np.asarray(times, dtype=np.float64))
+
+
 def _block_resamples(
     values: npt.NDArray[np.float64], resamples: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from fxopt.cli.audit import audit
+from fxopt.cli.bench import bench
 from fxopt.cli.explain import explain
 from fxopt.cli.lora import app as lora
 from fxopt.cli.passes import passes
@@ -39,6 +40,7 @@ app.command()(passes)
 app.add_typer(lora, name="lora")
 app.command()(audit)
 app.command()(explain)
+app.command()(bench)
 
 
 def _version(asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""The forms in which a command prints."""
+"""What several commands let the user choose from."""
 
 import enum
 
@@ -9,3 +9,16 @@ class Format(str, enum.Enum):
     TABLE = "table"
     MARKDOWN = "markdown"
     JSON = "json"
+
+
+class Device(str, enum.Enum):
+    """What to measure on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    ALL = "all"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As torch calls them."""
+        return ("cpu", "cuda") if self is Device.ALL else (self.value,)

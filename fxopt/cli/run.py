@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fxopt.cli.formats import Format
+from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
 
 DEFAULT_PASSES = "clean,fuse"
-
-
-class Device(str, enum.Enum):
-    """What to measure on."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-    ALL = "all"
 
 
 def run(
@@ -76,7 +67,7 @@ def run(
                 loaded.module,
                 loaded.inputs,
                 passes=pipeline,
-                devices=("cpu", "cuda") if device is Device.ALL else (device.value,),
+                devices=device.names,
                 evaluate=loaded.evaluate,
                 calibration_data=loaded.calibration_data,
                 target=loaded.name,

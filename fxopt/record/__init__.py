@@ -7,6 +7,7 @@ always means "not measured".
 from fxopt.record.build import Entry, build, of_capture, of_comparison, of_entry, of_size
 from fxopt.record.plain import number, plain
 from fxopt.record.shape import Record
+from fxopt.record.survey import of_survey
 from fxopt.record.version import SCHEMA, check_version, schema
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "of_comparison",
     "of_entry",
     "of_size",
+    "of_survey",
     "plain",
     "schema",
 ]

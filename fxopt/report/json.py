@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
-from fxopt.record.shape import Record
 
-
-def as_json(record: Record) -> str:
+def as_json(record: Mapping[str, Any]) -> str:
     """The record as JSON text; a number that JSON lacks would be a bug, so it is refused."""
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tabulate import tabulate
 
-from fxopt.record.shape import Record
-from fxopt.report.sections import Section, Table, sections
+from fxopt.report.section import Section, Table
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~#])")
 
 
-def markdown(record: Record) -> str:
+def markdown(sections: Sequence[Section]) -> str:
     """The whole report as Markdown."""
     blocks: list[str] = []
-    for level, section in enumerate(sections(record)):
+    for level, section in enumerate(sections):
         blocks.append(f"{'##' if level == 0 else '###'} {_escaped(section.title)}")
         blocks += _blocks(section)
     return "\n\n".join(blocks) + "\n"

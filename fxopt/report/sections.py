@@ -1,50 +1,18 @@
-"""What a report says, in order, before anything is said of how it looks."""
+"""What the report of a run says, in order, before anything is said of how it looks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from fxopt.record.shape import LatencyRecord, NotMeasured, Record
 from fxopt.report import groups, words
+from fxopt.report.section import Section, Table
 
 _MOST_GROUPS = 8
 _MOST_PLACES = 3
 _MOST_GUARDS = 5
 _MOST_OPAQUE = 12
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under headings.
-
-    Attributes:
-        headings: of the columns.
-        rows: of texts.
-        right: indices of the columns that line up on the right.
-    """
-
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    right: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Section:
-    """One thing that a report tells.
-
-    Attributes:
-        title: heading.
-        facts: pairs of a label and a text; an empty label carries the one before on.
-        table: comes after the facts.
-        notes: come last.
-    """
-
-    title: str
-    facts: tuple[tuple[str, str], ...] = ()
-    table: Table | None = None
-    notes: tuple[str, ...] = ()
 
 
 def sections(record: Record) -> list[Section]:
@@ -56,9 +24,7 @@ def sections(record: Record) -> list[Section]:
 
 def _run(record: Record) -> Section:
     machine = record["machine"]
-    cpu = f"{machine.get('cpu', 'unknown CPU')}, {machine.get('cores', '?')} cores, {machine.get('cpu_capability', '')}"
-    software = f"torch {machine.get('torch', '?')}, {machine.get('threads', '?')} threads, {machine.get('os', '?')}"
-    facts = [("target", record["target"]), ("inputs", record["inputs"]), ("machine", f"{cpu}; {software}")]
+    facts = [("target", record["target"]), ("inputs", record["inputs"]), ("machine", words.machine(machine))]
     if machine.get("gpu"):
         facts.append(("", f"{machine['gpu']}, driver {machine.get('gpu_driver')}, CUDA {machine.get('cuda')}"))
     seconds = [record["capture"]["seconds"], sum(entry["seconds"] for entry in record["passes"])]

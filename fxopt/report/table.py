@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tabulate import tabulate
 
-from fxopt.record.shape import Record
-from fxopt.report.sections import Section, Table, sections
+from fxopt.report.section import Section, Table
 
 _WIDTH = 100
 _INDENT = "  "
 
 
-def table(record: Record) -> str:
+def table(sections: Sequence[Section]) -> str:
     """The whole report as text, without colours."""
-    return "\n\n".join("\n".join(_lines(section)) for section in sections(record)) + "\n"
+    return "\n\n".join("\n".join(_lines(section)) for section in sections) + "\n"
 
 
 def _lines(section: Section) -> Iterator[str]:

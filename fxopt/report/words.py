@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fxopt.record.shape import LatencyRecord, Number
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """A fingerprint in one line: CPU, then software."""
+    cpu = f"{found.get('cpu', 'unknown CPU')}, {found.get('cores', '?')} cores, {found.get('cpu_capability', '')}"
+    return f"{cpu}; torch {found.get('torch', '?')}, {found.get('threads', '?')} threads, {found.get('os', '?')}"
 
 
 def duration(milliseconds: float) -> str:

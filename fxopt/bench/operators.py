@@ -1,0 +1,67 @@
+"""What the operators of one call compute and move, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from fxopt.bench.size import attention_on_cpu
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of one call.
+
+    Attributes:
+        name: `aten::addmm`.
+        flops: a multiply and its add are two; None where torch has no formula for it.
+        bytes: of the tensors that it reads and writes; 0 for a view.
+    """
+
+    name: str
+    flops: int | None
+    bytes: int
+
+
+def operators_of(call: Callable[[], object]) -> list[Operator]:
+    """Make one call and list its operators."""
+    listing = _Listing()
+    with listing:
+        call()
+    return listing.found
+
+
+class _Listing(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Operator] = []
+        attention = {packet: shape_wrapper(formula) for packet, formula in attention_on_cpu().items()}
+        self._formulas = {**flop_registry, **attention}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        flops = None if formula is None else int(formula(*args, **kwargs, out_val=result))
+        self.found.append(Operator(func._schema.name, flops, _traffic(func, (args, kwargs), result)))
+        return result
+
+
+def _traffic(func: Any, given: Any, result: Any) -> int:
+    read, written = _tensors(given), _tensors(result)
+    storages = {tensor.untyped_storage()._cdata for tensor in read}
+    views = all(tensor.untyped_storage()._cdata in storages for tensor in written)
+    if written and views and not func._schema.is_mutable:
+        return 0
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*read, *written])
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]

@@ -1,0 +1,92 @@
+"""`fxopt bench`: everything that can be measured of one model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxopt.cli.formats import Device, Format
+from fxopt.cli.progress import progress
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) >= least for part in parts):
+        raise typer.BadParameter(f"'{text}' is no list of numbers from {least}, such as 1,4,16", param_hint=option)
+    return [int(part) for part in parts]
+
+
+def bench(
+    target: Annotated[
+        str, typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET")
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Load these weights first: safetensors or a saved state_dict.", metavar="FILE")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.ALL,
+    batches: Annotated[
+        str, typer.Option("--batch", help="Batch sizes to measure the throughput at.", metavar="N,N")
+    ] = "1,2,4,8,16,32",
+    threads: Annotated[int | None, typer.Option(help="Threads of torch within an operator.", min=1)] = None,
+    interop: Annotated[int | None, typer.Option(help="Operators that torch may run at once.", min=1)] = None,
+    pin: Annotated[
+        str | None, typer.Option(help="Hold all threads to these cores while measuring.", metavar="CORE,CORE")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Seconds that measuring one device may take.", min=0.1, metavar="SECONDS")
+    ] = 10.0,
+    cold: Annotated[bool, typer.Option(help="Measure the start of a fresh process too.")] = True,
+    style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure a model: latency, throughput, memory, cold start, and where the time goes."""
+    sizes = _numbers("--batch", batches, 1)
+    cores = None if pin is None else _numbers("--pin", pin, 0)
+    with progress(quiet) as stage:
+        stage("load")
+        # What the user's code prints is not part of the report.
+        with contextlib.redirect_stdout(sys.stderr):
+            import torch
+
+            from fxopt import report
+            from fxopt.bench import cold_start, set_interop_threads
+            from fxopt.bench.survey import survey
+            from fxopt.record import of_survey
+            from fxopt.target import load
+
+            if interop is not None:
+                set_interop_threads(interop)
+            torch.manual_seed(seed)
+            loaded = load(target, inputs=inputs or (), weights=weights, train=train)
+            start = functools.partial(
+                cold_start,
+                target,
+                inputs=inputs or (),
+                weights=weights,
+                train=train,
+                device="cuda" if device is Device.CUDA else "cpu",
+                threads=threads,
+            )
+            found = survey(
+                loaded,
+                devices=device.names,
+                batches=sizes,
+                budget_seconds=budget,
+                threads=threads,
+                cores=cores,
+                cold=start if cold else None,
+                progress=stage,
+            )
+    typer.echo(report.render(of_survey(found), style.value), nl=False)
