@@ -10,10 +10,11 @@ from torch import nn
 from fxopt.errors import PassError, VerifyError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import Fused
+from fxopt.modules import Fused, Mask
+from fxopt.modules.mask import SUFFIX
 from fxopt.verify import TOLERANCE, relative_error
 from passes.lora.active import adapters
-from passes.lora.adapter import Adapter
+from passes.lora.adapter import Adapter, LayerAdapter
 from passes.lora.forms import Conv
 
 
@@ -34,7 +35,7 @@ def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) ->
     """
     found = [adapter for adapter in adapters(module) if not adapter.merged]
     for adapter in found:
-        reason = why_not(module, adapter)
+        reason = why_not(module, adapter, keep_zeros)
         if reason is not None:
             raise PassError(f"lora: '{adapter.name}' can't be merged: {reason}")
     before = _outputs(module, inputs)
@@ -81,9 +82,14 @@ def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:
             _put(owner, leaf, nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad))
 
 
-def why_not(module: nn.Module, adapter: Adapter) -> str | None:
+def why_not(module: nn.Module, adapter: Adapter, keep_zeros: bool) -> str | None:
     """What keeps a weight from holding its adapters; None if nothing does."""
-    owner, _ = slot_of(module, adapter)
+    owner, leaf = slot_of(module, adapter)
+    masked = isinstance(owner._modules.get(leaf + SUFFIX), Mask)
+    if masked and isinstance(adapter, LayerAdapter) and not keep_zeros:
+        return (
+            "its weight has a mask, which would drop part of the update; merge with keep_zeros"
+        )
     if isinstance(owner, Fused) and owner.weight_fake_quant is not None:
         return "its weight is fake-quantised, and rounding it with the adapter in it gives another weight"
     for name, _ in adapter.active:

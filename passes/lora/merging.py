@@ -72,11 +72,11 @@ class LoRAMerge(Pass):
         root = region.program.root
         if adapter.merged:
             return None
-        reason = why_not(root, adapter)
+        reason = why_not(root, adapter, self.keep_zeros)
         if reason is None:
             # All that share a weight are merged together, so that what was tied stays tied.
             every = [child for child in root.modules() if isinstance(child, Adapter) and not child.merged]
-            fold(root, [child for child in every if why_not(root, child) is None], self.keep_zeros)
+            fold(root, [child for child in every if why_not(root, child, self.keep_zeros) is None], self.keep_zeros)
         return reason
 
 

@@ -29,7 +29,7 @@ class SparsifyBake(Pass):
 
     name: ClassVar[str] = "sparsify-bake"
     promise: ClassVar[Promise] = Promise.EXACT
-    after: ClassVar[tuple[str, ...]] = ("sparsify", "qat", "lora")
+    after: ClassVar[tuple[str, ...]] = ("sparsify",)
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Bake the whole program with its first region."""

@@ -1,0 +1,148 @@
+"""Masks beside the other passes, an engine, and ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.errors import PassError
+from fxopt.graph import GraphModule
+from fxopt.modules import Fused, FusedConv2d
+from passes import lora, sparsify
+from passes.sparsify import SparsityScheduler
+from tests.models import settle
+from tests.passes.sparsify.test_masks import Functional, run
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    return settle(nn.Sequential(*layers, nn.Linear(288, 16), nn.ReLU(), nn.Linear(16, 4)))
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 6, 6)
+
+
+def zeros_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {each.name: ~each.mask.mask for each in sparsify.masked_weights(module)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sparsify,fuse",
+        "fuse,sparsify",
+        "sparsify{granularity=2:4,exclude=['0']},fuse",
+        "fuse,sparsify,qat",
+        "sparsify,fuse,qat",
+        "fuse,sparsify{scope=global}",
+    ],
+)
+def test_masks_survive_what_comes_behind(spec: str, training: bool) -> None:
+    x = images()
+    module, _ = run(network().train(training), (x,), spec, [(x,)])
+    zeros = zeros_of(module)
+    assert len(zeros) >= 2
+    for each in sparsify.masked_weights(module):
+        assert not each.weight[zeros[each.name]].any()
+        assert isinstance(each.owner, Fused)
+    if not training:
+        before = module(x)
+        sparsify.bake(module)
+        torch.testing.assert_close(module(x), before, rtol=0, atol=0)
+
+
+def test_folding_keeps_the_mask_and_the_outputs() -> None:
+    x = images()
+    alone, _ = run(network().eval(), (x,), "sparsify{amount=0.7}")
+    folded, _ = run(network().eval(), (x,), "sparsify{amount=0.7},fuse")
+    torch.testing.assert_close(folded(x), alone(x))
+    first = sparsify.masked_weights(folded)[0]
+    assert isinstance(first.owner, FusedConv2d)
+    assert torch.equal(first.mask.mask, sparsify.masked_weights(alone)[0].mask.mask)
+    with torch.no_grad():
+        first.weight.add_(~first.mask.mask)
+    torch.testing.assert_close(folded(x), alone(x))
+
+
+def test_quantised_zeros_stay_zero_through_training() -> None:
+    x = images()
+    module, _ = run(network().train(), (x,), "fuse,sparsify{amount=0.8},qat", [(x,)])
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    scheduler = SparsityScheduler(module, optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    module.eval()
+    for each in sparsify.masked_weights(module):
+        assert isinstance(each.owner, Fused)
+        assert each.owner.weight_fake_quant is not None
+        quantised = each.owner.weight_fake_quant(each.owner.scaled_weight())
+        assert not quantised[~each.mask.mask].any()
+
+
+def adapted(spec: str = "sparsify{amount=0.8},lora{rank=2,targets=['1']}") -> tuple[GraphModule, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    module, _ = run(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval(), (x,), spec)
+    with torch.no_grad():
+        for parameter in lora.trainable_parameters(module):
+            parameter.normal_()
+    return module, x
+
+
+def test_an_adapter_merges_into_a_masked_weight_with_its_zeros_only() -> None:
+    module, _ = adapted()
+    zeros = zeros_of(module)["1"]
+    before = module.get_parameter("1.weight").detach().clone()
+    with pytest.raises(PassError, match="its weight has a mask, which would drop part of the update"):
+        lora.merge(module)
+    lora.merge(module, keep_zeros=True)
+    merged = module.get_parameter("1.weight")
+    assert torch.equal(merged == 0, zeros)
+    assert not torch.equal(merged, before)
+
+
+def test_a_baked_weight_merges_as_any_other() -> None:
+    module, x = adapted("sparsify{amount=0.8},sparsify-bake,lora{rank=2,targets=['1']}")
+    before = module(x)
+    lora.merge(module)
+    torch.testing.assert_close(module(x), before)
+
+
+def test_qat_says_that_the_weight_of_a_function_is_masked() -> None:
+    _, ledger = run(Functional().eval(), (torch.randn(4, 8),), "sparsify,qat", [(torch.randn(4, 8),)])
+    assert {skip.reason for skip in ledger.entries[1].skips} == {"its weight or bias is computed, not a parameter"}
+
+
+def test_sparsify_refuses_functions_whose_weight_is_quantised() -> None:
+    _, ledger = run(Functional().eval(), (torch.randn(4, 8),), "qat,sparsify", [(torch.randn(4, 8),)])
+    assert "it is fake-quantised; put sparsify before qat" in {skip.reason for skip in ledger.entries[1].skips}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("baked", [False, True])
+def test_exports_to_onnx(baked: bool, tmp_path: Path) -> None:
+    x = images()
+    module, _ = run(network().eval(), (x,), "fuse,sparsify" + (",sparsify-bake" if baked else ""))
+    path = tmp_path / "model.onnx"
+    with torch.no_grad():
+        torch.onnx.export(module, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_runs_by_an_engine() -> None:
+    x = images()
+    module, _ = run(network().eval(), (x,), "fuse,sparsify")
+    torch.testing.assert_close(fxopt.lower(module, x, "onednn")(x), module(x), rtol=1e-4, atol=1e-5)
