@@ -18,6 +18,7 @@ import multiprocessing.connection
 import os
 import random
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -105,14 +106,14 @@ def _run_all(specimens: list[Specimen], jobs: int, timeout: float) -> Iterator[d
         while waiting and len(running) < jobs:
             specimen = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(specimen, theirs))
+            process = context.Process(target=_work, args=(specimen, theirs, int(timeout)))
             process.start()
             theirs.close()
             running.append((specimen, process, ours, time.monotonic()))
         multiprocessing.connection.wait([ours for _, _, ours, _ in running], timeout=1.0)
         for item in list(running):
             specimen, process, ours, began = item
-            late = time.monotonic() - began > timeout
+            late = time.monotonic() - began > 10 * timeout
             if not (ours.poll() or late or not process.is_alive()):
                 continue
             facts = {"library": specimen.library, "name": specimen.name, "kind": specimen.kind}
@@ -120,14 +121,17 @@ def _run_all(specimens: list[Specimen], jobs: int, timeout: float) -> Iterator[d
                 answer = ours.recv() if ours.poll() else {"status": "timeout" if late else "failed"}
             except EOFError:
                 answer = {"status": "failed", "error": "its process ended"}
-            process.kill()
+            process.kill() if late else None
             process.join()
+            if process.exitcode == -signal.SIGXCPU:
+                answer = {"status": "timeout"}
             running.remove(item)
             yield facts | answer
 
 
-def _work(specimen: Specimen, pipe: Any) -> None:
+def _work(specimen: Specimen, pipe: Any, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)

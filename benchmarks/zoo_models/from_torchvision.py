@@ -25,6 +25,10 @@ _SIZES = {
     "maxvit_t": 224,
     "squeezenet1_0": 96,
     "squeezenet1_1": 96,
+    # Large enough that no stage is as small as one window of attention.
+    "swin_v2_t": 256,
+    "swin_v2_s": 256,
+    "swin_v2_b": 256,
 }
 _SIZED_AT_BUILD = ("vit_",)
 # So many candidates as in use take minutes without compiled operators.
@@ -68,9 +72,11 @@ def _build(name: str, kind: str) -> Built:
         options |= smaller if part in name else {}
     module = torchvision.models.get_model(name, **options).eval()
     make = _inputs(name, kind)
-    size = _SIZES.get(name, 64)
+    size = _SIZES.get(name.removeprefix("quantized_"), 64)
+    few = 1 if name.startswith("mvit") else 2
     # A network's strides divide the other size too.
-    return module, {"example": make(2, size), "batch": make(3, size), "size": make(2, size + 32)}
+    other = size + 32 if size < 256 else size - 32
+    return module, {"example": make(few, size), "batch": make(few + 1, size), "size": make(few, other)}
 
 
 def _inputs(name: str, kind: str) -> Callable[[int, int], Inputs]:

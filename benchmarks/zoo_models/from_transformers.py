@@ -10,6 +10,8 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +21,8 @@ from torch import nn
 from fxopt.inputs import Inputs
 from fxopt.torchvision_operators import declare_missing
 from zoo_models.specimen import Built, Specimen
+from zoo_models.transformers_inputs import VOCABULARY, Sizes, inputs, wanted
 
-VOCABULARY = 120
 _WIDTHS = {
     64: "hidden_size d_model n_embd dim intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim embedding_size "
     "moe_intermediate_size shared_expert_intermediate_size dim_feedforward hidden_dim n_inner ffn_hidden_size "
@@ -51,56 +53,101 @@ _SMALL = {name: size for size, names in _WIDTHS.items() for name in names.split(
 }
 _VOCABULARIES = ("vocab_size", "decoder_vocab_size", "text_vocab_size", "encoder_vocab_size")
 _LAYERS_ONLY = tuple(_WIDTHS[2].split()[:9])
-_CONFIGS: dict[str, dict[str, Any]] = {}
-_PARAMETERS = 20_000_000
+_CONFIGS: dict[str, dict[str, Any]] = {
+    # Block-sparse attention is for 700 tokens and more; with fewer, a model replaces its own layers when first called.
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "autoformer": {"prediction_length": 4},
+    "informer": {"prediction_length": 4},
+    "time_series_transformer": {"prediction_length": 4},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 4},
+    "timm_backbone": {"backbone": "resnet18"},
+    "efficientnet": {"image_size": 64},
+}
+_PARAMETERS = 150_000_000
+
+
+def _without(*sizes: int) -> dict[str, int]:
+    return {name: size for name, size in _SMALL.items() if size not in sizes}
+
+
+# The sizes of heads hang together in ways of their own, and layers alternate in threes and fours.
+_WAYS: tuple[dict[str, int], ...] = (
+    _SMALL,
+    _SMALL | {"num_key_value_heads": 4},
+    _SMALL | {"num_key_value_heads": 4} | dict.fromkeys(_LAYERS_ONLY, 4),
+    _SMALL | dict.fromkeys(_LAYERS_ONLY, 8),
+    _without(16, 32),
+    _without(16, 32) | dict.fromkeys(_LAYERS_ONLY, 8),
+    _without(16, 32, 64, 4),
+    _without(16, 32, 64, 4) | dict.fromkeys(_LAYERS_ONLY, 4),
+    dict.fromkeys(_LAYERS_ONLY, 2),
+    {},
+)
 
 
 def specimens() -> Iterator[Specimen]:
-    """One for each model type, and one that is given a cache for each decoder."""
+    """One for each model type, one given a cache for each decoder, a padded one for a fourth of what reads text."""
     declare_missing()
     # Imported here, before each model gets a process of its own.
     importlib.import_module("transformers.modeling_utils")
     importlib.import_module("transformers.models.bart.modeling_bart")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
-    for model_type in MODEL_MAPPING_NAMES:
+    decoders = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    texts = {**decoders, **auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, **auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    for model_type in auto.MODEL_MAPPING_NAMES:
         yield Specimen(model_type, "transformers", "model", functools.partial(_build, model_type))
-        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            build = functools.partial(_build, model_type, with_cache=True)
+        if model_type in decoders:
+            build = functools.partial(_build, model_type, "given a cache")
             yield Specimen(f"{model_type} (given a cache)", "transformers", "decoder", build)
+        if model_type in texts and zlib.crc32(model_type.encode()) % 4 == 0:
+            build = functools.partial(_build, model_type, "padded")
+            yield Specimen(f"{model_type} (padded)", "transformers", "padded", build)
 
 
-def _build(model_type: str, with_cache: bool = False) -> Built:
+def _build(model_type: str, call: str = "") -> Built:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    config, module = _smallest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING if with_cache else MODEL_MAPPING)
-    module = module.eval()
-    if with_cache:
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if call == "given a cache" else MODEL_MAPPING
+    config, module, names, other_axes = _smallest(model_type, mapping)
+    if call == "given a cache":
         return module, {
             "example": _continued(module, 2, 6),
             "batch": _continued(module, 3, 6),
             "size": _continued(module, 2, 9),
         }
+    padded = call == "padded"
+    if padded and not {"input_ids", "attention_mask"} <= inspect.signature(module.forward).parameters.keys():
+        raise RuntimeError("it takes no attention mask")
+    names |= {"attention_mask"} if padded else set()
+    example = functools.partial(_example, config, names, other_axes=other_axes, padded=padded)
     return module, {
-        "example": _inputs(module, config, 2, 12),
-        "batch": _inputs(module, config, 3, 12),
-        "size": _inputs(module, config, 2, 9, larger=True),
+        "example": example(),
+        "batch": example(batch=3),
+        "size": example(length=9, larger=True),
     }
 
 
-def _smallest(model_type: str, mapping: Any) -> tuple[Any, nn.Module]:
+def _example(config: Any, names: frozenset[str], **sizes: Any) -> Inputs:
+    return inputs(config, names, Sizes(**sizes))
+
+
+def _smallest(model_type: str, mapping: Any) -> tuple[Any, nn.Module, frozenset[str], bool]:
     """The first of a few ways to shrink the default config that the model can be built and run with."""
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
     default = cls().to_dict()
-    failure: Exception | None = None
-    for names in (_SMALL, dict.fromkeys(_LAYERS_ONLY, 2)):
+    failures: list[str] = []
+    for way, whole in itertools.product(_WAYS, (True, False)):
         try:
-            config = cls(**(_shrunk(default, names) | copy.deepcopy(_CONFIGS.get(model_type, {}))))
+            config = cls(**(_shrunk(default, way, whole) | copy.deepcopy(_CONFIGS.get(model_type, {}))))
             model = mapping[type(config)]
             model = model[0] if isinstance(model, (list, tuple)) else model
             with torch.device("meta"):
@@ -108,24 +155,22 @@ def _smallest(model_type: str, mapping: Any) -> tuple[Any, nn.Module]:
             if parameters > _PARAMETERS:
                 raise ValueError(f"{parameters / 1e6:.0f} million parameters")
             module = model(config).eval()
-            with torch.no_grad():
-                inputs = _inputs(module, config, 2, 12)
-                module(*inputs.args, **inputs.kwargs)
+            names, other_axes = wanted(module, config)
         except Exception as error:  # whatever a config or a constructor refuses
-            failure = failure or error
+            failures.append(f"{type(error).__name__}: {error}"[:200])
             continue
-        return config, model(config)
-    raise RuntimeError(f"no small config: {type(failure).__name__}: {failure}") from failure
+        return config, model(config).eval(), names, other_axes
+    raise RuntimeError("no small config: " + " / ".join(dict.fromkeys(failures)))
 
 
-def _shrunk(default: Mapping[str, Any], small: Mapping[str, int]) -> dict[str, Any]:
-    """What to change about a config, in the sub-configs too."""
+def _shrunk(default: Mapping[str, Any], small: Mapping[str, int], whole: bool) -> dict[str, Any]:
+    """What to change about a config, in the sub-configs too; `whole` repeats what is not changed in those."""
     changes: dict[str, Any] = {}
     token = VOCABULARY - 30
     for name, value in default.items():
         if isinstance(value, dict) and "model_type" in value:
-            changes[name] = _shrunk(value, small)
-            changes[name]["model_type"] = value["model_type"]
+            kept = {key: copy.deepcopy(item) for key, item in value.items() if whole or key == "model_type"}
+            changes[name] = kept | _shrunk(value, small, whole)
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         elif name in _VOCABULARIES and value > VOCABULARY:
@@ -136,62 +181,6 @@ def _shrunk(default: Mapping[str, Any], small: Mapping[str, int]) -> dict[str, A
         elif name in small and value > small[name]:
             changes[name] = small[name]
     return changes
-
-
-def _inputs(module: nn.Module, config: Any, batch: int, length: int, larger: bool = False) -> Inputs:
-    names = set(inspect.signature(module.forward).parameters)
-    generator = torch.Generator().manual_seed(batch * 100 + length)
-
-    def tokens(count: int) -> torch.Tensor:
-        return torch.randint(5, VOCABULARY - 40, (batch, count), generator=generator)
-
-    kwargs: dict[str, Any] = {}
-    main = getattr(module, "main_input_name", "input_ids")
-    if "input_ids" in names and main not in ("pixel_values", "input_features", "input_values"):
-        kwargs["input_ids"] = tokens(length)
-    if main == "pixel_values" or ("pixel_values" in names and "get_image_features" in dir(module) and _is_dual(module)):
-        kwargs["pixel_values"] = _images(config, batch, larger, generator)
-        if "input_ids" in names and _is_dual(module):
-            kwargs["input_ids"] = tokens(length)
-    if main == "input_features" and main in names:
-        bins = _find(config, "num_mel_bins") or _find(config, "feature_size") or 80
-        frames = 2 * (_find(config, "max_source_positions") or 40)
-        kwargs[main] = torch.randn(batch, bins, frames, generator=generator)
-        if _find(config, "input_feat_per_channel") or "conformer" in type(module).__name__.lower():
-            kwargs[main] = kwargs[main].transpose(1, 2).contiguous()
-    if main == "input_values" and main in names:
-        kwargs[main] = torch.randn(batch, 4000 + 200 * length, generator=generator)
-    if "decoder_input_ids" in names:
-        kwargs["decoder_input_ids"] = tokens(length - 4)
-    return Inputs((), {name: value for name, value in kwargs.items() if name in names})
-
-
-def _images(config: Any, batch: int, larger: bool, generator: torch.Generator) -> torch.Tensor:
-    size = _find(config, "image_size") or 64
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    more = 32 if larger else 0
-    channels = _find(config, "num_channels") or 3
-    shape: tuple[int, ...] = (batch, channels, height + more, width + more)
-    frames = _find(config, "num_frames")
-    if frames:
-        shape = (batch, frames, *shape[1:])
-    return torch.randn(shape, generator=generator)
-
-
-def _is_dual(module: nn.Module) -> bool:
-    return hasattr(module, "text_projection") and hasattr(module, "visual_projection")
-
-
-def _find(config: Any, name: str) -> Any:
-    """A setting of a config or of the first of its sub-configs that has it."""
-    value = getattr(config, name, None)
-    if value is not None:
-        return value
-    for part in ("vision_config", "audio_config", "encoder_config", "backbone_config", "encoder"):
-        value = getattr(getattr(config, part, None), name, None)
-        if value is not None:
-            return value
-    return None
 
 
 def _continued(module: nn.Module, batch: int, length: int) -> Inputs:

@@ -71,6 +71,7 @@ class Decisions(Objects):
         assumption, location = f"the values of {known.node.name}", str(user_source() or "")
         self.guards[Guard(assumption, location)] = None
         expected = self.known(kept).node
+        self.fixed.add(expected.target)
         self.emit("call_function", guard_tensor, (known.node, expected, assumption, location))
 
     def _guard(self, node: fx.Node, relation: str, expected: Any, answer: bool, assumption: str) -> None:

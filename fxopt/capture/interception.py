@@ -184,7 +184,7 @@ def _arrays(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[No
     def from_numpy(array: Any) -> torch.Tensor:
         tensor = original(array)
         if is_recording():
-            recorder.arrays.add(recorder.known(tensor).node.target)
+            recorder.fixed.add(recorder.known(tensor).node.target)
         return tensor
 
     with replaced(torch, "from_numpy", from_numpy):

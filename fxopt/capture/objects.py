@@ -19,7 +19,7 @@ import torch.fx as fx
 from fxopt.capture.describe import describe
 from fxopt.capture.guards import guard_input, guard_items
 from fxopt.capture.provenance import Depends
-from fxopt.capture.structure import Build, attributes_of, items_of, put_attribute, put_item, replace_items
+from fxopt.capture.structure import Build, TheClass, attributes_of, items_of, put_attribute, put_item, replace_items
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Origin, Tensors, holds_tensor
 from fxopt.capture.traced import Sink, Traced, plain, traced
@@ -76,6 +76,8 @@ class Objects(Tensors):
             return value
         if isinstance(value, type) and value in _DTYPES:
             return _DTYPES[value]
+        if isinstance(value, type):
+            return self.emit("call_function", TheClass(value))
         if id(value) in self._objects:
             self._catch_up(value)
             return self._objects[id(value)][1]

@@ -38,10 +38,12 @@ RANDOM = frozenset(
 """Functions that draw random numbers in either mode."""
 
 SIZED_BY_VALUES = frozenset(
-    "nonzero unique unique_consecutive masked_select argwhere repeat_interleave bincount nms tensor_split "
-    "_unique2 unique_dim".split()
+    "nonzero unique unique_consecutive masked_select argwhere bincount nms _unique2 unique_dim".split()
 )
 """Functions whose result's size depends on the values of an argument."""
+
+SIZED_BY_SECOND = frozenset("repeat_interleave tensor_split".split())
+"""Functions whose result's size depends on the values of their second argument, where that is a tensor."""
 
 ELEMENTWISE = frozenset("add sub mul div truediv pow rsub true_divide add_ sub_ mul_ div_ clamp clamp_ fill_".split())
 """Functions whose result's size does not depend on the value of a number among the arguments."""

@@ -38,7 +38,7 @@ class Recording:
         examples: for each module that an opaque one called: the arguments of its first call.
         guards: what was assumed.
         met: unregistered tensors that were used.
-        arrays: names of those of them that were made of arrays.
+        fixed: names of those of them whose values can't depend on an input.
         asked_mode: paths of modules that read their `training` flag.
         calls: torch calls in the graph.
         hidden_calls: torch calls inside opaque modules, and outside of the modules that they call.
@@ -52,7 +52,7 @@ class Recording:
     examples: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]
     guards: tuple[Guard, ...]
     met: tuple[Met, ...]
-    arrays: frozenset[str]
+    fixed: frozenset[str]
     asked_mode: frozenset[str]
     calls: int
     hidden_calls: int
@@ -230,7 +230,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         examples=run.examples,
         guards=tuple(recorder.guards),
         met=tuple(recorder.met),
-        arrays=frozenset(recorder.arrays),
+        fixed=frozenset(recorder.fixed),
         asked_mode=frozenset(recorder.asked_mode),
         calls=recorder.calls,
         hidden_calls=run.hidden_calls,

@@ -83,6 +83,7 @@ def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Rea
         attempt = _Attempt(recording, dict(recording.blocked))
         if not fake:
             _find_what_stays(attempt, root, call, state, began)
+            _find_made_unseen(attempt, root, call, state, began, opaque)
     except Exception as error:
         attempt = _Attempt(None, {})
         state.restore()
@@ -106,6 +107,28 @@ def _raise_if_eager_does(root: nn.Module, call: Call, fake: bool) -> None:
             return
         came_from(eager, root)
         raise eager from eager.__cause__
+
+
+def _find_made_unseen(
+    attempt: _Attempt, root: nn.Module, call: Call, state: State, began: RandomState, opaque: Mapping[str, Reason]
+) -> None:
+    """Block the modules that use tensors which code outside of torch's view makes anew at each call.
+
+    A tensor that was there before the call is a constant, and is there at a second call too.
+    """
+    recording = attempt.recording
+    assert recording is not None
+    unknown = [met for met in recording.met if met.name not in recording.fixed and not state.holds(met.tensor)]
+    if not unknown or attempt.blocked:
+        return
+    state.restore()
+    began.restore()
+    fresh = call.fresh()
+    again = {id(met.tensor) for met in record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque)).met}
+    for met in unknown:
+        if id(met.tensor) not in again:
+            reason = "it uses a tensor that was made where torch does not let calls be recorded, such as an extension"
+            attempt.blocked.setdefault(met.path, (reason, met.location))
 
 
 def _find_what_stays(attempt: _Attempt, root: nn.Module, call: Call, state: State, began: RandomState) -> None:

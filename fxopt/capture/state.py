@@ -22,10 +22,10 @@ class State:
     """Buffers, parameters, submodules and plain attributes of a module tree at one moment."""
 
     def __init__(self, module: nn.Module):
-        memo: dict[int, Attribute] = {}
+        self._seen: dict[int, Attribute] = {}
         self._modules = [child for child in _all_modules(module) if not isinstance(child, torch.jit.ScriptModule)]
         self._attributes = [
-            {name: look(value, memo) for name, value in _attributes(child).items()} for child in self._modules
+            {name: look(value, self._seen) for name, value in _attributes(child).items()} for child in self._modules
         ]
         self._registries = [
             {name: child.__dict__[name].copy() for name in _REGISTRIES if name in child.__dict__}
@@ -33,6 +33,11 @@ class State:
         ]
         tensors = [*module.parameters(), *module.buffers()]
         self._tensors = [(tensor, tensor._version, lazy_copy(tensor)) for tensor in tensors if not is_lazy(tensor)]
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether an attribute is `tensor`, or holds it."""
+        known = self._seen.get(id(tensor))
+        return known is not None and known.value is tensor
 
     def changed(self, *, by_value: bool = False) -> list[tuple[nn.Module, str]]:
         """Attributes that were set, deleted or filled since: (module, name).

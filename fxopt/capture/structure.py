@@ -49,6 +49,28 @@ class Build:
         return self.__name__
 
 
+class TheClass:
+    """A node's target that gives a class: no literal of generated code can."""
+
+    def __init__(self, cls: type):
+        self.cls = cls
+        self.__name__ = f"the_class_{cls.__name__}"
+        self.__module__ = __name__
+
+    def __call__(self) -> type:
+        """Give the class."""
+        return self.cls
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TheClass) and other.cls is self.cls
+
+    def __hash__(self) -> int:
+        return hash((TheClass, self.cls))
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+
 def replace_items(container: Any, items: Any) -> None:
     """Give a list or dict that was passed in the contents that the forward left in it."""
     container.clear()

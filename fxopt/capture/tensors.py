@@ -62,7 +62,7 @@ class Tensors(Tape):
     Attributes:
         values: what is known of each tensor.
         met: unregistered tensors.
-        arrays: names of those of them that were made of arrays.
+        fixed: names of those of them whose values were guarded when they were made, or can't depend on an input.
     """
 
     def __init__(self, tensors: Mapping[int, str]) -> None:
@@ -70,7 +70,7 @@ class Tensors(Tape):
         self.tensors = tensors
         self.values = WeakTensorKeyDictionary()
         self.met: list[Met] = []
-        self.arrays: set[Any] = set()
+        self.fixed: set[Any] = set()
         self._written: dict[int, Depends] = {}
 
     def owns(self, value: Any) -> TypeGuard[Traced]:
@@ -85,6 +85,8 @@ class Tensors(Tape):
             if name is None:
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     self.block("it uses a tensor that was computed before or outside of what torch lets be recorded")
+                if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                    self.block("it runs under a functorch transform, such as vmap")
                 name = f"_constant_{len(self.met)}"
                 self.met.append(Met(tensor, name, self.path, str(user_source() or "")))
             value = Value(self.emit("get_attr", name), Depends.CONSTANT, Depends.CONSTANT)
@@ -124,19 +126,20 @@ class Tensors(Tape):
         """What the result of a call depends on, by what it is given and by the function's name."""
         depends = shape = Depends.CONSTANT
         by_number = name not in operators.ELEMENTWISE
-        boolean_index = False
         for leaf in leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 depends = max(depends, self.depends(leaf))
                 shape = max(shape, self.known(leaf).shape)
-                boolean_index = boolean_index or leaf.dtype in (torch.bool, torch.uint8)
             elif self.owns(leaf):
                 depends = max(depends, leaf.depends)
                 if by_number and isinstance(leaf, int):
                     shape = max(shape, leaf.depends)
         if (
             name in operators.SIZED_BY_VALUES
-            or (name in ("__getitem__", "index") and boolean_index)
+            or (
+                name in operators.SIZED_BY_SECOND and (holds_tensor((args[1:], kwargs)) or len(args) + len(kwargs) == 1)
+            )
+            or (name in ("__getitem__", "index") and any(map(_is_mask, leaves(args[1:]))))
             or (name == "where" and len(args) == 1)
         ):
             shape = max(shape, depends)
@@ -186,6 +189,10 @@ def leaves(value: Any) -> Iterator[Any]:
 def holds_tensor(value: Any) -> bool:
     """Whether there is a tensor among the leaves."""
     return any(isinstance(leaf, torch.Tensor) for leaf in leaves(value))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def is_tensor(node: fx.Node) -> bool:

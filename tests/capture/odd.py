@@ -457,7 +457,36 @@ class WritesInput(nn.Module):
         return x + 1
 
 
+class MadeUnseen(nn.Module):
+    """Computes as a compiled extension does: torch lets nobody see its calls."""
+
+    def forward(self, x):
+        with torch._C.DisableTorchFunction():
+            doubled = x.detach() * 2
+        return x + doubled
+
+
+class ReadsGlobal(nn.Module):
+    """Uses a tensor that was there before, and belongs to no module."""
+
+    def forward(self, x):
+        return x * GLOBAL
+
+
+GLOBAL = torch.arange(4.0)
+
+
+class FromArray(nn.Module):
+    """Computes beside torch, in numpy."""
+
+    def forward(self, x):
+        return x + torch.from_numpy(x.detach().numpy() * 2)
+
+
 ODD: dict[str, Case] = {
+    "made_unseen": Case(MadeUnseen, normal(3, 4)),
+    "reads_global": Case(ReadsGlobal, normal(3, 4)),
+    "from_array": Case(FromArray, normal(3, 4)),
     "counter": Case(Counter, normal(3, 4)),
     "buffer_counter": Case(BufferCounter, normal(3, 4)),
     "hidden_state": Case(HiddenState, normal(3, 4)),
