@@ -84,7 +84,8 @@ def _inputs(name: str, kind: str) -> Callable[[int, int], Inputs]:
         return Inputs((torch.randn(batch, 3, size, size + 32 * (size < 128 and not name.startswith("vit_"))),))
 
     def clips(batch: int, size: int) -> Inputs:
-        length, side = (16, 224) if name.startswith("mvit") else (14 if name == "s3d" else 4, max(size, 64))
+        length = 16 if name.startswith("mvit") else (14 if name == "s3d" else 4)
+        side = 224 if length > 4 else max(size, 64)
         return Inputs((torch.randn(batch, 3, length, side, side),))
 
     def pairs(batch: int, size: int) -> Inputs:
