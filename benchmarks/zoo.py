@@ -6,6 +6,7 @@ and what capturing cost.
 
     python benchmarks/zoo.py --library timm --only swin
     python benchmarks/zoo.py --out benchmarks/results/zoo.json
+    python benchmarks/zoo.py --out benchmarks/results/zoo.json --again
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -57,7 +59,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the record here, and a table beside it")
     parser.add_argument("--jobs", type=int, default=2, help="how many at once (default: 2)")
     parser.add_argument("--timeout", type=float, default=150.0, metavar="SECONDS", help="for one model (default: 150)")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="only what the record in --out does not have, or has as failed, not run or partly opaque; keep the rest",
+    )
     options = parser.parse_args()
+    known = {} if options.out is None or not options.again else read(options.out)
     chosen = [
         specimen
         for name, specimens in LIBRARIES.items()
@@ -66,16 +74,37 @@ def main() -> int:
         if options.only in specimen.name and (not options.small or specimen.name in SMALL)
     ]
     order = {(specimen.library, specimen.name): index for index, specimen in enumerate(chosen)}
+    known = {key: result for key, result in known.items() if key not in order or is_settled(result)}
+    chosen = [specimen for specimen in chosen if (specimen.library, specimen.name) not in known]
     # A run that is cut short has seen models of all kinds.
     random.Random(0).shuffle(chosen)
-    results: list[dict[str, Any]] = []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    results: list[dict[str, Any]] = list(known.values())
     for result in _run_all(chosen, options.jobs, options.timeout):
-        results.append(result)
+        results.append(result | {"commit": commit})
         print(_line(result), flush=True)
         if options.out is not None:
-            write(options.out, sorted(results, key=lambda result: order[result["library"], result["name"]]))
+            write(
+                options.out, sorted(results, key=lambda r: (list(LIBRARIES).index(r["library"]), r["kind"], r["name"]))
+            )
     print("\n" + summary(results))
     return 1 if any(result["status"] in ("failed", "differs", "timeout") for result in results) else 0
+
+
+def _place(result: dict[str, Any]) -> tuple[int, str, str]:
+    return list(LIBRARIES).index(result["library"]), result["kind"], result["name"]
+
+
+def read(record: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a record says of each model, by library and name; nothing where there is none."""
+    if not record.exists():
+        return {}
+    return {(result["library"], result["name"]): result for result in json.loads(record.read_text())["models"]}
+
+
+def is_settled(result: dict[str, Any]) -> bool:
+    """Whether there is nothing to gain from running a model again."""
+    return result["status"] == "exact" and not result["opaque"]
 
 
 def write(out: Path, results: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib
 import inspect
-import itertools
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,6 +62,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 4},
+    "xmod": {"default_language": "en_XX"},
+    "deepseek_v2": {"num_key_value_heads": 4, "topk_group": 1, "n_group": 1, "num_experts_per_tok": 2},
     "timm_backbone": {"backbone": "resnet18"},
     "efficientnet": {"image_size": 64},
 }
@@ -74,17 +75,15 @@ def _without(*sizes: int) -> dict[str, int]:
 
 
 # The sizes of heads hang together in ways of their own, and layers alternate in threes and fours.
-_WAYS: tuple[dict[str, int], ...] = (
-    _SMALL,
-    _SMALL | {"num_key_value_heads": 4},
-    _SMALL | {"num_key_value_heads": 4} | dict.fromkeys(_LAYERS_ONLY, 4),
-    _SMALL | dict.fromkeys(_LAYERS_ONLY, 8),
-    _without(16, 32),
-    _without(16, 32) | dict.fromkeys(_LAYERS_ONLY, 8),
-    _without(16, 32, 64, 4),
-    _without(16, 32, 64, 4) | dict.fromkeys(_LAYERS_ONLY, 4),
-    dict.fromkeys(_LAYERS_ONLY, 2),
-    {},
+# Whether to repeat what stays in the sub-configs, and what to make smaller.
+_WAYS: tuple[tuple[bool, dict[str, int]], ...] = (
+    (True, _SMALL),
+    (False, _SMALL),
+    (True, _SMALL | {"num_key_value_heads": 4}),
+    (True, _SMALL | {"num_key_value_heads": 4} | dict.fromkeys(_LAYERS_ONLY, 8)),
+    (True, _without(16, 32)),
+    (False, _without(16, 32) | dict.fromkeys(_LAYERS_ONLY, 4)),
+    (False, dict.fromkeys(_LAYERS_ONLY, 2)),
 )
 
 
@@ -145,7 +144,7 @@ def _smallest(model_type: str, mapping: Any) -> tuple[Any, nn.Module, frozenset[
     cls = CONFIG_MAPPING[model_type]
     default = cls().to_dict()
     failures: list[str] = []
-    for way, whole in itertools.product(_WAYS, (True, False)):
+    for whole, way in _WAYS:
         try:
             config = cls(**(_shrunk(default, way, whole) | copy.deepcopy(_CONFIGS.get(model_type, {}))))
             model = mapping[type(config)]

@@ -49,7 +49,16 @@ def summary(results: Results) -> str:
 
 def table(results: Results) -> str:
     """The whole record, as a Markdown document."""
-    parts = ["# The zoo", "", "Written by `make zoo`; the figures behind it are in zoo.json.", "", summary(results), ""]
+    commits = Counter(result.get("commit", "unknown") for result in results)
+    parts = [
+        "# The zoo",
+        "",
+        "Written by `make zoo`; the figures behind it are in zoo.json. Seconds are of one processor.",
+    ]
+    if len(commits) > 1:
+        told = ", ".join(f"{count} of {commit}" for commit, count in commits.most_common())
+        parts += ["", f"Not one run: what was not whole was run again later. Models by commit: {told}."]
+    parts += ["", summary(results), ""]
     parts += ["## What is not wholly in the graph, or not exact", ""]
     parts += [f"- {r['library']} `{r['name']}`: {_what(r)}" for r in results if r["status"] != "not run" and _what(r)]
     parts += ["", "## All models", "", _head()]
