@@ -9,11 +9,17 @@ from types import MappingProxyType
 from typing import Any
 
 from fxopt.engines.contract import Engine
+from fxopt.engines.cudagraph import CudaGraph
+from fxopt.engines.cudnn import CuDNN
 from fxopt.engines.eager import Eager
+from fxopt.engines.inductor import Inductor
 from fxopt.engines.onednn import OneDNN
+from fxopt.engines.onnxruntime import OnnxRuntime
+from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
 
-ENGINES: Mapping[str, type[Engine]] = MappingProxyType({kind.name: kind for kind in (Eager, OneDNN)})
+_KINDS: tuple[type[Engine], ...] = (Eager, OneDNN, Inductor, OnnxRuntime, OpenVINO, CuDNN, CudaGraph)
+ENGINES: Mapping[str, type[Engine]] = MappingProxyType({kind.name: kind for kind in _KINDS})
 """Engines by the name that `fxopt.lower` and `--engine` take."""
 
 

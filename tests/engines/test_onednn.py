@@ -273,7 +273,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {
     "uneven": (lambda: nn.Conv2d(3, 4, 2, padding="same"), torch.randn(1, 3, 5, 5), "not the same on both sides"),
     "unbatched": (lambda: nn.Conv2d(3, 4, 3), torch.randn(3, 5, 5), "no batch dimension"),
     "a vector": (lambda: nn.Linear(3, 2), torch.randn(3), "one dimension"),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 2, 2), torch.randn(1, 3, 5), "one-dimensional transposed"),
+    "transposed 1d": (
+        lambda: nn.ConvTranspose1d(3, 2, 2),
+        torch.randn(1, 3, 5),
+        "one-dimensional transposed",
+    ),
     "a batch norm": (lambda: nn.BatchNorm2d(3), torch.randn(1, 3, 5, 5), "the pass 'fuse' folds it"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxopt.engines.onednn.layer import Layer
+from fxopt.engines.layer import Layer
 from fxopt.modules import Activation
 from fxopt.modules.functional import tail
 

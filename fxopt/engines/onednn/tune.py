@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fxopt.engines.layer import Layer
 from fxopt.engines.onednn.kernels import KERNELS, Kernel
-from fxopt.engines.onednn.layer import Layer
 
 _ROUNDS = 5
 _HOPELESS = 1.3

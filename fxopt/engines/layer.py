@@ -1,4 +1,4 @@
-"""Reads the layers off a graph that oneDNN has kernels for, with what follows them."""
+"""Reads off a graph the layers that engines have kernels for, with what follows them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from fxopt.graph import Affine, Effects, Region, read_affine, source_of
 from fxopt.modules import Activation, Fused, fused_call
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-_DTYPES: dict[torch.dtype, Callable[[], bool]] = {
-    torch.float32: lambda: True,
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
+Supported = Callable[[torch.dtype], "str | None"]
+"""Why there are no kernels for a dtype; None where there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +77,8 @@ class Layer:
         return (self.kind, tuple(self.shape), *weight, *geometry, *tail)
 
 
-def read_layer(node: fx.Node, region: Region, taken: Set[fx.Node] = frozenset()) -> Layer | Skip | None:
-    """The layer that begins at a node; None where none does, a `Skip` where oneDNN can't take it.
+def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[fx.Node]) -> Layer | Skip | None:
+    """The layer that begins at a node; None where none does, a `Skip` where no kernel can take it.
 
     What is in `taken` belongs to another layer and is not computed with this one.
     """
@@ -89,7 +86,7 @@ def read_layer(node: fx.Node, region: Region, taken: Set[fx.Node] = frozenset())
     if affine is None or isinstance(affine, Skip):
         return affine
     meta = affine.input.meta.get("tensor_meta")
-    reason = _why_not(affine, meta)
+    reason = _why_not(affine, meta, supported)
     if meta is None or reason is not None:
         return Skip(region.qualified(node), reason or "", source_of(node))
     activation, other = _tail(affine)
@@ -113,13 +110,13 @@ def read_layer(node: fx.Node, region: Region, taken: Set[fx.Node] = frozenset())
     return _with_addition(layer, user, region) or _with_hardsigmoid(layer, user, region) or layer
 
 
-def _why_not(affine: Affine, meta: Any) -> str | None:
+def _why_not(affine: Affine, meta: Any, supported: Supported) -> str | None:
     weight, options = affine.weight, affine.options
     if meta is None:
         return "the example never reaches it"
-    supported = _DTYPES.get(weight.dtype)
-    if supported is None or not supported():
-        return f"oneDNN has no kernels for {weight.dtype} here"
+    reason = supported(weight.dtype)
+    if reason is not None:
+        return reason
     if meta.dtype is not weight.dtype:
         return f"its input is {meta.dtype}, its weight {weight.dtype}"
     if isinstance(affine.module, Fused) and (affine.module.bn or affine.module.weight_fake_quant):
@@ -137,7 +134,7 @@ def _why_not(affine: Affine, meta: Any) -> str | None:
     if options.get("padding") == "same" and any(total % 2 for total in _same_padding(affine)):
         return "its padding is not the same on both sides"
     if affine.kind == "conv_transpose1d":
-        return "oneDNN packs no weights of one-dimensional transposed convolutions"
+        return "there is no kernel for one-dimensional transposed convolutions"
     return None
 
 

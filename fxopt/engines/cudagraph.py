@@ -1,0 +1,86 @@
+"""A CUDA graph around another engine: all launches of a forward as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.cudnn import CuDNN
+from fxopt.engines.inductor import Inductor
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+_WARM_UP_CALLS = 3
+
+
+@dataclass(frozen=True)
+class CudaGraph(Engine):
+    """Records what another engine launches for the example, and replays it on the values of each call.
+
+    Sizes are those of the example. Outputs are copied out, so that a later call leaves them as they are.
+    """
+
+    name: ClassVar[str] = "cudagraph"
+    device: ClassVar[str] = "cuda"
+    sizes: ClassVar[Sizes] = Sizes.FIXED
+
+    around: Literal["eager", "cudnn", "inductor"] = field(
+        default="cudnn", metadata={"help": "what is recorded: eager, cudnn or inductor"}
+    )
+    tf32: bool = field(default=False, metadata={"help": "of cudnn: round the operands of float32 products to TF32"})
+
+    def __post_init__(self) -> None:
+        if self.around not in ("eager", "cudnn", "inductor"):
+            raise EngineError(f"engine 'cudagraph': around is 'eager', 'cudnn' or 'inductor', not {self.around!r}")
+
+    def unavailable(self) -> str | None:
+        """As what it is around, on a GPU."""
+        inner = self._inner()
+        return CuDNN().unavailable() or (inner.unavailable() if inner is not None else None)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """That of what it is around."""
+        inner = self._inner()
+        return super().tolerance(dtype) if inner is None else inner.tolerance(dtype)
+
+    def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
+        """See `Engine.build`."""
+        inner = self._inner()
+        built = Built(module) if inner is None else inner.build(module, inputs, choices)
+        leaves, structure = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        # What the graph reads: the tensors of each call are copied into these.
+        held = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(held, structure)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            # Kernels are chosen and workspaces taken before the recording.
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_CALLS):
+                    built.run(*args, **kwargs)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                output = built.run(*args, **kwargs)
+        except RuntimeError as error:
+            raise EngineError(
+                f"engine 'cudagraph' cannot record '{self.around}': {error}; a forward that waits for the GPU, by "
+                "`.item()` or a copy to the CPU, can't be replayed"
+            ) from error
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for own, given in zip(held, pytree.tree_leaves((args, kwargs)), strict=True):
+                if isinstance(own, torch.Tensor):
+                    own.copy_(given)
+            graph.replay()
+            return pytree.tree_map_only(torch.Tensor, torch.clone, output)
+
+        return Built(run, built.reasons, built.choices)
+
+    def _inner(self) -> Engine | None:
+        return {"eager": None, "cudnn": CuDNN(self.tf32), "inductor": Inductor()}[self.around]

@@ -1,0 +1,121 @@
+"""A captured module as an ONNX model, and the way of its inputs and outputs: for engines that read ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.contract import Skip
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+_BATCH = "batch"
+_NO_NUMPY = frozenset({torch.bfloat16})
+
+
+def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram, tuple[Skip, ...]]:
+    """The module as ONNX, with a free batch size where it has one; a `Skip` says why it has not.
+
+    Raises:
+        EngineError: where torch cannot export it, with its reason.
+    """
+    batch = inputs.batch_size
+    reason = "the inputs have no common batch size"
+    if batch:
+        # An example of one row would be taken for a constant.
+        several = inputs if batch > 1 else inputs.with_batch(2)
+        assert several is not None
+        shape = torch.export.Dim(_BATCH, min=1)
+        shapes = pytree.tree_map(lambda leaf: {0: shape} if _has_rows(leaf) else None, (several.args, several.kwargs))
+        try:
+            return _export(module, several, _by_parameter(module, *shapes)), ()
+        except Exception as error:  # the exporter raises anything
+            reason = f"the exporter says: {_first_line(error)}"
+    try:
+        return _export(module, inputs, None), (Skip("", f"the batch size is fixed: {reason}"),)
+    except Exception as error:
+        raise EngineError(
+            f"engine '{engine}' needs an ONNX model, and torch cannot export one: {_first_line(error)}"
+        ) from error
+
+
+def output_structure(engine: str, module: GraphModule, inputs: Inputs) -> pytree.TreeSpec:
+    """How the outputs of the module are nested.
+
+    Raises:
+        EngineError: where an input or output is no tensor that NumPy could hold.
+    """
+    with torch.no_grad():
+        given = inputs.map(lambda tensor: tensor.detach().clone())
+        leaves, structure = pytree.tree_flatten(module(*given.args, **given.kwargs))
+    for value in (*inputs.tensors, *leaves):
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.dtype in _NO_NUMPY:
+            what = f"{value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else repr(value)
+            raise EngineError(f"engine '{engine}' takes and gives dense tensors that NumPy knows, not {what}")
+    return structure
+
+
+def through_numpy(structure: pytree.TreeSpec, call: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[..., Any]:
+    """A function of nested tensors, whose outputs are nested as `structure` says, around one of flat arrays."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        found = call([leaf.detach().contiguous().numpy() for leaf in flat])
+        return pytree.tree_unflatten([torch.from_numpy(np.asarray(value)) for value in found], structure)
+
+    return run
+
+
+def _export(module: GraphModule, inputs: Inputs, shapes: Any) -> torch.onnx.ONNXProgram:
+    with quiet():
+        program = torch.onnx.export(
+            module, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
+    assert program is not None
+    if len(program.model.graph.inputs) != len(inputs.tensors):
+        raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
+    return program
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters and converters print and warn of themselves."""
+    said = io.StringIO()
+    logged = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logged)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+
+
+def _by_parameter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    import inspect
+
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return dict(bound.arguments)
+
+
+def _first_line(error: Exception) -> str:
+    """What the innermost error says: the outer ones tell how to report it to torch."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__

@@ -1,0 +1,69 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.onnx import export, output_structure, through_numpy
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Engine):
+    """Exports the graph to ONNX, with a free batch size, and runs it by ONNX Runtime with torch's number of threads.
+
+    Its threads wait without spinning: spinning ones would disturb whatever else the process computes.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    sizes: ClassVar[Sizes] = Sizes.BATCH
+
+    spinning: bool = field(default=False, metadata={"help": "let idle threads spin: faster alone, bad company"})
+
+    def unavailable(self) -> str | None:
+        """It is a package of its own."""
+        if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+            return None
+        return "ONNX Runtime is not installed; `pip install onnxruntime onnxscript` brings it"
+
+    def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
+        """See `Engine.build`."""
+        import onnxruntime
+
+        structure = output_structure(self.name, module, inputs)
+        program, reasons = export(self.name, module, inputs)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+        options.log_severity_level = 3
+        with tempfile.TemporaryDirectory(prefix="fxopt-") as directory:
+            path = Path(directory) / "model.onnx"
+            program.save(path)
+            try:
+                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # its exceptions have no base of their own
+                raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
+        del program
+        names = [one.name for one in session.get_inputs()]
+
+        def call(arrays: Sequence[Any]) -> Sequence[Any]:
+            try:
+                found: Sequence[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
+            except Exception as error:
+                raise EngineError(f"engine 'onnxruntime' fails: {error}") from error
+            return found
+
+        def write(directory: Path) -> None:
+            export(self.name, module, inputs)[0].save(directory / "model.onnx")
+
+        return Built(through_numpy(structure, call), reasons, write=write)

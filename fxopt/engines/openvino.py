@@ -1,0 +1,88 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.onnx import export, output_structure, quiet, through_numpy
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+_BFLOAT16_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class OpenVINO(Engine):
+    """Exports the graph to ONNX and runs it by OpenVINO, compiled once for each batch size that it is called with.
+
+    By itself OpenVINO computes in bfloat16 where the CPU has matrix units; here only if `precision` asks for it.
+    """
+
+    name: ClassVar[str] = "openvino"
+    sizes: ClassVar[Sizes] = Sizes.BATCH
+
+    precision: Literal["f32", "bf16"] = field(default="f32", metadata={"help": "what it computes in: f32 or bf16"})
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "bf16"):
+            raise EngineError(f"engine 'openvino': precision is 'f32' or 'bf16', not {self.precision!r}")
+
+    def unavailable(self) -> str | None:
+        """It is a package of its own."""
+        if importlib.util.find_spec("openvino") and importlib.util.find_spec("onnxscript"):
+            return None
+        return "OpenVINO is not installed; `pip install fxopt[openvino]` brings it"
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """That of bfloat16 where it computes in it."""
+        return max(super().tolerance(dtype), _BFLOAT16_TOLERANCE if self.precision == "bf16" else 0.0)
+
+    def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
+        """See `Engine.build`."""
+        import openvino
+
+        structure = output_structure(self.name, module, inputs)
+        program, reasons = export(self.name, module, inputs)
+        core = openvino.Core()
+        with tempfile.TemporaryDirectory(prefix="fxopt-") as directory, quiet():
+            path = Path(directory) / "model.onnx"
+            program.save(path)
+            try:
+                model = core.read_model(path)
+            except RuntimeError as error:
+                raise EngineError(f"engine 'openvino' cannot read the exported model: {error}") from error
+        del program
+        settings = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+        def call(arrays: Sequence[Any]) -> Sequence[Any]:
+            shapes = tuple(tuple(array.shape) for array in arrays)
+            try:
+                if shapes not in compiled:
+                    sized = model.clone()
+                    sized.reshape(dict(enumerate(map(list, shapes))))
+                    compiled[shapes] = core.compile_model(sized, "CPU", settings)
+                found = compiled[shapes](list(arrays))
+            except RuntimeError as error:
+                raise EngineError(f"engine 'openvino' fails: {error}") from error
+            return [found[index] for index in range(len(found))]
+
+        def write(directory: Path) -> None:
+            openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
+
+        run = through_numpy(structure, call)
+        run(*inputs.args, **inputs.kwargs)
+        return Built(run, reasons, write=write)

@@ -1,0 +1,146 @@
+"""Engines that compile or export: one build each is slow, so few models, and all that is asked of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt import Inputs
+from fxopt.engines import ENGINES
+from fxopt.errors import EngineError
+from tests.engines.test_contract import agree
+from tests.models import DYNAMIC, STATIC
+
+EXPORTING = ("onnxruntime", "openvino")
+
+
+def needs(engine: str) -> None:
+    reason = ENGINES[engine]().unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+class Nested(nn.Module):
+    """Dicts, lists and keyword arguments, an input that is no tensor, and an output used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, parts: dict[str, Any], *, scale: torch.Tensor, twice: bool = False) -> dict[str, Any]:
+        y = self.fc(parts["x"]) * scale
+        return {"y": y, "all": [y * 2 if twice else y, parts["rest"][0] + 1]}
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path: Path) -> None:
+    needs(engine)
+    model = Nested().eval()
+
+    def inputs(batch: int) -> Inputs:
+        parts = {"x": torch.randn(batch, 4), "rest": [torch.randint(0, 9, (batch, 2))]}
+        return Inputs((parts,), {"scale": torch.randn(batch, 1), "twice": True})
+
+    example = inputs(1)
+    executable = fxopt.lower(model, example, engine)
+    assert executable.build_seconds > 0
+    assert not executable.reasons
+    for given in (example, inputs(1), inputs(5)):
+        with torch.no_grad():
+            agree(executable(*given.args, **given.kwargs), model(*given.args, **given.kwargs))
+    with pytest.raises(EngineError, match="only the batch size may differ"):
+        executable({"x": torch.randn(1, 4), "rest": [torch.randint(0, 9, (1, 3))]}, **example.kwargs)
+    with pytest.raises(EngineError, match="input 3 is False, it was built for True"):
+        executable(*example.args, **{**example.kwargs, "twice": False})
+    executable.save(tmp_path)
+    assert (tmp_path / {"onnxruntime": "model.onnx", "openvino": "model.xml"}[engine]).is_file()
+    duplicate = copy.deepcopy(executable)
+    agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
+
+
+def test_a_fixed_batch_size_is_said() -> None:
+    needs("onnxruntime")
+
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(2, -1) * 2
+
+    model, x = Fixed().eval(), torch.randn(2, 6)
+    executable = fxopt.lower(model, x, "onnxruntime")
+    agree(executable(x), model(x))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]] = {
+    "depends on values": (
+        lambda: DYNAMIC["router"].build(),
+        DYNAMIC["router"].example(),
+        "needs an ONNX model, and torch cannot export one: GuardOnDataDependent",
+    ),
+    "gives numbers": (
+        lambda: DYNAMIC["early_exit"].build(),
+        DYNAMIC["early_exit"].example(),
+        "cannot export one|tensors that NumPy knows",
+    ),
+    "bfloat16": (lambda: nn.Linear(3, 2).eval().bfloat16(), (torch.randn(2, 3).bfloat16(),), "not torch.bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_exported_is_an_error_with_the_reason(name: str) -> None:
+    needs("onnxruntime")
+    factory, inputs, message = REFUSED[name]
+    with pytest.raises(EngineError, match=message):
+        fxopt.lower(factory(), inputs, "onnxruntime")
+
+
+def test_openvino_computes_in_float32_unless_asked() -> None:
+    needs("openvino")
+    case = STATIC["staged_cnn"]
+    model, x = case.build(), case.example()
+    assert fxopt.lower(model, x, "openvino").relative_error < 1e-5  # type: ignore[operator]
+    assert fxopt.lower(model, x, "openvino", precision="bf16").relative_error < 5e-2  # type: ignore[operator]
+    with pytest.raises(EngineError, match="precision is 'f32' or 'bf16', not 'f16'"):
+        fxopt.lower(model, x, "openvino", precision="f16")
+
+
+def test_inductor_compiles() -> None:
+    needs("inductor")
+    case = STATIC["simple_net"]
+    model, (x,) = case.build(), case.example()
+    executable = fxopt.lower(model, x, "inductor")
+    assert executable.build_seconds > 0
+    with torch.no_grad():
+        agree(executable(x), model(x))
+    with pytest.raises(EngineError, match="requires a gradient"):
+        executable(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "command"),
+    [
+        ("onnxruntime", "onnxruntime", "pip install onnxruntime"),
+        ("openvino", "openvino", r"pip install fxopt\[openvino\]"),
+    ],
+)
+def test_a_missing_package_is_named(engine: str, package: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(EngineError, match=f"cannot run here: .*{command}"):
+        fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), engine)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(EngineError, match="needs a C\\+\\+ compiler; `apt-get install g"):
+        fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "inductor")
