@@ -91,7 +91,11 @@ class Adapter(nn.Module):
         merged: whether the weight holds the active adapters already.
         unmerged: the weight and the bias as they were before merging.
         batch: the adapter of each sample of a mixed batch; None where it is not mixed, () where none is to count.
+        steps: in how many equal parts the update is added to a whole weight. Rounding tells one from two, and PEFT
+            adds that of the output projection of an attention module twice.
     """
+
+    steps = 1
 
     def __init__(self, form: Form, slot: str, name: str):
         super().__init__()
@@ -151,8 +155,9 @@ class Adapter(nn.Module):
         for name, factor in self.active:
             low = self._modules.get(name)
             if isinstance(low, LowRank):
-                update = (self.form.delta(low.A, low.left) * (low.scale * factor)).to(weight.dtype)
-                weight = weight + update
+                update = (self.form.delta(low.A, low.left) * (low.scale * factor / self.steps)).to(weight.dtype)
+                for _ in range(self.steps):
+                    weight = weight + update
                 if low.magnitude is not None:
                     scale = low.magnitude / self.form.norm(weight.detach()).to(low.magnitude.dtype)
                     weight = weight * self.form.by_weight(scale.to(weight.dtype))
@@ -208,6 +213,8 @@ class LayerAdapter(Adapter):
             return self._with_magnitude(low, scale, x, y, weight, bias, base)
         if torch.is_grad_enabled() or low.bias is not None:
             return (y + self.form.apply(x, a, b, low.bias) * scale).to(y.dtype)
+        if math.frexp(scale)[0] != 0.5:  # the product with another scale rounds, and fused with the sum it would not
+            return y.add_(self.form.apply(x, a, b).mul_(scale).to(y.dtype))
         if isinstance(self.form, Linear) and y.is_contiguous():
             inner = F.linear(x, a)
             if inner.dtype is y.dtype and b.dtype is y.dtype:

@@ -186,6 +186,9 @@ class Insertion:
             module = made
         assert isinstance(adapter, WeightAdapter)
         adapter.inner = site.inner
+        owner, _, leaf = site.inner.removesuffix(".weight").rpartition(".")
+        if leaf == "out_proj" and isinstance(module.get_submodule(owner), nn.MultiheadAttention):
+            adapter.steps = 2
         module.get_submodule(inside.HOLDER).add_module(_flat(site.inner), adapter.train(module.training))
 
     def _registered(self, adapter: Adapter) -> str:

@@ -25,7 +25,7 @@ class Gain:
         gain: standard deviation of the weights times the root of how many of them meet in one output.
         wanted: what keeps the variance of the signal through the activation behind.
         activation: its name; "" where none reads the output directly.
-        corrected: whether a norm, or a sum with another path, comes before the output of the model.
+        corrected: whether a norm, or a sum with another path, comes before the output of the model, or no layer.
     """
 
     module: str
@@ -60,19 +60,22 @@ def gains(modules: list[tuple[str, nn.Module]], steps: list[Step]) -> dict[str, 
 
 
 def _corrected(number: int, readers: dict[int, list[Step]]) -> bool:
-    """Whether each way on from a tensor meets a norm, or a step that joins it with another tensor."""
-    waiting, seen = [number], {number}
+    """Whether each way on from a tensor meets a norm, or a step that joins it with another tensor.
+
+    The last layers may start small: where no layer comes behind, there is nothing to correct.
+    """
+    waiting, seen, bare, layers = [number], {number}, False, 0
     while waiting:
         steps = readers[waiting.pop()]
-        if not steps:
-            return False
+        bare = bare or not steps
         for step in steps:
             if "norm" in step.name or (step.name not in LAYERS and len({v.number for v in _inputs(step)}) > 1):
                 continue
+            layers += step.name in LAYERS
             new = set(step.outputs) - seen
             seen |= new
             waiting += sorted(new)
-    return True
+    return not (bare and layers)
 
 
 def _inputs(step: Step) -> list[Value]:

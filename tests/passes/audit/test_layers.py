@@ -97,6 +97,18 @@ class Deep(nn.Module):
         return self.head(self.norm(h))
 
 
+class Small(nn.Module):
+    """A last layer that starts small, with an activation behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        nn.init.normal_(self.fc.weight, std=1e-2)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(x))
+
+
 @pytest.mark.parametrize(
     ("module", "found"),
     [
@@ -105,6 +117,7 @@ class Deep(nn.Module):
         (Deep(0.5), False),
         (Deep(1e-2, residual=True), False),
         (Deep(1e-2, norm=True), False),
+        (Small(), False),
     ],
 )
 def test_a_gain_is_judged_both_ways_unless_something_corrects_it(module, found):
