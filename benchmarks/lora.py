@@ -1,6 +1,10 @@
-"""Adapters of fxopt beside those of PEFT: one interleaved run, each time relative to the model without adapters.
+"""Adapters of fxopt beside those of PEFT: one interleaved run, as ratios of paired times with 95 % intervals.
 
 python benchmarks/lora.py            # writes benchmarks/results/lora.json and lora.md
+
+All arms of a row are timed in turns, in an order drawn at random and then in the reverse one, so that drift and
+periodic disturbances hit all alike; ratios are taken between times of the same turn, and the intervals are those of
+`fxopt.compare`. `base` is there twice: what differs between the two is noise.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import nn
 
 from fxopt import capture
 from fxopt.bench import fingerprint
+from fxopt.bench.statistics import paired_interval
 from fxopt.torchvision_operators import declare_missing
 from passes import LoRA
 from passes.lora import merge
@@ -128,25 +133,32 @@ def training(module: nn.Module, x: torch.Tensor) -> Call:
 
 
 def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Times of each arm, taken in turns of random order."""
+    """Times of each arm: equal positions were taken right after each other."""
+    shortest = 1e9
     for call in calls.values():
         for _ in range(3):
+            began = time.perf_counter()
             call()
+            shortest = min(shortest, time.perf_counter() - began)
+    repeats = max(1, int(1e-3 / shortest))  # shorter calls are timed several at once
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, end = list(calls), time.perf_counter() + seconds
     generator = random.Random(0)
-    while time.perf_counter() < end or len(times[order[0]]) < 15:
+    while time.perf_counter() < end or len(times[order[0]]) < 20:
         generator.shuffle(order)
-        for name in order:
-            began = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - began)
+        for turn in (order, order[::-1]):
+            for name in turn:
+                began = time.perf_counter()
+                for _ in range(repeats):
+                    calls[name]()
+                times[name].append((time.perf_counter() - began) / repeats)
     return times
 
 
-def ratio(times: dict[str, list[float]], arm: str, base: str) -> float:
-    """Median of the ratios of neighbours."""
-    return statistics.median(a / b for a, b in zip(times[arm], times[base], strict=True))
+def ratio(times: dict[str, list[float]], arm: str, base: str) -> list[float]:
+    """Median of the paired ratios, and the ends of its interval."""
+    found = paired_interval(times[base], times[arm])
+    return [round(found.ratio, 4), round(found.low, 4), round(found.high, 4)]
 
 
 def injection(layers: int = 1000) -> float:
@@ -168,23 +180,28 @@ def import_seconds(what: str, repeats: int = 5) -> float:
 def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=12.0, help="for each row")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="*", choices=list(models()), default=list(models()))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
-    for name, (build, example, targets) in models().items():
+    for name in options.models:
+        build, example, targets = models()[name]
         for rank in (8, 64):
             x = example()
             for kind, make in (("inference", inference), ("training", training)):
                 made = arms(build, x, targets, rank)
                 if kind == "training":
                     made = {arm: module for arm, module in made.items() if arm in ("fxopt", "peft")}
+                    made["again"] = copy.deepcopy(made["peft"])
+                else:
+                    made["again"] = copy.deepcopy(made["base"])
                 times = interleaved({arm: make(module, x) for arm, module in made.items()}, options.seconds)
                 base = "base" if kind == "inference" else "peft"
                 row: dict[str, Any] = {"model": name, "rank": rank, "kind": kind, "relative_to": base}
-                row["ratios"] = {arm: round(ratio(times, arm, base), 4) for arm in times if arm != base}
-                row["fxopt_to_peft"] = round(ratio(times, "fxopt", "peft"), 4)
+                row["ratios"] = {arm: ratio(times, arm, base) for arm in times if arm != base}
+                row["fxopt_to_peft"] = ratio(times, "fxopt", "peft")
                 row["milliseconds"] = {arm: round(1e3 * statistics.median(each), 4) for arm, each in times.items()}
                 row["times"] = {arm: [round(t, 7) for t in each] for arm, each in times.items()}
                 rows.append(row)
@@ -203,17 +220,21 @@ def main() -> None:
 def table(rows: list[dict[str, Any]], facts: dict[str, float]) -> str:
     """What was measured, to read."""
     lines = [
-        "Adapters of fxopt beside PEFT's, `python benchmarks/lora.py`: ratios of times, below 1 is faster.",
+        "Adapters of fxopt beside PEFT's, `python benchmarks/lora.py`: ratios of times with 95 % intervals, below 1 is",
+        "faster. Noise is what the same measurement found between two copies of one model.",
         "",
-        "| model | rank | inference: fxopt / base | PEFT / base | merged / base | training step: fxopt / PEFT |",
-        "|---|---|---|---|---|---|",
+        "| model | rank | fxopt / base | PEFT / base | fxopt / PEFT | merged / base | noise "
+        "| training: fxopt / PEFT | noise |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    training_rows = {(row["model"], row["rank"]): row for row in rows if row["kind"] == "training"}
+    steps = {(row["model"], row["rank"]): row for row in rows if row["kind"] == "training"}
     for row in rows:
         if row["kind"] == "inference":
-            ratios, step = row["ratios"], training_rows[row["model"], row["rank"]]["fxopt_to_peft"]
-            values = (ratios["fxopt"], ratios["peft"], ratios["merged"], step)
-            lines.append(f"| {row['model']} | {row['rank']} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+            step, ratios = steps[row["model"], row["rank"]], row["ratios"]
+            found = [ratios["fxopt"], ratios["peft"], row["fxopt_to_peft"], ratios["merged"], ratios["again"]]
+            found += [step["fxopt_to_peft"], step["ratios"]["again"]]
+            cells = " | ".join(f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in found)
+            lines.append(f"| {row['model']} | {row['rank']} | {cells} |")
     lines += ["", *(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
