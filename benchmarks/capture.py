@@ -2,7 +2,9 @@
 
     python benchmarks/capture.py [--out benchmarks/results]
 
-Each row runs in a process of its own, so that its peak memory is its own. Writes capture.json and capture.md.
+Each row runs in a process of its own, so that its peak memory is its own, on one thread; times are processor
+seconds, which other work on the machine does not add to. Writes capture.json, capture.md and capture.svg; the plot
+needs matplotlib, which the extra `bench` brings.
 """
 
 from __future__ import annotations
@@ -116,6 +118,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 def measure(name: str) -> dict[str, Any]:
     """One row: eager forward, then capture, with the peak memory of the process after each."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     module, args, kwargs = CASES[name]()
     fake = name.endswith("fake")
     row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in module.parameters())}
@@ -123,9 +126,9 @@ def measure(name: str) -> dict[str, Any]:
         module(*args, **kwargs)
         row["eager_seconds"] = min(_timed(lambda: module(*args, **kwargs)) for _ in range(3))
     row["eager_peak_mib"] = _peak()
-    began = time.perf_counter()
+    began = time.process_time()
     captured = capture(module, args, kwargs, fake=fake)
-    row["capture_seconds"] = time.perf_counter() - began
+    row["capture_seconds"] = time.process_time() - began
     row["capture_peak_mib"] = _peak()
     row["nodes"] = len(captured.module.graph.nodes)
     row["opaque"] = len(captured.opaque)
@@ -133,9 +136,9 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _timed(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     function()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def _peak() -> float:
@@ -147,8 +150,10 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# What capture costs",
         "",
-        f"`python benchmarks/capture.py`, torch {facts['torch']}, {facts['threads']} threads, {facts['machine']}. "
-        "Peak memory is of the whole process, torch included. One run each; eager is the best of three.",
+        f"`python benchmarks/capture.py`, torch {facts['torch']}, one thread, {facts['machine']}. Processor "
+        "seconds; peak memory is of the whole process, torch included. One run each; eager is the best of three.",
+        "",
+        "![Capture and eager forward of chains, by their length](capture.svg)",
         "",
         "| model | parameters | nodes | eager (s) | capture (s) | per node (ms) | eager peak (MiB) | peak (MiB) |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -161,6 +166,28 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
             f"| {row['capture_peak_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], out: Path) -> None:
+    """Draw capture and eager seconds of the chains over their nodes, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same figures give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "capture"
+    from matplotlib import pyplot
+
+    chains = [row for row in rows if row["model"].startswith("chain")]
+    nodes = [row["nodes"] for row in chains]
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.loglog(nodes, [row["capture_seconds"] for row in chains], marker="o", label="capture")
+    axes.loglog(nodes, [row["eager_seconds"] for row in chains], marker="s", label="eager forward")
+    first = chains[0]
+    linear = [first["capture_seconds"] * count / first["nodes"] for count in nodes]
+    axes.loglog(nodes, linear, linestyle=":", color="gray", label="linear")
+    axes.set(xlabel="nodes", ylabel="processor seconds", title="A chain of operations")
+    axes.legend()
+    figure.savefig(out, metadata={"Date": None})
 
 
 def main() -> None:
@@ -177,11 +204,11 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, "--only", name], capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-    # A plot is left out: no plotting library is among the dependencies.
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    facts = {"torch": torch.__version__, "machine": platform.machine()}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "capture.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n")
     (options.out / "capture.md").write_text(table(rows, facts))
+    plot(rows, options.out / "capture.svg")
 
 
 if __name__ == "__main__":
