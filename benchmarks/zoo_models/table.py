@@ -32,7 +32,8 @@ def summary(results: Results) -> str:
         if not ran:
             continue
         done = [result for result in ran if result["status"] in ("exact", "differs")]
-        quick = [r for r in done if r["capture_seconds"] <= 3 * r["eager_seconds"] + 1]
+        timed = [r for r in done if "capture_seconds" in r]
+        quick = [r for r in timed if r["capture_seconds"] <= 3 * r["eager_seconds"] + 1]
         cells = [
             len(ran),
             sum(result["status"] == "exact" for result in ran),
@@ -41,7 +42,7 @@ def summary(results: Results) -> str:
             _free(done, "size"),
             sum(bool(result["opaque"]) for result in done),
             sum(result["status"] not in ("exact",) for result in ran),
-            len(quick),
+            f"{len(quick)} of {len(timed)}",
         ]
         lines.append(f"| {group} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -109,5 +110,7 @@ def _row(result: dict[str, Any]) -> str:
     shares = [f"{result['coverage'][name]:.3f}" for name in ("call_sites", "flops", "parameters")]
     cells = [result["library"], result["name"], result["status"], *shares]
     cells += [str(len(result["opaque"])), str(result["guards"]), str(result["nodes"])]
-    cells += [f"{result['capture_seconds']:.2f} s", f"{result['eager_seconds']:.2f} s"]
+    cells += [
+        f"{result[f'{what}_seconds']:.2f} s" if f"{what}_seconds" in result else "-" for what in ("capture", "eager")
+    ]
     return "| " + " | ".join(cells) + " |"

@@ -35,6 +35,11 @@ class Decisions(Objects):
             self._sizes[key] = self.emit("call_method", "size", (known.node, dim))
         return traced(size, self._sizes[key], known.shape, self)
 
+    def forget_sizes_of(self, graph: fx.Graph) -> None:
+        """Read the sizes anew whose nodes are in a graph that ends here."""
+        self._sizes = {key: node for key, node in self._sizes.items() if node.graph is not graph}
+        self._devices = {key: kept for key, kept in self._devices.items() if kept[1].graph is not graph}
+
     def arithmetic(self, function: Callable[..., Any], operands: tuple[Any, ...], result: Any) -> Any:
         """Record an operation on numbers and return the traced result."""
         if not self.active:

@@ -20,6 +20,7 @@ from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.tensors import Origin
 from fxopt.capture.traced import concrete
+from fxopt.capture.vmapped import Told, record_vmap
 
 ModuleCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -39,6 +40,7 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
         stack.enter_context(_autocast(recorder, is_recording))
         stack.enter_context(_autograd_functions(recorder, is_recording))
         stack.enter_context(_arrays(recorder, is_recording))
+        stack.enter_context(_vmap(recorder, is_recording))
         stack.enter_context(recorder)
         yield
 
@@ -173,6 +175,22 @@ def _autograd_functions(recorder: Recorder, is_recording: Callable[[], bool]) ->
             recorder.active = True
 
     with replaced(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
+
+
+@contextmanager
+def _vmap(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """A mapped function becomes a graph of its own, called once; one that is mapped in chunks can't."""
+    original: Callable[..., Any] = torch._functorch.apis.vmap_impl  # type: ignore[attr-defined]
+
+    def vmap(
+        function: Any, in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not is_recording() or chunk_size is not None:
+            return original(function, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
+        return record_vmap(recorder, original, function, Told(in_dims, out_dims, randomness), args, kwargs)
+
+    with replaced(torch._functorch.apis, "vmap_impl", vmap):
         yield
 
 

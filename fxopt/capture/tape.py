@@ -22,6 +22,7 @@ class Tape:
 
     Attributes:
         graph: the graph.
+        whole: the same, but while a function under vmap is recorded: then `graph` is that function's.
         stack: paths of the modules whose forward is running.
         active: whether calls are recorded now.
         done: whether the recording is complete: numbers that outlive it guard nothing.
@@ -31,7 +32,7 @@ class Tape:
 
     def __init__(self) -> None:
         super().__init__()
-        self.graph = fx.Graph()
+        self.graph = self.whole = fx.Graph()
         self.stack: list[str] = [""]
         self.active = False
         self.done = False

@@ -83,13 +83,15 @@ class Tensors(Tape):
         if value is None:
             name = self.tensors.get(id(tensor))
             if name is None:
-                if tensor.requires_grad and tensor.grad_fn is not None:
-                    self.block("it uses a tensor that was computed before or outside of what torch lets be recorded")
                 if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                    self.block("it runs under a functorch transform, such as vmap")
+                    self.block("it runs under a transform of torch.func other than vmap, or under one in chunks")
+                elif tensor.requires_grad and tensor.grad_fn is not None:
+                    self.block("it uses a tensor that was computed before or outside of what torch lets be recorded")
                 name = f"_constant_{len(self.met)}"
                 self.met.append(Met(tensor, name, self.path, str(user_source() or "")))
+            graph, self.graph = self.graph, self.whole
             value = Value(self.emit("get_attr", name), Depends.CONSTANT, Depends.CONSTANT)
+            self.graph = graph
             if tensor.layout is torch.strided:
                 value.node.meta["tensor_meta"] = metadata_of(tensor)
             self.values[tensor] = value
@@ -97,7 +99,7 @@ class Tensors(Tape):
 
     def adopt_tensor(self, node: fx.Node, tensor: torch.Tensor, origin: Origin) -> torch.Tensor:
         """Let `node` stand for a tensor."""
-        if tensor.layout is torch.strided and self._written and tensor not in self.values:
+        if self._written and tensor not in self.values and _has_memory(tensor):
             fresh = tensor._base is None and tensor.grad_fn is None and id(tensor) not in self.tensors
             if fresh:
                 # The memory of a tensor that is gone.
@@ -110,7 +112,7 @@ class Tensors(Tape):
     def depends(self, tensor: torch.Tensor) -> Depends:
         """What the values of a tensor depend on, with what was written into its memory through others."""
         value = self.known(tensor)
-        if not self._written or tensor.layout is not torch.strided:
+        if not self._written or not _has_memory(tensor):
             return value.depends
         return max(value.depends, self._written.get(tensor.untyped_storage()._cdata, Depends.CONSTANT))
 
@@ -118,7 +120,7 @@ class Tensors(Tape):
         """Note that values that depend on `depends` were written into a tensor."""
         value = self.known(tensor)
         value.depends = max(value.depends, depends)
-        if tensor.layout is torch.strided:
+        if _has_memory(tensor):
             key = tensor.untyped_storage()._cdata
             self._written[key] = max(depends, self._written.get(key, Depends.CONSTANT))
 
@@ -157,7 +159,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def metadata_of(tensor: torch.Tensor) -> TensorMetadata:
     """What torch.fx's own shape propagation notes of a tensor; that imports half a compiler to find it out."""
-    last = _CHANNELS_LAST.get(tensor.dim())
+    last = _CHANNELS_LAST.get(tensor.dim()) if _has_memory(tensor) else None
     layout = torch.contiguous_format if tensor.is_contiguous() else None
     if layout is None and last is not None and tensor.is_contiguous(memory_format=last):
         layout = last
@@ -189,6 +191,11 @@ def leaves(value: Any) -> Iterator[Any]:
 def holds_tensor(value: Any) -> bool:
     """Whether there is a tensor among the leaves."""
     return any(isinstance(leaf, torch.Tensor) for leaf in leaves(value))
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain one: not sparse, and not the view of one that a transform such as vmap shows."""
+    return tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_mask(index: Any) -> bool:

@@ -218,6 +218,25 @@ class Vmapped(nn.Module):
         return torch.func.vmap(lambda row: torch.tanh(row @ self.weight).sum())(x)
 
 
+class VmappedInChunks(Vmapped):
+    def forward(self, x):
+        return torch.func.vmap(lambda row: torch.tanh(row @ self.weight).sum(), chunk_size=2)(x)
+
+
+class NestedVmap(nn.Module):
+    """Makes a mask as transformers does: a function of two positions, mapped over both, with data beside it."""
+
+    def forward(self, x):
+        count, present = x.shape[0], x.sum(1) > 0
+
+        def allowed(row, column):
+            return (row >= column) & (row - column < count // 2) & present.new_ones(())
+
+        rows = torch.arange(count)
+        mask = torch.vmap(torch.vmap(allowed, in_dims=(None, 0)), in_dims=(0, None))(rows, rows)
+        return mask.to(x.dtype) @ x * count, mask
+
+
 class InnerGradient(nn.Module):
     """Computes a gradient within its forward."""
 
@@ -501,6 +520,8 @@ ODD: dict[str, Case] = {
     "own_backward": Case(OwnBackward, normal(3, 4)),
     "scripted": Case(Scripted, normal(3, 4)),
     "vmapped": Case(Vmapped, normal(3, 4)),
+    "vmapped_in_chunks": Case(VmappedInChunks, normal(3, 4)),
+    "nested_vmap": Case(NestedVmap, normal(3, 4)),
     "inner_gradient": Case(InnerGradient, normal(3, 4)),
     "backward_hooked": Case(BackwardHooked, normal(3, 4)),
     "tensor_hooked": Case(TensorHooked, normal(3, 4)),
