@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import fxopt
 from fxopt import capture
@@ -13,7 +14,7 @@ from fxopt.capture import Captured
 from fxopt.errors import PassError
 from fxopt.pipeline import run_passes
 from passes import QAT, Clean, Fuse, LoRA, LoRAMerge
-from passes.lora import load_adapter, merge, save_adapter, unmerge
+from passes.lora import load_adapter, merge, save_adapter, trainable_parameters, unmerge
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import MLP, Opaque, Tied, TwoNames
@@ -203,6 +204,56 @@ class TestComposes:
             assert torch.allclose(compiled(x), module(x), atol=1e-6)
         compiled(x).sum().backward()
         assert module.get_parameter("lora.lin0.default.B").grad is not None
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_inductor(self) -> None:
+        x = torch.randn(3, 10)
+        module = adapted(MLP(), x).module
+        compiled = torch.compile(module, fullgraph=True)
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), module(x), atol=1e-6)
+            merge(module, (x,))
+            assert torch.allclose(torch.compile(module, fullgraph=True)(x), module(x), atol=1e-6)
+
+    def test_it_is_a_graph_and_can_be_captured_again(self) -> None:
+        x = torch.randn(3, 10)
+        module = adapted(MLP(), x).module
+        assert isinstance(module, torch.fx.GraphModule)
+        with torch.no_grad():
+            again = fxopt.capture(module, (x,))
+            assert again.opaque == ()
+            assert torch.equal(again.module(x), module(x))
+
+    @pytest.mark.parametrize("engine", ["onnxruntime", "inductor"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_engines(self, engine: str) -> None:
+        x = torch.randn(3, 10)
+        module = adapted(MLP(), x).module
+        with torch.no_grad():
+            expected = module(x)
+            assert torch.allclose(fxopt.lower(module, x, engine)(x), expected, atol=1e-5)
+            merge(module, (x,))
+            assert torch.allclose(fxopt.lower(module, x, engine)(x), expected, atol=1e-5)
+
+    def test_a_masked_weight_trains_and_keeps_its_zeros(self) -> None:
+        x = torch.randn(3, 10)
+        model = MLP().eval()
+        mask = torch.rand_like(model.lin0.weight) > 0.5
+        prune.custom_from_mask(model.lin0, "weight", mask)
+        captured = fxopt.capture(model, (x,))
+        run_passes(captured, [LoRA(rank=2, targets=("*lin*",))])
+        randomize(captured.module)
+        captured.module(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in trainable_parameters(captured.module))
+        with torch.no_grad():
+            expected = captured.module(x)
+            assert (expected - model(x)).abs().max() > 1e-3
+            run_passes(captured, [LoRAMerge()])
+            assert torch.allclose(captured.module(x), expected, atol=1e-5)
+            inner = captured.module.get_parameter("lin0.weight_orig") * mask
+            hidden = torch.relu(F.linear(x, inner, model.lin0.bias))
+            last = F.linear(hidden, captured.module.get_parameter("lin1.weight"), model.lin1.bias)
+            assert torch.allclose(torch.log_softmax(last, -1), expected, atol=1e-5)
 
     def test_gradient_checkpointing(self) -> None:
         x = torch.randn(3, 10)
