@@ -1,0 +1,131 @@
+"""Quantise a small network that reads digits: after training, in training, and as an integer file that runs.
+
+    python examples/qat_digits.py                 # five seeds: about five minutes on two cores
+    python examples/qat_digits.py --seeds 1
+
+For each seed a depthwise network learns scikit-learn's digits. Then, for each width of weights and activations:
+post-training quantisation of a network that was given the same further epochs as floats, and quantisation-aware
+training. Both are frozen and run as files in onnxruntime (and in OpenVINO, where it is installed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from digits_cnn import digits
+
+import fxopt
+from fxopt.errors import EngineError
+from passes import PTQ, QAT, Fuse, QuantizeFreeze
+
+WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A4": (3, 4)}
+EPOCHS, FURTHER = 20, 10
+
+
+class Depthwise(nn.Module):
+    """Pairs of a depthwise and a pointwise convolution, which are hard to quantise."""
+
+    def __init__(self, width: int = 12):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        for stride in (1, 2, 1):
+            layers += [
+                nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x).mean((2, 3)))
+        return logits
+
+
+def train(module: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float) -> nn.Module:
+    module.train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(images) // 64 + 1))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            functional.cross_entropy(module(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return module.eval()
+
+
+@torch.no_grad()
+def accuracy(module: nn.Module | fxopt.Executable, images: Tensor, labels: Tensor) -> float:
+    return float((module(images).argmax(1) == labels).float().mean())
+
+
+def one_seed(seed: int) -> dict[str, dict[str, float]]:
+    torch.manual_seed(seed)
+    images, labels, held_images, held_labels = digits()
+    base = train(Depthwise(), images, labels, EPOCHS, 1e-2)
+    control = train(copy.deepcopy(base), images, labels, FURTHER, 1e-3)
+    found = {"float": {"simulated": accuracy(control, held_images, held_labels)}}
+    batches = list(images[:512].split(64))
+    for name, (weights, activations) in WIDTHS.items():
+        options = {"weights": f"int{weights}", "activations": f"uint{activations}", "target": "onnxruntime"}
+        ptq = [Fuse(), PTQ(**options), QuantizeFreeze()]  # type: ignore[arg-type]
+        qat = [Fuse(), QAT(**options, learned="lsq")]  # type: ignore[arg-type]
+        after = fxopt.optimize(control, images[:64], ptq, devices=(), calibration_data=batches).module
+        during = fxopt.optimize(base, images[:64], qat, devices=(), calibration_data=batches).module
+        train(during, images, labels, FURTHER, 1e-3)
+        during = fxopt.optimize(during, images[:64], [QuantizeFreeze()], devices=()).module
+        for kind, module in (("PTQ", after), ("QAT", during)):
+            found[f"{name} {kind}"] = row = {"simulated": accuracy(module, held_images, held_labels)}
+            for engine in ("onnxruntime", "openvino"):
+                try:
+                    file = fxopt.lower(module, held_images, engine=engine)
+                except EngineError:
+                    continue
+                row[engine] = accuracy(file, held_images, held_labels)
+                with torch.no_grad():
+                    same = file(held_images).argmax(1) == module(held_images).argmax(1)
+                row[f"{engine} argmax equal"] = float(same.float().mean())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record here, as JSON")
+    options = parser.parse_args()
+    runs = []
+    for seed in range(options.seeds):
+        start = time.perf_counter()
+        runs.append(one_seed(seed))
+        print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    for name in runs[0]:
+        cells = []
+        for key in runs[0][name]:
+            values = [100 * run[name][key] for run in runs]
+            cells.append(f"{key} {statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        print(f"{name:10} " + ", ".join(cells))
+    for width in WIDTHS:
+        ahead = sum(run[f"{width} QAT"]["simulated"] > run[f"{width} PTQ"]["simulated"] for run in runs)
+        print(f"{width}: QAT ahead of PTQ with {ahead} of {len(runs)} seeds")
+    if options.out is not None:
+        options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
