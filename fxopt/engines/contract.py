@@ -54,6 +54,8 @@ class Engine(ABC):
     device: ClassVar[str] = "cpu"
     """Type of the device that it runs on."""
     sizes: ClassVar[Sizes] = Sizes.ANY
+    integers: ClassVar[bool] = False
+    """Whether a quantised module runs on integers, whose sums may round to the neighbour of the simulated value."""
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -18,6 +18,7 @@ from fxopt.contract import Skip
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import for_onnx
 
 _BATCH = "batch"
 _NO_NUMPY = frozenset({torch.bfloat16})
@@ -79,7 +80,7 @@ def through_numpy(structure: pytree.TreeSpec, call: Callable[[Sequence[Any]], Se
 def _export(module: GraphModule, inputs: Inputs, shapes: Any) -> torch.onnx.ONNXProgram:
     with quiet():
         program = torch.onnx.export(
-            module, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False
+            for_onnx(module), inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False
         )
     assert program is not None
     if len(program.model.graph.inputs) != len(inputs.tensors):

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import export, output_structure, through_numpy
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class OnnxRuntime(Engine):
 
     name: ClassVar[str] = "onnxruntime"
     sizes: ClassVar[Sizes] = Sizes.BATCH
+    integers: ClassVar[bool] = True
 
     spinning: bool = field(default=False, metadata={"help": "let idle threads spin: faster alone, bad company"})
 
@@ -41,16 +44,26 @@ class OnnxRuntime(Engine):
         import onnxruntime
 
         structure = output_structure(self.name, module, inputs)
+        quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
         program, reasons = export(self.name, module, inputs)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         options.log_severity_level = 3
         with tempfile.TemporaryDirectory(prefix="fxopt-") as directory:
-            path = Path(directory) / "model.onnx"
+            path, optimized = Path(directory) / "model.onnx", Path(directory) / "optimized.onnx"
             program.save(path)
+            if quantised:
+                options.optimized_model_filepath = str(optimized)
             try:
-                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                # With a MatMul and its Add made one, the integer kernel for the MatMul no longer fits.
+                session = onnxruntime.InferenceSession(
+                    path,
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=["MatMulAddFusion"] if quantised else None,
+                )
+                reasons += left_floats(optimized) if quantised else ()
             except Exception as error:  # its exceptions have no base of their own
                 raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
         del program

@@ -29,6 +29,7 @@ class OpenVINO(Engine):
 
     name: ClassVar[str] = "openvino"
     sizes: ClassVar[Sizes] = Sizes.BATCH
+    integers: ClassVar[bool] = True
 
     precision: Literal["f32", "bf16"] = field(default="f32", metadata={"help": "what it computes in: f32 or bf16"})
 

@@ -87,9 +87,7 @@ def why_not(module: nn.Module, adapter: Adapter, keep_zeros: bool) -> str | None
     owner, leaf = slot_of(module, adapter)
     masked = isinstance(owner._modules.get(leaf + SUFFIX), Mask)
     if masked and isinstance(adapter, LayerAdapter) and not keep_zeros:
-        return (
-            "its weight has a mask, which would drop part of the update; merge with keep_zeros"
-        )
+        return "its weight has a mask, which would drop part of the update; merge with keep_zeros"
     if isinstance(owner, Fused) and owner.weight_fake_quant is not None:
         return "its weight is fake-quantised, and rounding it with the adapter in it gives another weight"
     for name, _ in adapter.active:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ import fxopt
 from fxopt import Inputs
 from fxopt.engines import ENGINES
 from fxopt.errors import EngineError
+from passes import PTQ, Fuse, QuantizeFreeze
 from tests.engines.test_contract import agree
 from tests.models import DYNAMIC, STATIC
 
@@ -144,3 +146,49 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(EngineError, match="needs a C\\+\\+ compiler; `apt-get install g"):
         fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "inductor")
+
+
+class TestIntegers:
+    """A frozen model runs on integers, and says what does not."""
+
+    def frozen(self, target: str) -> tuple[nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+        x = torch.randn(4, 3, 10, 10)
+        passes = [Fuse(), PTQ(target=target), QuantizeFreeze()]  # type: ignore[arg-type]
+        return fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module, x
+
+    @pytest.mark.parametrize("engine", EXPORTING)
+    def test_outputs_are_those_of_the_simulation(self, engine: str) -> None:
+        needs(engine)
+        module, x = self.frozen(engine)
+        executable = fxopt.lower(module, x, engine)
+        other = torch.randn(7, 3, 10, 10)
+        with torch.no_grad():
+            wanted = module(other)
+        assert (executable(other) - wanted).norm() < 0.05 * wanted.norm()
+
+    def test_onnxruntime_tells_what_runs_on_integers(self) -> None:
+        module, x = self.frozen("onnxruntime")
+        reasons = [skip.reason for skip in fxopt.lower(module, x, "onnxruntime").reasons]
+        assert reasons[0].startswith("operators on integers: 2 QLinearConv")
+        module, x = self.frozen("generic")
+        reasons = [skip.reason for skip in fxopt.lower(module, x, "onnxruntime").reasons]
+        assert any(
+            "Conv runs in floats: its input and weight are integers, but its output is not" in r for r in reasons
+        )
+
+    def test_the_saved_file_holds_integers(self, tmp_path: Path) -> None:
+        module, x = self.frozen("onnxruntime")
+        fxopt.lower(module, x, "onnxruntime").save(tmp_path)
+        model = onnx.load(tmp_path / "model.onnx")
+        weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) > 1]
+        assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
+
+    def test_onednn_leaves_what_is_quantised_to_torch(self) -> None:
+        module, x = self.frozen("generic")
+        executable = fxopt.lower(module, x, "onednn")
+        with torch.no_grad():
+            agree(executable(x), module(x))
+        assert executable.reasons
