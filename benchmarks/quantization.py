@@ -81,6 +81,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "vit_tiny": vit_tiny,
     "encoder, 6 layers of 384, 128 tokens": encoder,
 }
+_MODEL_FILES = (".onnx", ".data", ".bin")
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onednn, float32": ("onednn", "float", {}),
     "onnxruntime, float32": ("onnxruntime", "float", {}),
@@ -168,7 +169,8 @@ def size(executable: fxopt.Executable) -> int:
     """Bytes of the files that the runtime's own form of the model takes."""
     with tempfile.TemporaryDirectory() as directory:
         executable.save(Path(directory) / "model")
-        return sum(file.stat().st_size for file in Path(directory).rglob("*.onnx*"))
+        files = [file for file in Path(directory).rglob("*") if file.suffix in _MODEL_FILES]
+        return sum(file.stat().st_size for file in files)
 
 
 def render(models: dict[str, Any]) -> str:
