@@ -12,7 +12,9 @@ from torch import nn
 
 from fxopt import bench, record, spec
 from fxopt.capture import Captured, capture
-from fxopt.contract import Pass
+from fxopt.contract import Pass, Promise
+from fxopt.engines import Executable, climb
+from fxopt.engines.ladder import check as check_engine
 from fxopt.errors import FxoptError, LoadError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -34,6 +36,7 @@ class Result:
         captured: what capture found.
         passes: the passes that ran.
         inputs: the example inputs.
+        executable: the module as the chosen engine runs it; None where none was chosen.
     """
 
     module: GraphModule
@@ -42,6 +45,7 @@ class Result:
     captured: Captured
     passes: tuple[Pass, ...]
     inputs: Inputs
+    executable: Executable | None = None
 
 
 def optimize(
@@ -57,6 +61,9 @@ def optimize(
     budget_seconds: float = 10.0,
     seed: int = 0,
     notes: Sequence[str] = (),
+    engine: str | None = None,
+    engine_seconds: float = 60.0,
+    max_error: float | None = None,
 ) -> Result:
     """Optimize a module by passes, each verified against the original, and measure what that gained.
 
@@ -73,14 +80,21 @@ def optimize(
         budget_seconds: about how long to measure on each device.
         seed: of everything random.
         notes: to keep in the record.
+        engine: the name of an engine to lower the result for; "auto" for the fastest, "all" to show them all. None
+            lowers nothing.
+        engine_seconds: about how long to build and measure engines.
+        max_error: the relative error of outputs that an engine may have; None for what each dtype allows.
 
     Raises:
+        EngineError: an engine that can't be used, see `fxopt.lower`.
         LoadError: inputs that the model can't take, or for which it gives NaN.
         CaptureError, SpecError, PassError, VerifyError: see there.
     """
     tell = progress or (lambda stage: None)
     example = Inputs.of(inputs)
     pipeline = spec.parse(passes) if isinstance(passes, str) else tuple(passes)
+    if engine is not None:
+        check_engine(engine)
     tell("run the original")
     oracle = Oracle(module, example, seed)
     tell("capture")
@@ -88,6 +102,20 @@ def optimize(
     captured = dataclasses.replace(captured, notes=(*notes, *captured.notes))
     ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell)
     result = captured.module
+    ladder = None
+    if engine is not None:
+        changed = any(entry.promise == Promise.CHANGES.value and entry.changes for entry in ledger.entries)
+        ladder = climb(
+            engine,
+            module,
+            result,
+            example,
+            oracle=None if changed else oracle,
+            max_error=max_error,
+            budget_seconds=engine_seconds,
+            seed=seed,
+            progress=tell,
+        )
     metrics = None
     if evaluate is not None:
         tell("evaluate")
@@ -106,8 +134,12 @@ def optimize(
         latency=latency,
         memory=bench.BeforeAfter(bench.measure_size(module, example), bench.measure_size(result, example)),
         metrics=metrics,
+        engines=ladder,
     )
-    return Result(result, ledger, written, captured, pipeline, example)
+    chosen = ladder.chosen if ladder is not None else None
+    return Result(
+        result, ledger, written, captured, pipeline, example, chosen.executable if chosen is not None else None
+    )
 
 
 def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[Inputs]:

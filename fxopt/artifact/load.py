@@ -18,6 +18,9 @@ from fxopt.artifact.save import INPUTS, SCHEMA, WEIGHTS, fingerprint
 from fxopt.artifact.tree import decode
 from fxopt.artifact.weights import restore
 from fxopt.contract import Pass
+from fxopt.engines import Executable
+from fxopt.engines.lower import build
+from fxopt.engines.table import find
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -25,8 +28,10 @@ from fxopt.pipeline import replay
 from fxopt.version import __version__
 
 
-def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = None) -> GraphModule:
+def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = None) -> GraphModule | Executable:
     """Make the result in `directory` again: its recipe replayed on the original module, then its weights.
+
+    Where the run chose an engine, the result comes as that engine runs it, by the choices that were measured then.
 
     The outputs are those of the saved result to the bit, on the same machine and with the same torch.
 
@@ -36,6 +41,7 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
         inputs: to capture it with, where those of the run could not be saved.
 
     Raises:
+        EngineError: the engine of the run cannot run here.
         ArtifactError: where a file is missing or damaged, was written by an incompatible version, or belongs to
             another module.
     """
@@ -55,7 +61,10 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     restore(replayed, weights, recipe["tied"], str(path))
     replayed.train(recipe["modes"]["training"])
     _set_modes(replayed, _recorded(replayed, recipe))
-    return replayed
+    engine = recipe.get("engine")
+    if engine is None:
+        return replayed
+    return build(find(engine["name"], engine["options"]), replayed, example, engine["choices"])
 
 
 def _replay(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -19,13 +20,14 @@ from fxopt.artifact.source import source
 from fxopt.artifact.tree import encode
 from fxopt.artifact.weights import collect, named_tensors
 from fxopt.contract import Pass
+from fxopt.engines import Executable
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.record import Record
 from fxopt.version import __version__
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 """Version of the recipe: the first number changes when old readers can't read it any more."""
 WEIGHTS = "weights.safetensors"
 INPUTS = "inputs.safetensors"
@@ -50,6 +52,10 @@ class Result(Protocol):
     @property
     def record(self) -> Record:
         """What there is to report."""
+
+    @property
+    def executable(self) -> Executable | None:
+        """The module as an engine runs it; None where none was chosen."""
 
 
 def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None:
@@ -81,6 +87,7 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         "guards": result.record["capture"]["guards"],
         "modes": _modes(result.module),
         "tied": tied,
+        "engine": _engine(result.executable),
         "graph": fingerprint(result.module),
         "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *renderings]),
     }
@@ -133,6 +140,14 @@ def _inputs(inputs: Inputs, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     except ArtifactError as error:
         tensors.clear()
         return {**described, "not_saved": str(error)}
+
+
+def _engine(executable: Executable | None) -> dict[str, Any] | None:
+    if executable is None:
+        return None
+    engine = executable.engine
+    options = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}  # type: ignore[arg-type]
+    return {"name": engine.name, "options": options, "choices": executable.choices}
 
 
 def _modes(module: GraphModule) -> dict[str, Any]:

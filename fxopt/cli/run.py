@@ -11,6 +11,7 @@ import typer
 
 from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
+from fxopt.cli.seconds import seconds
 
 DEFAULT_PASSES = "clean,fuse"
 
@@ -37,8 +38,23 @@ def run(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Lower the result: an engine by name, `auto` for the fastest, `all` to see them.", metavar="NAME"
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Relative error that an engine may have; else what each dtype allows.", min=0.0),
+    ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Seconds that measuring one device may take.", min=0.1, metavar="SECONDS")
+        float | None,
+        typer.Option(
+            help="Time for measuring one device, and for building and measuring engines: `60s`.",
+            parser=seconds,
+            metavar="SECONDS",
+        ),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
@@ -62,7 +78,7 @@ def run(
                 torch.set_num_threads(threads)
             torch.manual_seed(seed)
             loaded = load(target, inputs=inputs or (), weights=weights, train=train)
-            limits: dict[str, Any] = {} if budget is None else {"budget_seconds": budget}
+            limits: dict[str, Any] = {} if budget is None else {"budget_seconds": budget, "engine_seconds": budget}
             result = optimize(
                 loaded.module,
                 loaded.inputs,
@@ -74,6 +90,8 @@ def run(
                 progress=stage,
                 seed=seed,
                 notes=loaded.notes,
+                engine=engine,
+                max_error=max_error,
                 **limits,
             )
             if out is not None:

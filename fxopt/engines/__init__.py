@@ -2,7 +2,8 @@
 
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.executable import Executable
+from fxopt.engines.ladder import Ladder, Rung, climb
 from fxopt.engines.lower import lower
 from fxopt.engines.table import ENGINES
 
-__all__ = ["ENGINES", "Built", "Engine", "Executable", "Sizes", "lower"]
+__all__ = ["ENGINES", "Built", "Engine", "Executable", "Ladder", "Rung", "Sizes", "climb", "lower"]

@@ -11,12 +11,14 @@ from fxopt.bench.fingerprint import Fingerprint
 from fxopt.bench.size import Size
 from fxopt.capture.captured import Captured
 from fxopt.contract import Change, Skip
+from fxopt.engines.ladder import Ladder
 from fxopt.inputs import Inputs
 from fxopt.record.plain import number, plain
 from fxopt.record.shape import (
     CaptureRecord,
     ChangeRecord,
     CoverageRecord,
+    EnginesRecord,
     GuardRecord,
     LatencyRecord,
     MemoryRecord,
@@ -25,6 +27,7 @@ from fxopt.record.shape import (
     OpaqueRecord,
     PassRecord,
     Record,
+    RungRecord,
     SizeRecord,
     SkipRecord,
     TimesRecord,
@@ -75,6 +78,7 @@ def build(
     latency: Mapping[str, Comparison | str] | None = None,
     memory: BeforeAfter[Size] | None = None,
     metrics: BeforeAfter[Mapping[str, float]] | None = None,
+    engines: Ladder | None = None,
 ) -> Record:
     """Make the record of a run.
 
@@ -88,6 +92,7 @@ def build(
         latency: by device; a text says why there is none.
         memory: sizes of the original and of the result.
         metrics: what the user's `evaluate` gave for either.
+        engines: that were held against each other.
     """
     return Record(
         schema=SCHEMA,
@@ -109,6 +114,7 @@ def build(
             before=None if metrics is None else {name: number(value) for name, value in metrics.before.items()},
             after=None if metrics is None else {name: number(value) for name, value in metrics.after.items()},
         ),
+        engines=None if engines is None else of_ladder(engines),
     )
 
 
@@ -169,6 +175,31 @@ def of_comparison(comparison: Comparison) -> LatencyRecord:
             again=[round(time, 9) for time in comparison.times.again],
         ),
         notes=list(comparison.notes),
+    )
+
+
+def of_ladder(ladder: Ladder) -> EnginesRecord:
+    """Engines, and which was chosen."""
+    return EnginesRecord(
+        asked=ladder.asked,
+        chosen=next((index for index, rung in enumerate(ladder.rungs) if rung is ladder.chosen), None),
+        max_error=ladder.max_error,
+        budget_seconds=ladder.budget_seconds,
+        seconds=ladder.seconds,
+        rungs=[
+            RungRecord(
+                engine=rung.engine,
+                options=plain(dict(rung.options)),
+                build_seconds=rung.build_seconds,
+                relative_error=None if rung.relative_error is None else number(rung.relative_error),
+                resident_bytes=rung.resident_bytes,
+                latency=None if rung.comparison is None else of_comparison(rung.comparison),
+                reasons=[SkipRecord(where=skip.where, reason=skip.reason, source=skip.source) for skip in rung.reasons],
+                choices=plain(dict(rung.executable.choices)) if rung.executable is not None else {},
+                dropped=rung.dropped,
+            )
+            for rung in ladder.rungs
+        ],
     )
 
 

@@ -131,6 +131,34 @@ class MetricsRecord(TypedDict):
     after: dict[str, Number] | None
 
 
+class RungRecord(TypedDict):
+    """One engine: what it made of the module, or why it dropped out; null where that is not known.
+
+    `latency` holds the original module against it.
+    """
+
+    engine: str
+    options: dict[str, Any]
+    build_seconds: float | None
+    relative_error: Number | None
+    resident_bytes: int | None
+    latency: LatencyRecord | None
+    reasons: list[SkipRecord]
+    choices: dict[str, Any]
+    dropped: str
+
+
+class EnginesRecord(TypedDict):
+    """Engines held against each other; `chosen` is the index of a rung, or null."""
+
+    asked: str
+    chosen: int | None
+    max_error: float | None
+    budget_seconds: float
+    seconds: float
+    rungs: list[RungRecord]
+
+
 class Record(TypedDict):
     """One run."""
 
@@ -144,3 +172,4 @@ class Record(TypedDict):
     latency: dict[str, LatencyRecord | NotMeasured]
     memory: MemoryRecord
     metrics: MetricsRecord
+    engines: EnginesRecord | None

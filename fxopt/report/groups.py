@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxopt.record.shape import PassRecord
+from fxopt.record.shape import PassRecord, SkipRecord
 
 _QUOTED = re.compile(r"'[^']*'")
 
@@ -38,7 +38,12 @@ def changes(entry: PassRecord) -> tuple[Group, ...]:
 
 def skips(entry: PassRecord) -> tuple[Group, ...]:
     """What a pass left alone, by reason."""
-    return _grouped([(skip["reason"], _place(skip["where"], skip["source"])) for skip in entry["skips"]])
+    return reasons(entry["skips"])
+
+
+def reasons(skips: Sequence[SkipRecord]) -> tuple[Group, ...]:
+    """Places that were left alone, by reason."""
+    return _grouped([(skip["reason"], _place(skip["where"], skip["source"])) for skip in skips])
 
 
 def _grouped(found: Sequence[tuple[str, str]]) -> tuple[Group, ...]:

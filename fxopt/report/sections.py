@@ -13,12 +13,13 @@ _MOST_GROUPS = 8
 _MOST_PLACES = 3
 _MOST_GUARDS = 5
 _MOST_OPAQUE = 12
+_MOST_REASONS = 3
 
 
 def sections(record: Record) -> list[Section]:
     """All sections of the report on a run; empty ones are left out."""
     found = [_run(record), _capture(record), _passes(record), _changes(record), _skips(record)]
-    found += [_latency(record), _before_and_after(record)]
+    found += [_latency(record), _engines(record), _before_and_after(record)]
     return [section for section in found if section.facts or section.table or section.notes]
 
 
@@ -104,6 +105,38 @@ def _latency(record: Record) -> Section:
         notes += [f"{device}: {note}" for note in found["notes"]]
     headings = ("device", "before", "after", "speed-up [95 % interval]", "verdict", "noise floor", "pairs")
     return Section("Latency", table=Table(headings, tuple(rows), (1, 2, 5, 6)) if rows else None, notes=tuple(notes))
+
+
+def _engines(record: Record) -> Section:
+    found = record.get("engines")
+    if found is None:
+        return Section("Engines")
+    rows, notes = [], []
+    for index, rung in enumerate(found["rungs"]):
+        options = ",".join(f"{name}={value}" for name, value in rung["options"].items())
+        name = f"{rung['engine']}{{{options}}}" if options else rung["engine"]
+        latency, seconds = rung["latency"], rung["build_seconds"]
+        if latency is None:
+            notes.append(f"{name} dropped out: {rung['dropped']}")
+            continue
+        rows.append(
+            (
+                f"{name} *" if index == found["chosen"] else name,
+                words.duration(latency["after_ms"]),
+                words.speedup(latency),
+                latency["verdict"],
+                words.error(rung["relative_error"]),
+                "-" if seconds is None else words.duration(1e3 * seconds),
+                words.size(rung["resident_bytes"]),
+            )
+        )
+        notes += [
+            f"{name}: {group.shortened(_MOST_PLACES)}" for group in groups.reasons(rung["reasons"])[:_MOST_REASONS]
+        ]
+    headings = ("engine", "latency", "speed-up [95 % interval]", "verdict", "relative error", "build", "memory")
+    if found["chosen"] is not None:
+        notes.insert(0, "* is what was chosen; all are held against the original")
+    return Section("Engines", table=Table(headings, tuple(rows), (1, 4, 5, 6)), notes=tuple(notes))
 
 
 def _before_and_after(record: Record) -> Section:

@@ -244,3 +244,29 @@ def test_a_device_that_is_not_there_is_said(write):
     done = run("model.py", "--passes", "fuse", "--budget", "1")
     assert done.returncode == 0, done.stderr
     assert "no CUDA device" in done.stdout
+
+
+def test_an_engine_is_chosen_and_kept(write, tmp_path):
+    write("", header=CONV)
+    done = run("model.py", "--engine", "onednn", "--out", "out", "--budget", "1s", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "Engines" in done.stdout
+    assert "onednn *" in done.stdout
+    recipe = json.loads(Path("out/recipe.json").read_text())
+    assert recipe["engine"]["name"] == "onednn"
+    assert recipe["engine"]["choices"]["kernels"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "onedn"], "unknown engine 'onedn'; did you mean 'onednn'?"),
+        (["--engine", "onednn", "--train"], "in training mode; call .eval()"),
+        (["--budget", "soon"], "'soon' is no time of at least 0.1 s; write 60s, or 2m"),
+    ],
+)
+def test_wrong_engines_and_budgets(write, arguments, said):
+    write("model.train()", header=CONV)
+    done = run("model.py", "--device", "cpu", *arguments)
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fxopt.bench import BeforeAfter, Comparison, Fingerprint, Size, Times, Verdict
 from fxopt.capture.captured import Captured, Constant, Coverage, Guard, Opaque
 from fxopt.contract import Change, Skip
+from fxopt.engines import Ladder, Rung
 from fxopt.inputs import Inputs
 from fxopt.record import Record, build
 
@@ -73,6 +74,23 @@ def captured(**facts: Any) -> Captured:
     return Captured(module=torch.nn.Module(), inputs=Inputs(), **(defaults | facts))  # type: ignore[arg-type]
 
 
+class Lowered:
+    """What a ladder asks of an executable."""
+
+    reasons = (Skip("stem", "oneDNN has no kernels for torch.float64 here", "model.py:31"),)
+    choices: ClassVar[dict[str, Any]] = {"layout": "channels_last", "kernels": {"stem": "packed"}}
+
+
+def ladder() -> Ladder:
+    lowered: Any = Lowered()
+    rungs = (
+        Rung("eager", {}, lowered, 0.0001, 1.2e-7, 0, comparison(Verdict.EQUIVALENT, 1.0)),
+        Rung("onednn", {}, lowered, 0.62, 3.1e-7, 25_000_000, comparison(ratio=0.6)),
+        Rung("openvino", {"precision": "bf16"}, dropped="OpenVINO is not installed; `pip install fxopt[openvino]`"),
+    )
+    return Ladder("auto", rungs, rungs[1], 0.01, 60.0, 41.5)
+
+
 def example() -> Record:
     folds = tuple(
         Change(f"folded into 'layer{index}.conv'", f"layer{index}.bn", f"model.py:{40 + index}") for index in range(20)
@@ -100,5 +118,6 @@ def example() -> Record:
         memory=BeforeAfter(
             Size(37_000, 300, 149_200, 3_640_000_000, 2_000_000), Size(36_700, 0, 146_800, 3_600_000_000, 1_500_000)
         ),
+        engines=ladder(),
         metrics=BeforeAfter({"accuracy": 0.9733, "loss": 0.1}, {"accuracy": 0.9722, "loss": float("nan")}),
     )

@@ -35,7 +35,7 @@ def test_a_full_record_is_valid_and_survives_json() -> None:
 
 
 def test_top_level_is_what_is_promised() -> None:
-    keys = "schema target inputs machine capture passes verified latency memory metrics".split()
+    keys = "schema target inputs machine capture passes verified latency memory metrics engines".split()
     assert list(example()) == keys == schema()["required"] == list(schema()["properties"])
 
 

@@ -1,0 +1,266 @@
+"""Engines held against each other: built within a budget, verified, and measured in pairs with the original."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt import bench
+from fxopt.contract import Skip
+from fxopt.engines.executable import Executable
+from fxopt.engines.lower import build
+from fxopt.engines.table import find
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.verify import TOLERANCE, Oracle, relative_error
+
+AUTO, ALL = "auto", "all"
+_CANDIDATES: Sequence[tuple[str, Mapping[str, Any]]] = (
+    ("eager", {}),
+    ("onednn", {}),
+    ("onnxruntime", {}),
+    ("openvino", {}),
+    ("openvino", {"precision": "bf16"}),
+    ("inductor", {}),
+)
+"""In the order in which they are built: what builds slowly comes last, when the budget may be spent."""
+_LOWEST_BFLOAT16_ERROR = 1e-3
+"""bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""
+_BUILDING = 0.6
+"""Share of the budget after which no further build begins."""
+_SHORTEST_MEASUREMENT = 1.0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One engine of a ladder.
+
+    Attributes:
+        engine: its name.
+        options: that differ from the defaults.
+        executable: what it made; None where it dropped out.
+        build_seconds: that it took, without capture and passes.
+        relative_error: the largest over all inputs that were tried, against the original.
+        resident_bytes: by which the process grew meanwhile; None where that is not known.
+        comparison: of the original with it.
+        dropped: why it is out of the running; empty where it is not.
+    """
+
+    engine: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    executable: Executable | None = None
+    build_seconds: float | None = None
+    relative_error: float | None = None
+    resident_bytes: int | None = None
+    comparison: bench.Comparison | None = None
+    dropped: str = ""
+
+    @property
+    def reasons(self) -> tuple[Skip, ...]:
+        """What the engine could not take."""
+        return self.executable.reasons if self.executable is not None else ()
+
+    @property
+    def label(self) -> str:
+        """`openvino{precision=bf16}`."""
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.engine}{{{options}}}" if options else self.engine
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Engines, measured.
+
+    Attributes:
+        asked: what for: the name of an engine, "auto" or "all".
+        rungs: in the order in which they were tried.
+        chosen: the one to use; None where nothing was to be chosen.
+        max_error: the relative error that was allowed; None for what each dtype allows.
+        budget_seconds: for all of it.
+        seconds: that it took.
+    """
+
+    asked: str
+    rungs: tuple[Rung, ...]
+    chosen: Rung | None
+    max_error: float | None
+    budget_seconds: float
+    seconds: float
+
+
+def climb(
+    asked: str,
+    original: nn.Module,
+    rewritten: GraphModule,
+    inputs: Inputs,
+    *,
+    oracle: Oracle | None = None,
+    max_error: float | None = None,
+    budget_seconds: float = 60.0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Ladder:
+    """Build engines for a rewritten module, verify each, and measure them beside the original on the CPU.
+
+    Args:
+        asked: the name of an engine, which is then chosen, beside `eager`; "auto" for all, of which the fastest is
+            chosen; "all" to choose none.
+        original: what they are held against, in latency and, by `oracle`, in outputs.
+        rewritten: what they run.
+        inputs: an example.
+        oracle: knows what the outputs should be; None where passes changed them on purpose: then the rewritten module
+            does.
+        max_error: the largest relative error of outputs; None for what each dtype allows.
+        budget_seconds: for builds and measurements. A build that has begun is finished.
+        seed: of the order of the pairs, and of random inputs.
+        progress: told what begins.
+
+    Raises:
+        EngineError: for an unknown engine, or where the one that was asked for can't be used.
+    """
+    began = time.perf_counter()
+    tell = progress or (lambda stage: None)
+    judge = oracle or Oracle(rewritten, inputs, seed)
+    rungs: list[Rung] = []
+    for name, options in _candidates(asked):
+        spent = time.perf_counter() - began
+        if rungs and asked in (AUTO, ALL) and spent > _BUILDING * budget_seconds:
+            rungs.append(Rung(name, options, dropped=f"not built: the budget of {budget_seconds:g} s was short"))
+            continue
+        tell(f"build {name}")
+        rungs.append(_built(Rung(name, options), rewritten, inputs, judge, max_error))
+    failed = next((rung for rung in rungs if rung.engine == asked and rung.dropped), None)
+    if failed is not None:
+        raise EngineError(failed.dropped)
+    running = [rung for rung in rungs if not rung.dropped]
+    if not running:
+        raise EngineError(rungs[0].dropped)
+    for count, rung in enumerate(running):
+        tell(f"measure {rung.engine}")
+        left = budget_seconds - (time.perf_counter() - began)
+        each = max(left / (len(running) - count + 1), _SHORTEST_MEASUREMENT)
+        rungs[rungs.index(rung)] = dataclasses.replace(rung, comparison=_compared(original, rung, inputs, each, seed))
+    chosen = next((rung for rung in rungs if rung.engine == asked), None)
+    if asked == AUTO:
+        left = budget_seconds - (time.perf_counter() - began)
+        chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, left, seed)
+    return Ladder(asked, tuple(rungs), chosen, max_error, budget_seconds, time.perf_counter() - began)
+
+
+def check(asked: str) -> None:
+    """Make sure that there is what is asked for, before much work is put into it.
+
+    Raises:
+        EngineError: for an unknown engine, or one that cannot run here.
+    """
+    if asked not in (AUTO, ALL):
+        find(asked, {})
+
+
+def _candidates(asked: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
+    if asked in (AUTO, ALL):
+        return _CANDIDATES
+    return (("eager", {}),) if asked == "eager" else (("eager", {}), (asked, {}))
+
+
+def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_error: float | None) -> Rung:
+    if "precision" in rung.options and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
+        return dataclasses.replace(rung, dropped="not built: bfloat16 needs a bound on the error, such as 1e-2")
+    before = _resident()
+    try:
+        executable = build(find(rung.engine, rung.options), module, inputs)
+        error, allowed = _error(executable, oracle)
+    except EngineError as error_:
+        return dataclasses.replace(rung, dropped=str(error_))
+    except Exception as error_:  # whatever the insides of another project raise
+        return dataclasses.replace(rung, dropped=f"{type(error_).__name__}: {error_}")
+    after = _resident()
+    found = dataclasses.replace(
+        rung,
+        executable=executable,
+        build_seconds=executable.build_seconds,
+        relative_error=error,
+        resident_bytes=None if before is None or after is None else max(after - before, 0),
+    )
+    bound = allowed if max_error is None else max_error
+    if not error <= bound:
+        return dataclasses.replace(found, dropped=f"its outputs differ by {error:.1e} (allowed {bound:.0e})")
+    return found
+
+
+def _error(executable: Executable, oracle: Oracle) -> tuple[float, float]:
+    """The largest relative error over the trials that it takes, and what the dtype of that output allows."""
+    worst, allowed = 0.0, 0.0
+    for index, trial in enumerate(oracle.trials):
+        given = trial.inputs.map(lambda tensor: tensor.detach().clone())
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                values, structure = pytree.tree_flatten(executable(*given.args, **given.kwargs))
+        except EngineError:
+            if index == 0:
+                raise
+            continue  # sizes that it was not built for
+        if structure != trial.expected.structure:
+            raise EngineError(f"engine '{executable.engine.name}' gives outputs that are nested otherwise")
+        for expected, found in zip(trial.reference.values, values, strict=True):
+            if isinstance(expected, torch.Tensor):
+                error = relative_error(expected, found)
+                if error >= worst:
+                    worst, allowed = error, TOLERANCE.get(found.dtype, 0.0)
+    return worst, allowed
+
+
+def _compared(original: nn.Module, rung: Rung, inputs: Inputs, seconds: float, seed: int) -> bench.Comparison:
+    assert rung.executable is not None
+    return _pairs(original, rung.executable, inputs, seconds, seed)
+
+
+def _pairs(
+    before: Callable[..., Any], after: Executable, inputs: Inputs, seconds: float, seed: int
+) -> bench.Comparison:
+    # Its own call, since a copy would have to be built again.
+    found = bench.compare(before, after.forward, inputs, budget_seconds=seconds, seed=seed)
+    return dataclasses.replace(found, notes=tuple(note for note in found.notes if "cannot be copied" not in note))
+
+
+def _fastest(rungs: Sequence[Rung], inputs: Inputs, left: float, seed: int) -> Rung:
+    """The rung with the smallest ratio; where the second may be as fast, the two are held against each other."""
+
+    def ratio(rung: Rung) -> float:
+        assert rung.comparison is not None
+        return rung.comparison.ratio
+
+    ranked = sorted(rungs, key=ratio)
+    if len(ranked) < 2:
+        return ranked[0]
+    first, second = ranked[:2]
+    assert first.comparison is not None and second.comparison is not None
+    assert first.executable is not None and second.executable is not None
+    if second.comparison.low > first.comparison.high:
+        return first
+    final = _pairs(first.executable.forward, second.executable, inputs, max(left, _SHORTEST_MEASUREMENT), seed)
+    if final.verdict is bench.Verdict.FASTER:
+        return second
+    if final.verdict is bench.Verdict.SLOWER:
+        return first
+    # As fast as each other: the one that builds sooner.
+    return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
+
+
+def _resident() -> int | None:
+    """Bytes of this process that are in memory, as Linux tells them."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)

@@ -1,0 +1,172 @@
+"""Choosing an engine: who is built, who drops out, and who is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt import Inputs, record, report
+from fxopt.artifact import save
+from fxopt.engines import Executable, ladder
+from fxopt.engines.ladder import Ladder, climb
+from fxopt.errors import EngineError
+from fxopt.verify import Oracle
+from tests.engines.test_contract import agree
+from tests.models import STATIC
+from tests.report.record_example import comparison
+
+CASE = STATIC["staged_cnn"]
+HERE = (("eager", {}), ("onednn", {}))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
+    """Ratios that measuring gives: by engine, or by the pair of engines that meet at the end."""
+    ratios: dict[Any, float] = {}
+
+    def pairs(before: Any, after: Executable, *_: Any) -> fxopt.Comparison:
+        name = after.engine.name
+        first = getattr(before, "__self__", None)
+        ratio = ratios[(first.engine.name, name) if isinstance(first, Executable) else name]
+        verdict = fxopt.bench.Verdict.FASTER if ratio < 0.98 else fxopt.bench.Verdict.EQUIVALENT
+        return comparison(verdict if ratio <= 1.02 else fxopt.bench.Verdict.SLOWER, ratio)
+
+    monkeypatch.setattr(ladder, "_pairs", pairs)
+    monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
+    return ratios
+
+
+def run(asked: str, **options: Any) -> Ladder:
+    model, example = CASE.build(), Inputs(CASE.example())
+    rewritten = fxopt.capture(model, example.args).module
+    return climb(asked, model, rewritten, example, oracle=Oracle(model, example), **options)
+
+
+CHOICES = {
+    "the fastest": ({"eager": 1.0, "onednn": 0.6}, "onednn"),
+    "the one that builds sooner, of two as fast": (
+        {"eager": 0.99, "onednn": 0.98, ("onednn", "eager"): 1.0},
+        "eager",
+    ),
+    "who wins the last comparison": ({"eager": 0.99, "onednn": 0.98, ("onednn", "eager"): 1.1}, "onednn"),
+    "the second, if it wins": ({"eager": 0.98, "onednn": 0.99, ("eager", "onednn"): 0.9}, "onednn"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_auto_takes(name: str, measured: dict[Any, float]) -> None:
+    ratios, expected = CHOICES[name]
+    measured |= ratios
+    found = run("auto")
+    assert found.chosen is not None
+    assert found.chosen.engine == expected
+    assert [rung.engine for rung in found.rungs] == ["eager", "onednn"]
+    assert all(rung.comparison and rung.relative_error is not None for rung in found.rungs)
+
+
+def test_all_takes_none(measured: dict[Any, float]) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    assert run("all").chosen is None
+
+
+def test_a_name_takes_that_one_though_it_is_slower(measured: dict[Any, float]) -> None:
+    measured |= {"eager": 1.0, "onednn": 1.6}
+    found = run("onednn")
+    assert found.chosen is not None
+    assert found.chosen.engine == "onednn"
+
+
+def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    monkeypatch.setattr(ladder, "_error", lambda e, _: (3e-3 if e.engine.name == "onednn" else 0.0, 1e-4))
+    found = run("auto")
+    assert found.chosen is not None
+    assert found.chosen.engine == "eager"
+    assert found.rungs[1].dropped == "its outputs differ by 3.0e-03 (allowed 1e-04)"
+    assert found.rungs[1].comparison is None
+    loose = run("auto", max_error=1e-2).chosen
+    assert loose is not None
+    assert loose.engine == "onednn"
+    with pytest.raises(EngineError, match="its outputs differ"):
+        run("onednn")
+
+
+def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured["eager"] = 1.0
+
+    def build(engine: Any, *_: Any) -> Any:
+        if engine.name == "onednn":
+            raise RuntimeError("out of luck")
+        return real(engine, *_)
+
+    real = ladder.build
+    monkeypatch.setattr(ladder, "build", build)
+    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, ("cudnn", {}), ("openvino", {"precision": "bf16"})))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = run("auto")
+    assert [rung.dropped.partition(";")[0] for rung in found.rungs] == [
+        "",
+        "RuntimeError: out of luck",
+        "engine 'cudnn' cannot run here: there is no CUDA device",
+        "not built: bfloat16 needs a bound on the error, such as 1e-2",
+    ]
+
+
+def test_builds_stop_when_the_budget_is_short(measured: dict[Any, float]) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    found = run("auto", budget_seconds=1e-9)
+    assert all("the budget of 1e-09 s was short" in rung.dropped for rung in found.rungs[1:])
+
+
+def test_an_unknown_engine_is_refused_before_anything_runs() -> None:
+    def evaluate(_: nn.Module) -> Any:
+        raise AssertionError("it ran")
+
+    with pytest.raises(EngineError, match="did you mean 'onednn'"):
+        fxopt.optimize(CASE.build(), CASE.example(), "fuse", engine="onedn", evaluate=evaluate)
+
+
+def test_a_module_that_trains_has_no_engine(measured: dict[Any, float]) -> None:
+    with pytest.raises(EngineError, match=r"in training mode; call .eval"):
+        fxopt.optimize(CASE.build().train(), CASE.example(), "fuse", engine="auto", devices=())
+
+
+def test_the_choice_is_kept_and_made_again_without_measuring(
+    tmp_path: Path, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    model, x = CASE.build(), CASE.example()[0]
+    result = fxopt.optimize(model, x, "clean,fuse", engine="auto", devices=())
+    assert result.executable is not None
+    save(result, tmp_path / "out", {})
+    monkeypatch.setattr("fxopt.engines.onednn.choose", lambda *_: pytest.fail("it measured"))
+    loaded = fxopt.load(tmp_path / "out", model)
+    assert isinstance(loaded, Executable)
+    assert loaded.choices == result.executable.choices
+    agree(loaded(x), result.executable(x), 0)
+
+
+def test_the_record_tells_all_of_it(measured: dict[Any, float]) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    result = fxopt.optimize(CASE.build(), CASE.example(), "fuse", engine="auto", max_error=1e-3, devices=())
+    jsonschema.validate(result.record, record.schema())
+    text = report.render(result.record)
+    assert "onednn *" in text
+    assert "1.67x faster [1.63, 1.70]" in text
+    written = result.record["engines"]
+    assert written is not None
+    assert (written["asked"], written["chosen"], written["max_error"]) == ("auto", 1, 1e-3)
+
+
+def test_engines_are_really_measured() -> None:
+    found = run("onednn", budget_seconds=1.0)
+    assert found.chosen is not None
+    assert found.chosen.comparison is not None
+    assert found.chosen.comparison.pairs > 0
+    assert found.seconds > 0
