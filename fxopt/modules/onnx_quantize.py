@@ -25,12 +25,14 @@ def for_onnx(module: nn.Module) -> nn.Module:
     same, and for inputs a Clip keeps them in range.
 
     Raises:
-        EngineError: for a quantiser that has no range, or is wider than 8 bits.
+        EngineError: for a quantiser that has no range, or is wider than 8 bits, or a batch norm that is not folded.
     """
     duplicate = copy.deepcopy(module).eval()
     for name, child in list(duplicate.named_modules()):
         if isinstance(child, Fused) and child.weight_fake_quant is not None:
             _check(f"{name}.weight_fake_quant", child.weight_fake_quant)
+            if child.bn is not None:
+                raise EngineError(f"{name!r} still holds its batch norm: run 'quantize-freeze', which folds it")
             child._modules["weight_fake_quant"] = _Weight(child.weight_fake_quant, child.scaled_weight())
     for name, child in list(duplicate.named_modules()):
         if isinstance(child, FakeQuantize):

@@ -17,8 +17,9 @@ from passes.qat.place import TARGETS, Target, place, waiting
 from passes.qat.ptq import PTQ
 from passes.qat.schedule import QATSchedule
 from passes.qat.scheme import Scheme
+from passes.qat.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["PTQ", "QAT", "QATSchedule", "QuantizeFreeze", "calibrate"]
+__all__ = ["PTQ", "QAT", "QATSchedule", "QuantizeFreeze", "Sensitivity", "calibrate", "sensitivity"]
 
 
 @dataclass(frozen=True)

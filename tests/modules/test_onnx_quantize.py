@@ -103,6 +103,14 @@ def test_a_quantiser_without_a_range_is_named() -> None:
         for_onnx(program)
 
 
+def test_a_batch_norm_that_trains_has_to_be_folded_first() -> None:
+    program = captured(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(), (torch.randn(2, 3, 8, 8),))
+    rewrite(Fuse(), program)
+    rewrite(QAT(activations="none"), program)
+    with pytest.raises(EngineError, match="'0' still holds its batch norm: run 'quantize-freeze'"):
+        for_onnx(program)
+
+
 def test_what_is_too_wide_for_integer_kernels_is_named() -> None:
     program, _ = frozen(activations="uint16")
     with pytest.raises(EngineError, match=r"'input_fake_quant\.stem' has 16 bits"):

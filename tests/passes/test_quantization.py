@@ -18,7 +18,7 @@ from fxopt.errors import PassError, SpecError
 from fxopt.graph import GraphModule
 from fxopt.modules import FakeQuantize, Fused, State, histogram
 from passes import PTQ, QAT, Fuse, QuantizeFreeze
-from passes.qat import QATSchedule, calibrate
+from passes.qat import QATSchedule, calibrate, sensitivity
 from passes.qat.correct import correct_biases
 from tests.models import STATIC, ConvBlock
 from tests.passes.programs import Outcome, assert_close, captured, rewrite, run
@@ -384,6 +384,29 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "folded": lambda: Residual().eval(),
     "joined": lambda: nn.Sequential(ConvBlock(3, 8), ConvBlock(8, 4), nn.Flatten(), nn.Linear(256, 3)).train(),
 }
+
+
+class TestSensitivity:
+    def test_the_costliest_comes_first(self) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, 8, 8)
+        program = prepared(Residual().eval(), (x,))
+        coarse = program.get_submodule("left.weight_fake_quant")
+        assert isinstance(coarse, FakeQuantize)
+        coarse.scale.mul_(12)
+        before = copy.deepcopy(program.state_dict())
+        ranked = sensitivity(program, [x])
+        assert ranked[0].name == "left.weight_fake_quant"
+        assert ranked[0].sqnr_db < ranked[1].sqnr_db - 3
+        assert {one.name for one in ranked} == quantizers(program).keys()
+        assert_close(program.state_dict(), before, 0)
+        assert all(fake.ready for fake in quantizers(program).values())
+
+    def test_needs_ranges_and_data(self) -> None:
+        with pytest.raises(PassError, match="no quantiser has a range"):
+            sensitivity(nn.Linear(2, 2), [torch.zeros(1, 2)])
+        with pytest.raises(PassError, match="the data is empty"):
+            sensitivity(prepared(Residual().eval(), (torch.randn(*IMAGES),)), [])
 
 
 class TestFreeze:
