@@ -98,7 +98,7 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
         reuses=other is not None and _is_fresh(other, region),
         kind=affine.kind.rstrip("123d"),
         shape=meta.shape,
-        weight=affine.weight.detach(),
+        weight=(affine.module.masked_weight() if isinstance(affine.module, Fused) else affine.weight).detach(),
         bias=None if affine.bias is None else affine.bias.detach(),
         **_geometry(affine),
         groups=affine.groups,

@@ -32,7 +32,8 @@ def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any
     Args:
         module: in evaluation mode; captured where it is not yet. It is not changed, and shares nothing with the result.
         inputs: an example: a tensor, a tuple of positional or a dict of keyword arguments.
-        engine: its name: `onednn`, `eager`, `inductor`, `onnxruntime`, `openvino`, `cudnn`, `cudagraph`.
+        engine: its name: `onednn`, `eager`, `inductor`, `onnxruntime`, `openvino`, `sparse`, `cudnn`,
+            `cudagraph`.
         options: of the engine.
 
     Raises:

@@ -16,9 +16,10 @@ from fxopt.engines.inductor import Inductor
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.onnxruntime import OnnxRuntime
 from fxopt.engines.openvino import OpenVINO
+from fxopt.engines.sparse import Sparse
 from fxopt.errors import EngineError
 
-_KINDS: tuple[type[Engine], ...] = (Eager, OneDNN, Inductor, OnnxRuntime, OpenVINO, CuDNN, CudaGraph)
+_KINDS: tuple[type[Engine], ...] = (Eager, OneDNN, Inductor, OnnxRuntime, OpenVINO, Sparse, CuDNN, CudaGraph)
 ENGINES: Mapping[str, type[Engine]] = MappingProxyType({kind.name: kind for kind in _KINDS})
 """Engines by the name that `fxopt.lower` and `--engine` take."""
 

@@ -23,7 +23,7 @@ from fxopt.verify import relative_error
 from tests.models import DYNAMIC, STATIC, Case, StagedCNN
 
 CASES = {**STATIC, **DYNAMIC}
-IN_PROCESS = ("eager", "onednn")
+IN_PROCESS = ("eager", "onednn", "sparse")
 
 
 def agree(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
