@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import ArtifactError
-from passes.lora.adapter import Adapter, LowRank
+from passes.lora.adapter import Adapter, LowRank, WeightAdapter
 from passes.lora.fold import slot_of
 from passes.lora.forms import Conv, ConvTranspose, Form
 
@@ -80,7 +80,8 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
     if projects:
         b = b / 2
     known = isinstance(owner, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or type(owner).__name__ == "Conv1D"
-    by_module = (known and leaf == "weight") or leaf == "in_proj_weight"
+    whole = isinstance(adapter, WeightAdapter) and not adapter.inner and isinstance(owner, nn.Linear)
+    by_module = (known and leaf == "weight" and not whole) or leaf == "in_proj_weight"
     if not by_module and form.kind == "matmul":
         a, b = b.T, a.T
     entry = Entry(adapter.name, a, b, low.scale, magnitude, None if low.bias is None else low.bias.detach())

@@ -18,7 +18,11 @@ MOVES_WEIGHT = ("pissa", "olora", "loftq")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a new adapter of one layer is made from; the fields are the options of the pass `lora`."""
+    """What a new adapter of one layer is made from; the fields are the options of the pass `lora`.
+
+    Attributes:
+        whole: add the update to the weight, and not beside the layer: what PEFT does with `target_parameters`.
+    """
 
     rank: int
     alpha: float
@@ -28,6 +32,7 @@ class Recipe:
     init: Init = "default"
     bits: int = 4
     slices: tuple[tuple[int, int], ...] = ()
+    whole: bool = False
 
 
 @torch.no_grad()

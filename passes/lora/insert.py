@@ -14,7 +14,7 @@ from passes.lora import inside
 from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
 from passes.lora.forms import Form
 from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
-from passes.lora.sites import Site, find_sites
+from passes.lora.sites import Site, find_sites, whole_weight
 from passes.lora.tail import loosen
 
 Choose = Callable[[tuple[str, ...], str, nn.Parameter], "Recipe | Skip | None"]
@@ -90,6 +90,7 @@ class Insertion:
         reason = self._why_not(site, recipe)
         if reason is not None:
             return Skip(site.name, reason, source_of(site.node))
+        site = whole_weight(site, self._region) if recipe.whole else site
         adapter = self._adapter_of(site, recipe)
         if isinstance(adapter, Skip):
             return adapter

@@ -102,7 +102,9 @@ class Loading:
         return None if entry is None else self._recipe(entry)
 
     def _recipe(self, entry: Entry) -> Recipe:
-        return Recipe(entry.rank, entry.scale * entry.rank, dora=entry.magnitude is not None)
+        return Recipe(
+            entry.rank, entry.scale * entry.rank, dora=entry.magnitude is not None, whole=bool(entry.parameter)
+        )
 
     def _fill(self, by_name: Mapping[str, Entry]) -> None:
         done: set[int] = set()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
@@ -68,6 +69,30 @@ def find_sites(region: Region) -> Iterator[Site | Skip]:
             yield from _inside(node, region)
         elif isinstance(found, Skip) or (found is not None and found.slot not in whole):
             yield found
+
+
+def whole_weight(site: Site, region: Region) -> Site:
+    """The weight of a layer as a site of its own, where nothing else reads it; a plain linear layer becomes a function.
+
+    F.linear(x, W, b)   =>   F.linear(x, f(W), b)
+    """
+    node = site.node
+    if node.op == "call_module":
+        module = region.submodule(node)
+        if type(module) is not nn.Linear or site.input is None:
+            return site
+        read = region.insert_attribute(node, f"{node.target}.weight")
+        bias = region.insert_attribute(node, f"{node.target}.bias") if module.bias is not None else None
+        # The node stays, since other sites know it as their input.
+        node.args, node.kwargs = (node.all_input_nodes[0], read, bias), {}
+        node.op, node.target = "call_function", F.linear
+    else:
+        reads = [each for each in node.all_input_nodes if read_parameter(each, region) is site.weight]
+        if len(reads) != 1 or len(reads[0].users) != 1:
+            return site
+        read = reads[0]
+    form = form_of("weight", site.weight.shape, {})
+    return Site(read, site.names, site.slot, site.weight, form, site.operator)
 
 
 def _read(node: fx.Node, region: Region) -> Site | Skip | None:
