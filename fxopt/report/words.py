@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fxopt.bench.statistics import FEWEST_PAIRS
 from fxopt.record.shape import LatencyRecord, Number
 
 
@@ -93,6 +94,8 @@ def difference(before: Number | None, after: Number | None) -> str:
 def speedup(latency: LatencyRecord) -> str:
     """The effect with its interval: `1.31x faster [1.28, 1.34]`, `1.05x slower [1.02, 1.08]`, `1.00x [0.99, 1.01]`."""
     ratio, low, high = latency["ratio"], latency["low"], latency["high"]
+    if latency["pairs"] < FEWEST_PAIRS:
+        return f"{1 / ratio:.2f}x [too few pairs]"
     if latency["verdict"] == "slower":
         return f"{ratio:.2f}x slower [{low:.2f}, {high:.2f}]"
     word = "x faster" if latency["verdict"] == "faster" else "x"

@@ -51,7 +51,7 @@ def comparison(verdict: Verdict = Verdict.FASTER, ratio: float = 0.76, **facts: 
         "after_ms": 5.12 * ratio,
         "device": "cpu",
         "threads": 2,
-        "pairs": 3,
+        "pairs": 30,
         "calls": 1,
         "preempted": 0.1,
         "times": Times((0.00512,) * 3, (0.00512 * ratio,) * 3, (0.00513,) * 3),

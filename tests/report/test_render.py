@@ -57,6 +57,11 @@ def test_a_bare_record_says_what_it_can(format: str) -> None:
         assert absent not in text
 
 
+def test_a_handful_of_pairs_has_no_interval() -> None:
+    text = render(bare(latency={"cpu": comparison(pairs=2)}))
+    assert "x [too few pairs]" in text
+
+
 def test_the_clocks_of_a_gpu_are_shown() -> None:
     clocks = BeforeAfter(Clocks(1980.0), Clocks(1965.0))
     text = render(bare(latency={"cuda": comparison(clocks=clocks)}))
