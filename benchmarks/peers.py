@@ -1,0 +1,420 @@
+"""The latency of fxopt's engines beside their peers: every arm of a row in one process, timed in turns.
+
+    python benchmarks/peers.py [--out benchmarks/results] [--threads 2] [--seconds 40] [--again] [MODEL[:BATCH] ...]
+
+A row is a model at a batch size and runs in a process of its own; it is appended to peers.jsonl as soon as it is
+there, and rows that are there are not run again, so a stopped run goes on where it was. peers.md is the table of all
+rows: speed-ups over eager, the medians of paired ratios with their 95 % intervals, and geometric means.
+
+Models come with random weights; outputs of every arm are held against eager's. Times hold for the machine that
+peers.jsonl names, and only if nothing else ran on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxopt
+from fxopt import Inputs, bench, spec
+from fxopt.bench.statistics import paired_interval
+from fxopt.bench.surroundings import quiet
+from fxopt.bench.timer import CpuTimer
+from fxopt.engines import climb
+from fxopt.pipeline import replay
+from fxopt.torchvision_operators import declare_missing
+from fxopt.verify import Oracle, relative_error
+
+Run = Callable[[], Any]
+
+CONVOLUTIONS = (
+    "resnet18",
+    "resnet50",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "regnet_y_1_6gf",
+    "densenet121",
+    "fcn_resnet50",
+)
+TRANSFORMERS = ("deit_small", "swin_t", "bert", "gpt2")
+MODELS = (*CONVOLUTIONS, *TRANSFORMERS)
+BATCHES = (1, 8)
+OURS = ("onednn", "auto", "auto 1e-2")
+_ROW_SECONDS = 1800
+_FEWEST_ROUNDS = 8
+
+
+def main() -> None:
+    """Run what is missing, and write the table of all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="MODEL[:BATCH]", help="all models at all batch sizes by default")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=40.0, help="for the timing of one row, without builds")
+    parser.add_argument("--arms", default="", help="only these, by name, with commas; eager always runs")
+    parser.add_argument("--again", action="store_true", help="run rows that are there once more")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    rows = [_row(text) for text in options.rows] or [[(model, batch) for batch in BATCHES] for model in MODELS]
+    wanted = [pair for row in rows for pair in row]
+    if options.one:
+        torch.set_num_threads(options.threads)
+        wanted_arms = [name for name in options.arms.split(",") if name]
+        print(json.dumps(measure(*wanted[0], seconds=options.seconds, only=wanted_arms)))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = options.out / "peers.jsonl"
+    for model, batch in wanted:
+        there = {(row["model"], row["batch"]) for row in read(record)}
+        if (model, batch) in there and not options.again:
+            continue
+        found = _in_a_process(model, batch, options)
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        (options.out / "peers.md").write_text(render(read(record)), encoding="utf-8")
+        print(f"{model} at {batch}: {found.get('failed') or 'done'}", file=sys.stderr)
+    print(render(read(record)))
+
+
+def read(record: Path) -> list[dict[str, Any]]:
+    """All rows; of those that were run again, the last."""
+    if not record.is_file():
+        return []
+    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    return list({(row["model"], row["batch"]): row for row in rows}.values())
+
+
+def _row(text: str) -> list[tuple[str, int]]:
+    model, _, batch = text.partition(":")
+    if model not in MODELS:
+        sys.exit(f"unknown model {model!r}; there are {', '.join(MODELS)}")
+    return [(model, int(batch))] if batch else [(model, size) for size in BATCHES]
+
+
+def _in_a_process(model: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    order = [sys.executable, __file__, "--one", f"{model}:{batch}", "--threads", str(options.threads)]
+    order += ["--seconds", str(options.seconds), "--arms", options.arms]
+    failed = {"model": model, "batch": batch, "arms": {}}
+    try:
+        done = subprocess.run(order, capture_output=True, text=True, timeout=_ROW_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {**failed, "failed": f"it took more than {_ROW_SECONDS} s"}
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {**failed, "failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]}
+    return found
+
+
+# Models
+
+
+def build(name: str, batch: int) -> tuple[nn.Module, Inputs]:
+    """A model in evaluation mode with random weights, and inputs for it."""
+    torch.manual_seed(0)
+    if name in ("bert", "gpt2"):
+        return _of_transformers(name, batch)
+    images = Inputs((torch.randn(batch, 3, 224, 224),))
+    declare_missing()
+    if name == "deit_small":
+        import timm
+
+        made: nn.Module = timm.create_model("deit_small_patch16_224", pretrained=False)
+        return made.eval(), images
+    import torchvision
+
+    extra: dict[str, Any] = {"weights_backbone": None} if name.startswith("fcn") else {}
+    return torchvision.models.get_model(name, weights=None, **extra).eval(), images
+
+
+def _of_transformers(name: str, batch: int) -> tuple[nn.Module, Inputs]:
+    import transformers
+
+    if name == "bert":
+        config = transformers.BertConfig(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
+        )
+        model: nn.Module = transformers.BertModel(config)
+    else:
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
+    nn.Module.eval(model)
+    return model, Inputs((torch.randint(0, 30000, (batch, 128)),))
+
+
+# Arms: each takes a model and inputs and gives what runs one forward. What it does before that is its build.
+
+
+def _call(run: Callable[..., Any], inputs: Inputs) -> Run:
+    return lambda: run(*inputs.args, **inputs.kwargs)
+
+
+def _eager(model: nn.Module, inputs: Inputs) -> Run:
+    return _call(model, inputs)
+
+
+def _fx_fuse(model: nn.Module, inputs: Inputs) -> Run:
+    from torch.fx.experimental.optimization import fuse
+
+    return _call(fuse(model), inputs)
+
+
+def _fx_fuse_channels_last(model: nn.Module, inputs: Inputs) -> Run:
+    from torch.fx.experimental.optimization import fuse
+
+    fused = fuse(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = inputs.map(lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+    return _call(fused, images)
+
+
+def _jit_freeze(model: nn.Module, inputs: Inputs) -> Run:
+    traced = torch.jit.trace(model, inputs.args, strict=False)
+    return _call(torch.jit.optimize_for_inference(torch.jit.freeze(traced)), inputs)
+
+
+def _compile(model: nn.Module, inputs: Inputs) -> Run:
+    return _call(torch.compile(model), inputs)
+
+
+def _compile_freezing(model: nn.Module, inputs: Inputs) -> Run:
+    return _call(torch.compile(model, options={"freezing": True}), inputs)
+
+
+def _exported(engine: str, **options: Any) -> Callable[[nn.Module, Inputs], Run]:
+    """A peer from its own export of the model as it is: no pass of ours runs before."""
+
+    def arm(model: nn.Module, inputs: Inputs) -> Run:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "model.onnx"
+            program = torch.onnx.export(model, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, verbose=False)
+            assert program is not None
+            program.save(path)
+            load = _onnxruntime if engine == "onnxruntime" else _openvino
+            return load(path, [tensor.numpy() for tensor in inputs.tensors], **options)
+
+    return arm
+
+
+def _onnxruntime(path: Path, arrays: Sequence[Any]) -> Run:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    feed = dict(zip([one.name for one in session.get_inputs()], arrays, strict=True))
+    return lambda: session.run(None, feed)
+
+
+def _openvino(path: Path, arrays: Sequence[Any], precision: str) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda: list(compiled(list(arrays)).values())
+
+
+def _onednn(model: nn.Module, inputs: Inputs) -> Run:
+    fused = replay(model, inputs, spec.parse("clean,fuse"))
+    return _call(fxopt.lower(fused, inputs, "onednn"), inputs)
+
+
+def _auto(max_error: float | None) -> Callable[[nn.Module, Inputs], Run]:
+    def arm(model: nn.Module, inputs: Inputs) -> Run:
+        fused = replay(model, inputs, spec.parse("clean,fuse"))
+        ladder = climb(
+            "auto", model, fused, inputs, oracle=Oracle(model, inputs), max_error=max_error, budget_seconds=120
+        )
+        assert ladder.chosen is not None and ladder.chosen.executable is not None
+        run = _call(ladder.chosen.executable, inputs)
+        run.__doc__ = ladder.chosen.label
+        return run
+
+    return arm
+
+
+ARMS: Mapping[str, Callable[[nn.Module, Inputs], Run]] = {
+    "eager": _eager,
+    "fx fuse": _fx_fuse,
+    "fx fuse, channels_last": _fx_fuse_channels_last,
+    "jit freeze": _jit_freeze,
+    "torch.compile": _compile,
+    "compile + freezing": _compile_freezing,
+    "onnxruntime": _exported("onnxruntime"),
+    "openvino": _exported("openvino", precision="f32"),
+    "openvino bf16": _exported("openvino", precision="bf16"),
+    "onednn": _onednn,
+    "auto": _auto(None),
+    "auto 1e-2": _auto(1e-2),
+}
+
+
+def measure(name: str, batch: int, *, seconds: float, only: Sequence[str]) -> dict[str, Any]:
+    """Build all arms of a row, hold them against eager, and time them in turns."""
+    model, inputs = build(name, batch)
+    runs: dict[str, Run] = {}
+    arms: dict[str, dict[str, Any]] = {}
+    with quiet(torch.device("cpu")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = _tensors(model(*inputs.args, **inputs.kwargs))
+        for arm, make in ARMS.items():
+            if only and arm not in ("eager", *only):
+                continue
+            began = time.perf_counter()
+            try:
+                run = make(model, inputs)
+                found = _tensors(run())
+                arms[arm] = {
+                    "build_seconds": time.perf_counter() - began,
+                    "relative_error": max(map(relative_error, expected, found)),
+                    "chosen": run.__doc__,
+                }
+                runs[arm] = run
+            except Exception as error:  # a peer that can't take a model is a result too
+                text = (str(error).strip().splitlines() or [""])[0]
+                arms[arm] = {"failed": f"{type(error).__name__}: {text[:200]}"}
+        times = _in_turns(runs, seconds)
+    for arm, taken in times.items():
+        effect = paired_interval(times["eager"], taken)
+        arms[arm] |= {
+            "ms": 1e3 * statistics.median(taken),
+            "speedup": 1 / effect.ratio,
+            "low": 1 / effect.high,
+            "high": 1 / effect.low,
+            "times": [round(one, 7) for one in taken],
+        }
+    return {
+        "model": name,
+        "batch": batch,
+        "inputs": inputs.describe(),
+        "machine": dataclasses.asdict(bench.fingerprint()),
+        "versions": _versions(),
+        "arms": arms,
+    }
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    return [torch.as_tensor(leaf) for leaf in pytree.tree_leaves(output) if hasattr(leaf, "shape")]
+
+
+def _in_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
+    """Rounds of all arms, in an order drawn at random and then in the reverse one."""
+    timer, order, drawn = CpuTimer(), list(runs), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(3):
+        for run in runs.values():
+            run()
+    began, rounds = time.perf_counter(), 0
+    while rounds < _FEWEST_ROUNDS or time.perf_counter() - began < seconds:
+        if rounds % 2:
+            order.reverse()
+        else:
+            drawn.shuffle(order)
+        for name in order:
+            times[name].append(timer.time(runs[name], 1).seconds)
+        rounds += 1
+    return times
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "torchvision", "onnxruntime", "openvino", "timm", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+# The table
+
+
+def render(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speed-ups over eager with intervals, geometric means, builds and errors."""
+    if not rows:
+        return "no rows yet\n"
+    machine: Mapping[str, Any] = next((row["machine"] for row in rows if "machine" in row), {})
+    arms = [arm for arm in ARMS if any(arm in row["arms"] for row in rows)]
+    body = [
+        [row["model"], row["batch"], *(_cell(row["arms"].get(arm, {}), arm) for arm in arms)]
+        for row in rows
+        if not row.get("failed")
+    ]
+    body += [
+        ["geometric mean, convolutions", "", *(_mean(rows, arm, CONVOLUTIONS) for arm in arms)],
+        ["geometric mean, all", "", *(_mean(rows, arm, MODELS) for arm in arms)],
+    ]
+    builds = [
+        [row["model"], row["batch"], *(_build(row["arms"].get(arm, {})) for arm in arms[1:])]
+        for row in rows
+        if not row.get("failed")
+    ]
+    failed = [f"- {row['model']} at {row['batch']}: {row['failed']}" for row in rows if row.get("failed")]
+    parts = [
+        "# fxopt's engines beside their peers",
+        f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
+        f"{' '.join(machine.get('cpu_flags', ()))}; torch {machine.get('torch')}, oneDNN {machine.get('onednn')}; "
+        "`python benchmarks/peers.py`. Eager in milliseconds; speed-ups over it are medians of paired ratios, with "
+        "their 95 % intervals, all arms of a row in one process and in turns. `-` is an arm that cannot take the "
+        "model; peers.jsonl says why.",
+        tabulate(body, ["model", "batch", *arms], tablefmt="github", disable_numparse=True),
+        "## Seconds to build, and relative error",
+        tabulate(builds, ["model", "batch", *arms[1:]], tablefmt="github", disable_numparse=True),
+        *failed,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(arm: Mapping[str, Any], name: str) -> str:
+    if "speedup" not in arm:
+        return "-"
+    if name == "eager":
+        return f"{arm['ms']:.1f} ms"
+    chosen = f" ({arm['chosen']})" if arm.get("chosen") else ""
+    return f"{arm['speedup']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]{chosen}"
+
+
+def _build(arm: Mapping[str, Any]) -> str:
+    return f"{arm['build_seconds']:.1f} s, {arm['relative_error']:.0e}" if "build_seconds" in arm else "-"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], arm: str, models: Sequence[str]) -> str:
+    """Of the rows that every arm of the table took."""
+    found = [row["arms"].get(arm, {}).get("speedup") for row in rows if row["model"] in models]
+    if not found or None in found:
+        taken = [value for value in found if value]
+        return f"{_geometric(taken):.2f} of {len(taken)}" if taken else "-"
+    return f"{_geometric(found):.2f}"
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+if __name__ == "__main__":
+    main()
