@@ -91,6 +91,11 @@ class Evidence:
         run = self._fake_device
         return (self._tried("the fake-device run", lambda subject: run.result()) or []) if run is not None else []
 
+    @property
+    def order(self) -> list[str]:
+        """Names of the modules, in the order in which they first returned something."""
+        return list(self.forward.layers) if self.forward else []
+
     @functools.cached_property
     def settled(self) -> bool:
         """Whether activations in evaluation are those of training: not before batch norms have seen a batch."""

@@ -134,8 +134,11 @@ class _Devices(TorchDispatchMode):
             )
         try:
             result = func(*args, **kwargs)
-        except NotImplementedError:
-            result = _by_zeros(func, args, kwargs)
+        except RuntimeError as error:
+            try:
+                result = _by_zeros(func, args, kwargs)
+            except Exception:  # then it was no missing kernel that the operator failed for
+                raise error from None
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf not in self.made:
                 self.made[leaf] = self._origin(name, given)

@@ -31,7 +31,24 @@ class Late(nn.Module):
         return self.first(x)[0] + torch.ones(8)
 
 
-MODELS = {"gru": nn.GRU(8, 8), "lstm": nn.LSTM(8, 8), "rnn": nn.RNN(8, 8), "torch.tensor there": MadeEmpty()}
+@torch.library.custom_op("fxopt_tests::halves", mutates_args=())
+def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Has no fake kernel."""
+    return x[: len(x) // 2].clone(), x[len(x) // 2 :].clone()
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        return torch.cat(halves(x))
+
+
+MODELS = {
+    "gru": nn.GRU(8, 8),
+    "lstm": nn.LSTM(8, 8),
+    "rnn": nn.RNN(8, 8),
+    "torch.tensor there": MadeEmpty(),
+    "no fake kernel": Halves(),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)

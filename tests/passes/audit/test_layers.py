@@ -187,3 +187,33 @@ def test_an_operator_in_place_has_the_form_of_the_other():
             return super().forward(x.clone().as_strided_((6, 8), (8, 1)))
 
     assert "FX503" not in rules(Strided())
+
+
+@pytest.mark.parametrize(("residual", "found"), [(False, True), (True, False)])
+def test_gradients_that_vanish_towards_the_first_layer_are_found(residual, found):
+    class Sigmoids(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(14))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = residual * x + torch.sigmoid(layer(x))
+            return x
+
+    torch.manual_seed(0)
+    assert ("FX408" in rules(Sigmoids())) is found
+
+
+def test_a_branch_that_is_scaled_down_on_purpose_does_not_vanish():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.branch = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.gamma = nn.Parameter(1e-9 * torch.ones(8))
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x + self.gamma * self.branch(x)
+
+    assert "FX408" not in rules(Scaled())
