@@ -54,7 +54,7 @@ def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, help="only this one")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only models with this in their names")
+    parser.add_argument("--only", default="", metavar="A,B", help="only models with one of these in their names")
     parser.add_argument("--small", action="store_true", help="only a dozen small models")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the record here, and a table beside it")
     parser.add_argument("--jobs", type=int, default=2, help="how many at once (default: 2)")
@@ -71,7 +71,8 @@ def main() -> int:
         for name, specimens in LIBRARIES.items()
         if options.library in (None, name)
         for specimen in specimens()
-        if options.only in specimen.name and (not options.small or specimen.name in SMALL)
+        if any(part in specimen.name for part in options.only.split(","))
+        and (not options.small or specimen.name in SMALL)
     ]
     order = {(specimen.library, specimen.name): index for index, specimen in enumerate(chosen)}
     known = {key: result for key, result in known.items() if key not in order or is_settled(result)}
