@@ -69,6 +69,11 @@ class Pass(ABC):
     conflicts: ClassVar[tuple[str, ...]] = ()
     """Names of passes that can't be in the same pipeline."""
 
+    @property
+    def bound(self) -> float | None:
+        """The relative error of outputs that its options allow; None where the promise says all."""
+        return None
+
     @abstractmethod
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Rewrite the graph of `region` in place and yield what was done and what was left alone.

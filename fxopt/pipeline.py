@@ -83,6 +83,11 @@ def run_passes(
                 outcomes = _verified(each, before, module, changes, oracle, outcomes)
             loosest = each.promise if each.promise is Promise.CHANGES and changes else loosest
             error = oracle.error(outcomes, loosest)
+            if each.bound is not None and changes and not error <= each.bound:
+                raise VerifyError(
+                    f"{each.name}: the outputs differ from the original by {error:.1e} (allowed {each.bound:.0e}); "
+                    "nothing was saved"
+                )
             verify_seconds = time.perf_counter() - began
         if changes:
             propagate_shapes(module, captured.inputs)

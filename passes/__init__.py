@@ -2,6 +2,7 @@
 
 from fxopt.contract import Pass
 from passes.audit import Audit
+from passes.cast import Cast
 from passes.clean import Clean
 from passes.fuse import Fuse
 from passes.lora import LoRA, LoRAMerge
@@ -13,6 +14,7 @@ __all__ = [
     "PTQ",
     "QAT",
     "Audit",
+    "Cast",
     "Clean",
     "Fuse",
     "LoRA",
@@ -25,6 +27,7 @@ __all__ = [
 PASSES: tuple[type[Pass], ...] = (
     Clean,
     Fuse,
+    Cast,
     Sparsify,
     SparsifyBake,
     QAT,

@@ -1,0 +1,185 @@
+"""cast: layers and products in bfloat16 or float16, what loses by it in float32."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt import bench
+from fxopt.contract import Change, Pass, Promise, Skip
+from fxopt.errors import SpecError
+from fxopt.graph import Affine, Effects, Region, inherit, read_affine, source_of
+from fxopt.modules import rebuild
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FAST = {"bf16": {"amx_bf16", "avx512_bf16", "bf16"}, "fp16": {"amx_fp16", "avx512_fp16", "fphp"}}
+_PRODUCTS: frozenset[Any] = frozenset(
+    {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", F.scaled_dot_product_attention}
+)
+_FOLLOWING_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten,
+)  # fmt: skip
+_FOLLOWING: frozenset[Any] = frozenset(
+    {
+        operator.add, torch.add, torch.relu, F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.hardswish, F.max_pool2d,
+        torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.cat, "add", "relu", "flatten", "reshape",
+        "view", "permute", "transpose", "contiguous",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cast(Pass):
+    """Runs convolutions, linear layers and matrix products in fewer bits.
+
+        layer(x)  =>  float32( layer'( low(x) ) )      layer' holds its parameters in `dtype`
+
+    What only moves or compares such values follows them; normalisations, softmax, reductions, losses and all other
+    operators stay in float32, and so do the inputs and outputs of the model. Batch norms that `fuse` folds are folded
+    in float32, since it comes first. The error against the original is measured and reported; with `max_error` it is
+    a promise.
+
+    Sources: Micikevicius et al. 2018; the lists of operators of torch.amp.
+    """
+
+    name: ClassVar[str] = "cast"
+    promise: ClassVar[Promise] = Promise.CHANGES
+    after: ClassVar[tuple[str, ...]] = ("clean", "fuse")
+    conflicts: ClassVar[tuple[str, ...]] = ("qat",)
+
+    dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata={"help": "what layers compute in: bf16 or fp16"})
+    max_error: float = field(default=0.0, metadata={"help": "relative error that is allowed; 0 only reports it"})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise SpecError(f"cast: 'dtype' is bf16 or fp16, not {self.dtype!r}")
+        if self.max_error < 0:
+            raise SpecError(f"cast: 'max_error' is 0 or more, not {self.max_error}")
+
+    @property
+    def bound(self) -> float | None:
+        """`max_error`, where there is one."""
+        return self.max_error or None
+
+    def run(self, region: Region) -> Iterator[Change | Skip]:
+        """One sweep in the order of the graph: each layer finds the values before it cast already, where they are."""
+        casting = _Casting(region, _DTYPES[self.dtype])
+        changed = False
+        for node in list(region.graph.nodes):
+            affine = read_affine(node, region)
+            outcome: Change | Skip | None = None
+            if isinstance(affine, Affine):
+                outcome = casting.layer(affine)
+            elif node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
+                outcome = casting.product(node)
+            elif affine is None:
+                casting.follow(node)
+            changed = changed or isinstance(outcome, Change)
+            if outcome is not None:
+                yield outcome
+        flags = set(bench.fingerprint().cpu_flags)
+        if changed and not flags & _FAST[self.dtype] and not torch.cuda.is_available():
+            reason = f"this CPU has no instructions for {self.dtype}: it will be slower here than float32"
+            yield Skip("(the machine)", reason)
+
+
+class _Casting:
+    """Casts in one graph.
+
+    `_low` maps a float32 value to the same in fewer bits.
+    """
+
+    def __init__(self, region: Region, dtype: torch.dtype):
+        self._region = region
+        self._dtype = dtype
+        self._low: dict[fx.Node, fx.Node] = {}
+
+    def layer(self, affine: Affine) -> Change | Skip | None:
+        """Let a layer compute in fewer bits."""
+        region, node, module = self._region, affine.node, affine.module
+        if affine.weight.dtype is not torch.float32:
+            return None
+        where, line = region.qualified(node), source_of(node)
+        reason = None
+        if region.training:
+            reason = "in training mode parameters stay in float32: torch.autocast is for that"
+        elif module is None:
+            reason = "its parameters are handed to a function"
+        elif not region.program.is_exclusive(node, module):
+            reason = "it is called, or its parameters are read, at more than one place"
+        elif not _is_float32(affine.input):
+            reason = "its input is not float32"
+        elif list(module.children()):
+            reason = "it holds a batch norm or a fake quantiser"
+        if module is None or reason is not None:
+            return Skip(where, reason or "", line)
+        parameters = {name: value.detach().to(self._dtype) for name, value in module.named_parameters(recurse=False)}
+        region.swap(node, rebuild(module, type(module), **parameters))
+        self._replace_inputs(node)
+        self._cast_back(node)
+        return Change(f"computed in {_name(self._dtype)}", where, line)
+
+    def product(self, node: fx.Node) -> Change | None:
+        """Let a product of values, none of them a parameter, compute in fewer bits."""
+        region = self._region
+        if region.training or not all(map(_is_float32, [node, *node.all_input_nodes])):
+            return None
+        if all(operand.op == "get_attr" for operand in node.all_input_nodes):
+            return None
+        self._replace_inputs(node)
+        self._cast_back(node)
+        return Change(f"computed in {_name(self._dtype)}", region.qualified(node), source_of(node))
+
+    def follow(self, node: fx.Node) -> None:
+        """Let an operator that loses nothing take values as they are, where all of them have few bits already."""
+        if node.op == "call_module":
+            follows = type(self._region.submodule(node)) in _FOLLOWING_MODULES
+        else:
+            follows = node.op in ("call_function", "call_method") and node.target in _FOLLOWING
+        operands = node.all_input_nodes
+        tensors = [operand for operand in operands if "tensor_meta" in operand.meta]
+        if not follows or not tensors or Effects(self._region).writes(node) or not _is_float32(node):
+            return
+        if all(self._is_current(operand, node) for operand in tensors):
+            for operand in tensors:
+                node.replace_input_with(operand, self._low[operand])
+            self._cast_back(node)
+
+    def _replace_inputs(self, node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if not _is_float32(operand):
+                continue
+            if not self._is_current(operand, node):
+                with self._region.graph.inserting_before(node):
+                    low = self._region.graph.call_method("to", (operand, self._dtype))
+                self._low[operand] = inherit(low, operand)
+            node.replace_input_with(operand, self._low[operand])
+
+    def _is_current(self, operand: fx.Node, user: fx.Node) -> bool:
+        """Whether there is a cast of `operand` that nothing has been written into since."""
+        low = self._low.get(operand)
+        if low is None:
+            return False
+        return Effects(self._region).written_between(operand, min(low, operand), user) is None
+
+    def _cast_back(self, node: fx.Node) -> None:
+        with self._region.graph.inserting_after(node):
+            wide = self._region.graph.call_method("to", (node, torch.float32))
+        node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+        self._low[inherit(wide, node)] = node
+
+
+def _is_float32(node: fx.Node) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return meta is not None and meta.dtype is torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

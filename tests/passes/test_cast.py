@@ -1,0 +1,180 @@
+"""cast: which values get fewer bits, which keep theirs, and what is promised of the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.capture import capture
+from fxopt.errors import SpecError, VerifyError
+from fxopt.graph import observe
+from fxopt.verify import relative_error
+from passes import Cast
+from tests.models import STATIC
+from tests.passes.programs import rewrite
+
+
+def dtypes(module: Any, *inputs: torch.Tensor) -> dict[str, torch.dtype]:
+    """Of the value of each node that computes something."""
+    found: dict[str, torch.dtype] = {}
+
+    def visit(_: Any, node: Any, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and node.target != "to" and node.op.startswith("call_"):
+            found[node.name] = value.dtype
+
+    with torch.no_grad():
+        observe(module, inputs, {}, visit)
+    return found
+
+
+LOW = torch.bfloat16
+WIDE = torch.float32
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[torch.dtype]]] = {
+    "layers in a row": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (3, 8), [LOW, LOW]),
+    "what compares follows": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)),
+        (2, 3, 6, 6),
+        [LOW, LOW, LOW, LOW, LOW],
+    ),
+    "what normalises stays": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Softmax(-1), nn.Linear(8, 8)),
+        (3, 8),
+        [LOW, WIDE, WIDE, LOW],
+    ),
+    "a batch norm stays": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        (2, 3, 6, 6),
+        [LOW, WIDE, WIDE],
+    ),
+    "a reduction stays": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)),
+        (2, 3, 6, 6),
+        [LOW, WIDE],
+    ),
+    "in place stays": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)),
+        (3, 8),
+        [LOW, WIDE, LOW],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_which_values_get_fewer_bits(name: str) -> None:
+    torch.manual_seed(0)
+    factory, shape, expected = MODELS[name]
+    model, x = factory().eval(), torch.randn(*shape)
+    outcome = rewrite(Cast(), capture(model, (x,)).module)
+    assert list(dtypes(outcome.module, x).values()) == expected
+    with torch.no_grad():
+        y, reference = outcome.module(x), model(x)
+    assert y.dtype is torch.float32
+    assert 0 < relative_error(reference, y) < 2e-2
+    assert list(outcome.module.state_dict()) == list(model.state_dict())
+
+
+class Written(nn.Module):
+    """A cast value that is written in place between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        z = self.two(y)
+        y += z
+        return self.three(y)
+
+
+class Attends(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v) + (q @ k.transpose(-1, -2)) @ v
+
+
+def test_a_value_that_is_written_is_cast_anew() -> None:
+    torch.manual_seed(0)
+    model, x = Written().eval(), torch.randn(3, 8)
+    outcome = rewrite(Cast(), capture(model, (x,)).module)
+    with torch.no_grad():
+        assert 0 < relative_error(model(x), outcome.module(x)) < 2e-2
+
+
+def test_products_are_computed_in_fewer_bits() -> None:
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(2, 3, 5, 8) for _ in range(3))
+    outcome = rewrite(Cast(), capture(Attends().eval(), inputs).module)
+    assert len(outcome.changes) == 3
+    assert relative_error(Attends()(*inputs), outcome.module(*inputs)) < 3e-2
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.fc(x))
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "twice": (lambda: Twice().eval(), "at more than one place"),
+    "a function": (lambda: ByHand().eval(), "handed to a function"),
+    "training": (lambda: nn.Sequential(nn.Linear(8, 8)).train(), "torch.autocast is for that"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stays_says_why(name: str) -> None:
+    factory, reason = REFUSED[name]
+    outcome = rewrite(Cast(), capture(factory(), (torch.randn(3, 8),)).module)
+    assert not outcome.changes
+    assert reason in outcome.skips[0].reason
+
+
+def test_batch_norms_are_folded_first_and_the_error_is_told() -> None:
+    case = STATIC["staged_cnn"]
+    result = fxopt.optimize(case.build(), case.example(), "clean,fuse,cast", devices=())
+    entry = result.ledger.entries[-1]
+    assert entry.relative_error is not None
+    assert 1e-6 < entry.relative_error < 5e-2
+    assert all(value.dtype is torch.bfloat16 for value in result.module.parameters())
+
+
+def test_the_error_is_a_promise_where_one_is_given() -> None:
+    case = STATIC["simple_net"]
+    fxopt.optimize(case.build(), case.example(), "cast{max_error=0.5}", devices=())
+    with pytest.raises(VerifyError, match=r"cast: the outputs differ from the original by .* \(allowed 1e-06\)"):
+        fxopt.optimize(case.build(), case.example(), "cast{max_error=1e-6}", devices=())
+
+
+@pytest.mark.parametrize(("flags", "said"), [(("avx2",), True), (("avx2", "amx_bf16"), False)])
+def test_a_slow_cpu_is_told(flags: tuple[str, ...], said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    found = dataclasses.replace(fxopt.bench.fingerprint(), cpu_flags=flags)
+    monkeypatch.setattr(fxopt.bench, "fingerprint", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outcome = rewrite(Cast(), capture(nn.Sequential(nn.Linear(3, 2)).eval(), (torch.randn(2, 3),)).module)
+    assert any("no instructions for bf16" in skip.reason for skip in outcome.skips) is said
+
+
+@pytest.mark.parametrize(("options", "said"), [({"dtype": "int8"}, "bf16 or fp16"), ({"max_error": -1.0}, "0 or more")])
+def test_bad_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        Cast(**options)
