@@ -14,6 +14,7 @@ from passes.audit.rules.fixed_device import FixedDevice
 from passes.audit.rules.forward_fails import ForwardFails
 from passes.audit.rules.gradient_range import GradientRange
 from passes.audit.rules.host_round_trip import HostRoundTrip
+from passes.audit.rules.idle_mask import IdleMask
 from passes.audit.rules.init_gain import InitGain
 from passes.audit.rules.left_in_training import LeftInTraining
 from passes.audit.rules.lost_tie import LostTie
@@ -85,4 +86,5 @@ RULES: tuple[type[Rule], ...] = (
     BiasBeforeNorm,
     UnusedResult,
     RepeatedComputation,
+    IdleMask,
 )
