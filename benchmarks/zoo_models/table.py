@@ -58,7 +58,7 @@ def table(results: Results) -> str:
     ]
     if len(commits) > 1:
         told = ", ".join(f"{count} of {commit}" for commit, count in commits.most_common())
-        parts += ["", f"Not one run: what was not whole was run again later. Models by commit: {told}."]
+        parts += ["", f"Not one run: of each model this is the newest. Models by commit: {told}."]
     parts += ["", summary(results), ""]
     parts += ["## What is not wholly in the graph, or not exact", ""]
     parts += [f"- {r['library']} `{r['name']}`: {_what(r)}" for r in results if r["status"] != "not run" and _what(r)]
