@@ -404,8 +404,9 @@ def _build(arm: Mapping[str, Any]) -> str:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], arm: str, models: Sequence[str]) -> str:
-    """Of the rows that every arm of the table took."""
-    found = [row["arms"].get(arm, {}).get("speedup") for row in rows if row["model"] in models]
+    """Of the speed-ups of an arm, and of how many rows where it could not take all."""
+    taken_rows = [row for row in rows if row["model"] in models and not row.get("failed")]
+    found = [row["arms"].get(arm, {}).get("speedup") for row in taken_rows]
     if not found or None in found:
         taken = [value for value in found if value]
         return f"{_geometric(taken):.2f} of {len(taken)}" if taken else "-"
