@@ -130,10 +130,10 @@ def _in_a_process(model: str, batch: int, options: argparse.Namespace) -> dict[s
 def build(name: str, batch: int) -> tuple[nn.Module, Inputs]:
     """A model in evaluation mode with random weights, and inputs for it."""
     torch.manual_seed(0)
+    declare_missing()  # transformers and timm import torchvision too
     if name in ("bert", "gpt2"):
         return _of_transformers(name, batch)
     images = Inputs((torch.randn(batch, 3, 224, 224),))
-    declare_missing()
     if name == "deit_small":
         import timm
 
