@@ -74,12 +74,11 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
     owners = {region.path: region.module for region in after.regions}
     for (path, name), module in called.items():
         dead = not after.sites(module) and not after.inside_opaque(module)
+        tensors = (*module.parameters(), *module.buffers())
+        if not tensors:  # costs nothing, and its owner's own methods may name it
+            continue
         registered = dict(owners[path].named_modules(remove_duplicate=False)).get(name) is module
-        if (
-            registered
-            and dead
-            and not any(after.readers(tensor) for tensor in (*module.parameters(), *module.buffers()))
-        ):
+        if registered and dead and not any(after.readers(tensor) for tensor in tensors):
             owners[path].delete_submodule(name)
     for path, name in read - _read(after):
         owner_name, _, leaf = name.rpartition(".")
