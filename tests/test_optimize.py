@@ -63,7 +63,19 @@ def test_the_record_follows_the_schema_and_tells_of_each_change_with_its_line() 
     written = json.loads(json.dumps(result.record))
     jsonschema.validate(written, record.schema())
     assert set(written) == {
-        *("schema", "target", "inputs", "machine", "capture", "passes", "verified", "latency", "memory", "metrics")
+        *(
+            "schema",
+            "target",
+            "inputs",
+            "machine",
+            "capture",
+            "passes",
+            "verified",
+            "latency",
+            "memory",
+            "metrics",
+            "engines",
+        )
     }
     assert written["passes"][0]["changes"][0]["source"].startswith("models.py:")
     assert written["metrics"]["after"]["size"] < written["metrics"]["before"]["size"]

@@ -18,6 +18,10 @@ from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize
+
+_ROUNDING = 0.1
+"""20 dB: steps of a few values, seen at the outputs."""
 
 
 class Executable(nn.Module):
@@ -78,6 +82,12 @@ class Executable(nn.Module):
     def choices(self) -> Mapping[str, Any]:
         """What was decided by measuring, as JSON can hold it."""
         return self.built.choices
+
+    @property
+    def rounding(self) -> float:
+        """The relative error that integers may add, where it runs on them: sums may round to the neighbouring step."""
+        quantised = any(isinstance(child, FakeQuantize) for child in self.module.modules())
+        return _ROUNDING if self.engine.integers and quantised else 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run.

@@ -216,7 +216,7 @@ def _error(executable: Executable, oracle: Oracle) -> tuple[float, float]:
             if isinstance(expected, torch.Tensor):
                 error = relative_error(expected, found)
                 if error >= worst:
-                    worst, allowed = error, TOLERANCE.get(found.dtype, 0.0)
+                    worst, allowed = error, max(TOLERANCE.get(found.dtype, 0.0), executable.rounding)
     return worst, allowed
 
 

@@ -16,11 +16,7 @@ from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize
 from fxopt.verify import relative_error
-
-_ROUNDING = 0.1
-"""Relative error of outputs between integers and their simulation: steps of a few values, 20 dB at the worst."""
 
 
 def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any) -> Executable:
@@ -83,8 +79,6 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
         found = _run(executable, inputs)
     if expected[1] != found[1]:
         raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")
-    quantised = any(isinstance(child, FakeQuantize) for child in executable.module.modules())
-    rounding = _ROUNDING if engine.integers and quantised else 0.0
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected[0], found[0], strict=True)):
         if not isinstance(want, torch.Tensor):
@@ -96,7 +90,7 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
                 f"engine '{engine.name}' gives {tuple(got.shape)} {got.dtype} in place of {tuple(want.shape)} "
                 f"{want.dtype} as output {index}; please report it"
             )
-        error, allowed = relative_error(want, got), max(engine.tolerance(want.dtype), rounding)
+        error, allowed = relative_error(want, got), max(engine.tolerance(want.dtype), executable.rounding)
         if not error <= allowed:
             raise EngineError(
                 f"engine '{engine.name}': output {index} differs from that of the module by {error:.1e} (allowed "
