@@ -76,6 +76,11 @@ class GraphModule(fx.GraphModule):
         self._select()
         return self
 
+    def keep_only(self, graph: fx.Graph) -> None:
+        """Run one of the graphs in both modes from now on, and drop the other."""
+        self._graphs = {self.training: graph}
+        self._select()
+
     def __getattr__(self, name: str) -> Any:
         origin = self.__dict__.get("_origin")
         if origin is None or name.startswith("__") or name in self._parameters or name in self._modules:

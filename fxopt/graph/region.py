@@ -149,6 +149,22 @@ class Region:
         """Whether this graph is to be rewritten for training."""
         return self.module.training if self.mode is None else self.mode
 
+    def take_both_modes(self) -> None:
+        """Let this graph run in the other mode too; the one that ran there is gone then.
+
+        Where layers are to be rewritten that both graphs call, in a way that only this one can follow.
+        """
+        other = next(one for one in self.program.regions if one is not self and one.module is self.module)
+        self.program.regions.remove(other)
+        for node in reversed(other.graph.nodes):
+            other.graph.erase_node(node)
+        self.module.keep_only(self.graph)
+        self.mode = None
+        for flag in [node for node in self.graph.nodes if self._is_training_flag(node)]:
+            # What uses a flag and gives nothing is a guard: it holds the module to the mode of its graph.
+            for guard in [user for user in flag.users if not user.users]:
+                self.graph.erase_node(guard)
+
     def submodule(self, node: fx.Node) -> nn.Module:
         """The module that a `call_module` node calls."""
         return self.module.get_submodule(str(node.target))
@@ -165,9 +181,7 @@ class Region:
 
         Capture makes `F.dropout(x, training=self.training)` read the flag of the module that ran it.
         """
-        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-            return argument
-        if str(argument.target).rpartition(".")[2] != "training":
+        if not isinstance(argument, fx.Node) or not self._is_training_flag(argument):
             return argument
         return self.training and bool(self.attribute(argument))
 
@@ -179,6 +193,10 @@ class Region:
             inside = node.meta.get("module_path", "")
             name = f"{inside}.{node.name}" if inside else node.name
         return f"{self.path}.{name}" if self.path else name
+
+    @staticmethod
+    def _is_training_flag(node: fx.Node) -> bool:
+        return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
 
     def is_erased(self, node: fx.Node) -> bool:
         """Whether an earlier edit took `node` out of the graph."""

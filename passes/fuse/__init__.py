@@ -12,7 +12,7 @@ import torch.fx as fx
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.graph import Affine, Region, read_affine, source_of
 from passes.fuse.fold import fold_before, fold_behind
-from passes.fuse.norm import is_norm, read_norm
+from passes.fuse.norm import Norm, is_norm, read_norm
 from passes.fuse.tail import fuse_tail
 from passes.fuse.train import join
 
@@ -42,6 +42,10 @@ class Fuse(Pass):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Batch norms first, from the inputs to the outputs; then activations, the other way round."""
+        if region.mode is False and not region.module.training and self._folds(region):
+            # A folded layer computes otherwise than the training graph expects, and no flag leads back.
+            region.take_both_modes()
+            yield Change("runs in both modes from now on, with batch norms folded", region.path or "evaluation graph")
         yield from self._norms(region)
         if not self.activations:
             return
@@ -52,6 +56,15 @@ class Fuse(Pass):
                 outcome = fuse_tail(affine, region, self.adds)
                 if outcome is not None:
                     yield outcome
+
+    def _folds(self, region: Region) -> bool:
+        """Whether some batch norm has a layer to go into."""
+        for node in region.graph.nodes:
+            norm = read_norm(node, region) if is_norm(node, region) else None
+            around = [norm.input, *node.users] if isinstance(norm, Norm) else []
+            if any(isinstance(self._layer(other, region), Affine) for other in around):
+                return True
+        return False
 
     def _norms(self, region: Region) -> Iterator[Change | Skip]:
         changed, skips = True, list[Skip]()

@@ -36,6 +36,8 @@ class QuantizeFreeze(Pass):
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Freeze the layers first, then what quantises the values between them."""
         calls = [node for node in region.graph.nodes if node.op == "call_module"]
+        if region.mode is not None and region.mode is not region.module.training:
+            return  # the graph of the other mode calls the same layers
         if region.training:
             if any(_quantises(region.submodule(node)) for node in calls):
                 yield Skip(region.path or "the model", "it is in training mode; call .eval() on it before it is frozen")

@@ -66,6 +66,8 @@ class PTQ(Pass):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Even out what needs no data, then place the quantisers."""
+        if region.mode is not None and region.mode is not region.module.training:
+            return  # the graph of the other mode calls the same layers
         if region.training:
             if any(isinstance(read_affine(node, region), Affine) for node in region.graph.nodes):
                 yield Skip(region.path or "the model", "it is in training mode; call .eval() on it before")

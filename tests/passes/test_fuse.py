@@ -501,6 +501,43 @@ def test_a_program_with_a_fused_function_survives_a_pickle() -> None:
     assert_close(pickle.loads(pickle.dumps(outcome.module))(x), model(x))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with its activation, which looks at its mode itself: each mode is a graph of its own."""
+
+    def forward(self, x):
+        bn_training = True if self.training else self.running_mean is None
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, bn_training, 0.1, self.eps)
+        return F.relu(x)
+
+
+class TestTwoGraphs:
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), NormAct(6), nn.Conv2d(6, 4, 3, bias=False), NormAct(4))
+        for _ in range(3):
+            model(torch.randn(*IMAGE))
+        return model.eval()
+
+    def test_the_graph_in_use_is_folded_and_runs_in_both_modes(self) -> None:
+        model, x = self.model(), torch.randn(*IMAGE)
+        program = captured(model, (x,))
+        assert set(program.graphs) == {False, True}
+        outcome = rewrite(Fuse(), program)
+        assert outcome.calls == ["0", "2"]
+        assert outcome.whats[0] == "evaluation graph: runs in both modes from now on, with batch norms folded"
+        assert len(outcome.changes) == 5
+        assert_close(program(x), model(x))
+        assert_close(program.train()(x), model(x))
+        assert_close(copy.deepcopy(program).eval()(x), model(x))
+        assert set(program.graphs) == {None}
+
+    def test_a_model_that_trains_keeps_both(self) -> None:
+        program = captured(self.model().train(), (torch.randn(*IMAGE),))
+        rewrite(Fuse(), program)
+        assert set(program.graphs) == {False, True}
+
+
 NO_ADDITION: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
     "broadcast": (lambda a, b: F.relu(a + b.mean((2, 3), keepdim=True)), "the shapes must be equal"),
     "in place into the other": (lambda a, b: F.relu(b.view(IMAGE).add_(a)) + b, "it adds in place into 'view'"),
