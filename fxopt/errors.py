@@ -9,10 +9,13 @@
     │   └── VerifyError  a pass broke its promise
     ├── EngineError      an engine cannot take or run a graph
     ├── ArtifactError    a result cannot be written or read back
+    ├── GateError        a gate was set up wrongly: an unknown revision, a bad setting
+    │   └── WorkerError  a process that measures died, or fxopt in it failed
     └── BaselineError    two measurements cannot be compared
 
 Each message says what happened, where, what was expected and what to do next. `exit_code` is what the
-command line returns: 2 where the call was wrong, 1 where a promise, a check or a gate failed.
+command line returns: 2 where the call was wrong, 1 where a promise or a check failed, 5 where there is nothing to
+compare with; a gate has codes of its own for what it finds.
 """
 
 from __future__ import annotations
@@ -60,5 +63,17 @@ class ArtifactError(FxoptError):
     """A result cannot be written or read back."""
 
 
+class GateError(FxoptError):
+    """A gate was set up wrongly."""
+
+
+class WorkerError(GateError):
+    """A process that measures one side of a gate failed."""
+
+    exit_code: ClassVar[int] = 1
+
+
 class BaselineError(FxoptError):
     """Two measurements cannot be compared."""
+
+    exit_code: ClassVar[int] = 5

@@ -50,12 +50,14 @@ def call(binaries: Path, *command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_both_packages_and_no_more(wheel):
+def test_the_wheel_holds_its_packages_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"fxopt", "passes", f"fxopt-{__version__}.dist-info"}
+    packages = {"fxopt", "passes", "pytest_fxopt"}
+    assert {name.partition("/")[0] for name in names} == {*packages, f"fxopt-{__version__}.dist-info"}
+    assert "fxopt/report/page/page.html" in names
     assert {"fxopt/py.typed", "passes/py.typed", "fxopt/record.schema.json"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    sources = {str(path.relative_to(ROOT)) for folder in ("fxopt", "passes") for path in (ROOT / folder).rglob("*.py")}
+    sources = {str(path.relative_to(ROOT)) for folder in packages for path in (ROOT / folder).rglob("*.py")}
     assert sources <= set(names)
 
 

@@ -8,7 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 from fxopt.cli.audit import audit
+from fxopt.cli.baseline import app as baseline
 from fxopt.cli.bench import bench
+from fxopt.cli.ci import ci
 from fxopt.cli.explain import explain
 from fxopt.cli.lora import app as lora
 from fxopt.cli.passes import passes
@@ -41,6 +43,8 @@ app.add_typer(lora, name="lora")
 app.command()(audit)
 app.command()(explain)
 app.command()(bench)
+app.command()(ci)
+app.add_typer(baseline, name="baseline")
 
 
 def _version(asked: bool) -> None:

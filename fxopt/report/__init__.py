@@ -7,16 +7,26 @@ from typing import Any, cast
 
 from fxopt.errors import SpecError
 from fxopt.record import Record, check_version
+from fxopt.report.baseline import baseline_sections
+from fxopt.report.ci import ci_sections
+from fxopt.report.github import github
 from fxopt.report.json import as_json
+from fxopt.report.junit import junit
 from fxopt.report.markdown import markdown
 from fxopt.report.section import Section
 from fxopt.report.sections import sections
 from fxopt.report.survey import survey_sections
 from fxopt.report.table import table
 
-__all__ = ["FORMATS", "render"]
+__all__ = ["FORMATS", "github", "junit", "render"]
 
 _TEXTS: dict[str, Callable[[Sequence[Section]], str]] = {"table": table, "markdown": markdown}
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], list[Section]]] = {
+    "bench": survey_sections,
+    "ci": ci_sections,
+    "baseline": baseline_sections,
+}
 
 FORMATS = (*_TEXTS, "json")
 """What `--format` takes."""
@@ -40,6 +50,5 @@ def render(record: Record | Mapping[str, Any], format: str = "table") -> str:
 
 
 def _sections(record: Mapping[str, Any]) -> list[Section]:
-    if record.get("kind") == "bench":
-        return survey_sections(record)
-    return sections(cast(Record, record))
+    kind = _KINDS.get(str(record.get("kind")))
+    return sections(cast(Record, record)) if kind is None else kind(record)

@@ -107,3 +107,8 @@ def _digits(number: float) -> str:
     if number >= 99.95:
         return f"{number:.0f}"
     return f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
+
+
+def change(ratio: float) -> str:
+    """A ratio of times as a change: `+12.3 %`, `-4.0 %`."""
+    return f"{100 * (ratio - 1):+.1f} %"

@@ -1,0 +1,112 @@
+"""`fxopt ci`: hold the working tree against a revision."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fxopt.cli.formats import Format
+from fxopt.cli.progress import progress
+
+
+def ci(
+    target: Annotated[
+        str | None, typer.Argument(help="model.py, model.py:Name, package.module; left out: all of fxopt.toml.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="The revision that this change started from.", metavar="REV")] = "HEAD",
+    passes: Annotated[str, typer.Option(help="What to do to both sides first.", metavar="SPEC")] = "",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Load these weights into both sides.", metavar="FILE")] = None,
+    fail_over: Annotated[str, typer.Option(help="Slow-down from which it fails.", metavar="SHARE")] = "5%",
+    memory: Annotated[str, typer.Option("--max-memory-growth", help="Of a call.", metavar="SHARE")] = "10%",
+    size: Annotated[str, typer.Option("--max-size-growth", help="Of the weights.", metavar="SHARE")] = "10%",
+    metrics: Annotated[str, typer.Option("--max-metric-drop", help="Of `evaluate`.", metavar="NUMBER")] = "0.01",
+    coverage: Annotated[str, typer.Option("--max-coverage-drop", help="Of the graph.", metavar="SHARE")] = "1%",
+    output_error: Annotated[
+        str | None, typer.Option("--max-output-error", help="Of the outputs with equal weights.", metavar="SHARE")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of torch on the CPU.", min=1)] = 1,
+    budget: Annotated[float, typer.Option(help="Seconds to measure a target.", min=0.1, metavar="SECONDS")] = 20.0,
+    latency: Annotated[bool, typer.Option(help="Measure the latency, or hold it to the other limits alone.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 where it is inconclusive.")] = False,
+    find_cause: Annotated[bool, typer.Option(help="Say which pass and change a regression comes from.")] = True,
+    update_lock: Annotated[bool, typer.Option("--update-lock", help="Write the matches to fxopt.lock.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped run has found.")] = False,
+    base_python: Annotated[Path | None, typer.Option(help="Interpreter for the base.", metavar="FILE")] = None,
+    style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep the record there.", metavar="FILE")] = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML there.", metavar="FILE")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.", metavar="FILE")] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="Baselines to plot on the page: those of `fxopt baseline`.", metavar="FILE")
+    ] = None,
+    source_url: Annotated[
+        str | None, typer.Option(help="Where lines of code are shown: https://.../{file}#L{line}.", metavar="URL")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare the working tree with a revision: latency, accuracy, memory, size, coverage and matches.
+
+    Exit codes: 0 fine, 1 the tool failed, 2 wrong call, 3 regression, 4 inconclusive (with --strict), 5 nothing to
+    compare with. In a GitHub workflow the report goes to the step summary and the failures become annotations.
+    """
+    with progress(quiet) as stage, contextlib.redirect_stdout(sys.stderr):
+        from fxopt import gate, report, spec
+        from fxopt.gate.lock import FILE as LOCK
+        from fxopt.gate.lock import write as write_lock
+        from fxopt.gate.settings import FILE
+
+        with gate.stopping_cleanly():
+            if target is None:
+                jobs = gate.read_jobs(Path(FILE))
+            else:
+                named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
+                named |= {"size": ("--max-size-growth", size), "metrics": ("--max-metric-drop", metrics)}
+                named |= {"coverage": ("--max-coverage-drop", coverage)}
+                named |= {} if output_error is None else {"output_error": ("--max-output-error", output_error)}
+                limits = gate.Limits(**{key: gate.share(text, flag) for key, (flag, text) in named.items()})
+                kept = None if weights is None else str(weights.resolve())
+                rest: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "limits": limits}
+                rest |= {"timed": latency}
+                jobs = (gate.Job(target, target, tuple(inputs or ()), passes, weights=kept, **rest),)
+            for job in jobs:
+                if job.passes:
+                    spec.parse(job.passes)
+            python = None if base_python is None else str(base_python)
+            plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause)
+            record = gate.run_gate(plan, stage)
+        if update_lock:
+            write_lock(Path(LOCK), gate.lock_counts(record))
+    if json_file is not None:
+        json_file.write_text(report.render(record, "json"), encoding="utf-8")
+    if junit_file is not None:
+        junit_file.write_text(report.junit(record), encoding="utf-8")
+    if html_file is not None:
+        from fxopt.report.page import page
+
+        lines = () if history is None else [json.loads(line) for line in history.read_text("utf-8").splitlines()]
+        html_file.write_text(page(record, lines, source_url or _github_url()), encoding="utf-8")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(report.render(record, "markdown"))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        typer.echo(report.github(record), nl=False, err=style is not Format.TABLE)
+    typer.echo(report.render(record, style.value), nl=False)
+    raise typer.Exit(gate.exit_code(record, strict))
+
+
+def _github_url() -> str | None:
+    """Where GitHub shows the commit that a workflow runs on."""
+    parts = [os.environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "SHA")]
+    return "{}/{}/blob/{}/{{file}}#L{{line}}".format(*parts) if all(parts) else None

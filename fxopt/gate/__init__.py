@@ -1,0 +1,18 @@
+"""A gate for CI: the working tree against a revision, on this machine, with verdicts and causes."""
+
+from fxopt.gate.gate import EXIT_CODES, Plan, exit_code, lock_counts, run_gate
+from fxopt.gate.processes import stopping_cleanly
+from fxopt.gate.settings import Job, Limits, read_jobs, share
+
+__all__ = [
+    "EXIT_CODES",
+    "Job",
+    "Limits",
+    "Plan",
+    "exit_code",
+    "lock_counts",
+    "read_jobs",
+    "run_gate",
+    "share",
+    "stopping_cleanly",
+]

@@ -1,0 +1,79 @@
+"""The Python that runs the base: this one, unless the dependencies differ."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from fxopt.errors import BaselineError
+from fxopt.gate.revision import Repository
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LISTS = ("requirements.txt", "constraints.txt")
+
+
+def environment(repository: Repository, commit: str, tree: Path, directory: Path, tell: Callable[[str], None]) -> str:
+    """The interpreter for the base: one with its own packages over those of this one where it asks for others.
+
+    What counts is what `requirements.txt` and `constraints.txt` in the top directory say, and `dependencies` in
+    `pyproject.toml`.
+
+    Raises:
+        BaselineError: where its packages can't be installed.
+    """
+    then, now = _wanted(tree), _wanted(repository.root)
+    if then == now:
+        return sys.executable
+    tell("install what the base depends on")
+    home = directory / "environment"
+    _run([sys.executable, "-m", "venv", "--without-pip", str(home)], commit)
+    python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
+    # Everything that it does not say otherwise comes from here: torch, and fxopt itself.
+    paths = [sysconfig.get_path("purelib"), *(entry for entry in sys.path if Path(entry, "fxopt").is_dir())]
+    (packages / "fxopt-shared.pth").write_text("\n".join(dict.fromkeys(paths)) + "\n", encoding="utf-8")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    if (tree / "constraints.txt").exists():
+        install += ["--constraint", "constraints.txt"]
+    _run([*install, *then["pyproject.toml"], *_files(tree)], commit, tree)
+    return str(python)
+
+
+def _wanted(root: Path) -> dict[str, list[str]]:
+    found = {name: _lines(root / name) for name in _LISTS}
+    project: list[str] = []
+    if (root / "pyproject.toml").exists():
+        try:
+            content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+            project = [str(one) for one in content.get("project", {}).get("dependencies", [])]
+        except tomllib.TOMLDecodeError:
+            project = []
+    return found | {"pyproject.toml": project}
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return sorted(line for line in lines if line)
+
+
+def _files(tree: Path) -> list[str]:
+    return ["--requirement", "requirements.txt"] if (tree / "requirements.txt").exists() else []
+
+
+def _run(command: list[str], commit: str, directory: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise BaselineError(
+            f"base {commit[:7]} depends on other packages, and they can't be installed: {said[-1] if said else ''}; "
+            "make an environment for it and name its interpreter by --base-python"
+        )

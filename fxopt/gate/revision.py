@@ -1,0 +1,150 @@
+"""What git knows: the revision to compare with, checked out where it disturbs nobody, and what lies on top of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxopt.errors import BaselineError, GateError
+
+_PREFIX = "fxopt-ci-"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A working tree.
+
+    Attributes:
+        root: its top directory.
+        below: where in it the command was called; targets are relative to that.
+    """
+
+    root: Path
+    below: Path
+
+    @classmethod
+    def here(cls) -> Repository:
+        """The one that holds the current directory.
+
+        Raises:
+            GateError: where there is none, or no git.
+        """
+        if shutil.which("git") is None:
+            raise GateError("there is no 'git' on the path, and a gate compares with a revision: install it")
+        done = _git(Path.cwd(), "rev-parse", "--show-toplevel")
+        if done.returncode != 0:
+            raise GateError(
+                f"'{Path.cwd()}' is in no git repository, and a gate compares with a revision: run it inside of one"
+            )
+        root = Path(done.stdout.strip()).resolve()
+        return cls(root, Path.cwd().resolve().relative_to(root))
+
+    def resolve(self, revision: str) -> str:
+        """The full hash of a commit.
+
+        Raises:
+            GateError: where there is no such commit; it says how to get it.
+        """
+        # After `--end-of-options` nothing that a user typed is taken for an option of git.
+        done = _git(self.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        if done.returncode == 0:
+            return done.stdout.strip()
+        advice = "`git branch --all` and `git tag` list what there is"
+        if _git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+            advice = "this clone is shallow: fetch the history first, by `git fetch --unshallow` or `fetch-depth: 0`"
+        raise GateError(f"--base: there is no commit '{revision}' in '{self.root}'; {advice}")
+
+    def changes(self) -> str:
+        """What the working tree holds beyond its commit, as a diff; untracked files by name; "" where it is clean."""
+        status = self.status()
+        return "\n".join([*status, _git(self.root, "diff", "HEAD").stdout]) if status else ""
+
+    def status(self) -> list[str]:
+        """What `git status --porcelain` lists."""
+        return _git(self.root, "status", "--porcelain", "--untracked-files=normal").stdout.splitlines()
+
+    def changed_files(self, base: str) -> list[str]:
+        """Tracked files of the working tree that differ from a commit."""
+        return _git(self.root, "diff", "--name-only", base).stdout.splitlines()
+
+    def show(self, commit: str, path: str) -> str | None:
+        """The text of a file in a commit; None where it has none."""
+        done = _git(self.root, "show", f"{commit}:{path}")
+        return done.stdout if done.returncode == 0 else None
+
+    def private(self, name: str) -> Path:
+        """A path under git's own directory, where it makes no tree dirty."""
+        return self.root / _git(self.root, "rev-parse", "--git-path", name).stdout.strip()
+
+    @contextlib.contextmanager
+    def checked_out(self, commit: str) -> Iterator[Path]:
+        """A commit in a directory of its own, which is gone afterwards.
+
+        Raises:
+            GateError: where git can't check it out.
+        """
+        _sweep(self.root)
+        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")).resolve()
+        tree = directory / "base"
+        try:
+            done = _git(self.root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+            if done.returncode != 0:
+                raise GateError(f"cannot check out '{commit}' beside the working tree: {done.stderr.strip()}")
+            yield tree
+        finally:
+            _remove(self.root, directory)
+
+
+def compare_with(repository: Repository, base: str) -> str:
+    """The commit that a change is held against: where it left `base`, so that what came there since does not count.
+
+    Raises:
+        BaselineError: where the two have no common ancestor here.
+    """
+    commit = repository.resolve(base)
+    done = _git(repository.root, "merge-base", commit, "HEAD")
+    if done.returncode == 0:
+        return done.stdout.strip()
+    shallow = _git(repository.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+    advice = "; this clone is shallow: `git fetch --unshallow`, or `fetch-depth: 0` in a workflow" if shallow else ""
+    raise BaselineError(f"'{base}' and HEAD have no common ancestor{advice}")
+
+
+def _sweep(root: Path) -> None:
+    """Remove what a run that was killed outright has left behind."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            _remove(root, directory)
+
+
+def _remove(root: Path, directory: Path) -> None:
+    _git(root, "worktree", "remove", "--force", "--force", str(directory / "base"))
+    shutil.rmtree(directory, ignore_errors=True)
+    _git(root, "worktree", "prune")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _git(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # Hooks run with GIT_DIR set, which would point the worktree's git at the wrong index.
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")
+    }
+    return subprocess.run(
+        ["git", *arguments], cwd=directory, env=kept | {"LC_ALL": "C"}, capture_output=True, text=True, errors="replace"
+    )

@@ -1,0 +1,148 @@
+"""What to hold against what, and how much worse it may be: `fxopt.toml`, or the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxopt.errors import GateError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = "fxopt.toml"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much worse the head may be than the base; shares of the base, or absolute where that is said.
+
+    Attributes:
+        latency: growth of the latency.
+        memory: growth of the peak memory of a call.
+        size: growth of the bytes of parameters and buffers.
+        coverage: absolute loss of any of the shares that the graph shows.
+        metrics: absolute loss of what `evaluate` gives; growth where the name says loss, error or perplexity.
+        output_error: relative difference of the outputs with equal weights; None where outputs may change.
+    """
+
+    latency: float = 0.05
+    memory: float = 0.1
+    size: float = 0.1
+    coverage: float = 0.01
+    metrics: float = 0.01
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One target on one device.
+
+    Attributes:
+        name: that reports and the lock file call it by.
+        target: as `fxopt run` takes it, relative to where the command runs.
+        inputs: as `--input` takes them.
+        passes: a spec; "" measures the module as it is.
+        device: "cpu" or "cuda".
+        threads: that torch runs on the CPU.
+        weights: a file to load into the module first.
+        budget: seconds that measuring may take.
+        timed: whether to measure the latency at all; the rest needs no quiet machine.
+        limits: what it is held to.
+    """
+
+    name: str
+    target: str
+    inputs: tuple[str, ...] = ()
+    passes: str = ""
+    device: str = "cpu"
+    threads: int = 1
+    weights: str | None = None
+    budget: float = 20.0
+    timed: bool = True
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+
+def share(text: str | float, where: str) -> float:
+    """`5%`, `5 %` or `0.05` -> 0.05.
+
+    Raises:
+        GateError: for anything else.
+    """
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        value = float(text)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(%?)\s*", str(text))
+        if match is None:
+            raise GateError(f"{where}: '{text}' is no share: expected one such as 5% or 0.05")
+        value = float(match[1]) / (100 if match[2] else 1)
+    if not 0 < value < 10:
+        raise GateError(f"{where}: {text} is out of range: expected a share between 0 and 1000 %, such as 5%")
+    return value
+
+
+def read_jobs(path: Path) -> tuple[Job, ...]:
+    """The jobs of a `fxopt.toml`: `[[target]]` tables, over what `[defaults]` says, with `[limits]` in either.
+
+    Raises:
+        GateError: where the file is missing or says something that is not understood, with the key.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GateError(f"there is no '{path}': name a target, or write one with a [[target]] table") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GateError(f"cannot read '{path}': {error}") from error
+    _known(content, {"defaults", "target"}, f"{path.name}")
+    defaults, tables = content.get("defaults", {}), content.get("target", [])
+    if not isinstance(tables, list) or not tables:
+        raise GateError(f"'{path.name}' has no [[target]]: expected at least one, with target = \"model.py:Net\"")
+    jobs: list[Job] = []
+    for number, table in enumerate(tables, 1):
+        where = f"{path.name}, [[target]] {number}"
+        merged = {**defaults, **table, "limits": {**defaults.get("limits", {}), **table.get("limits", {})}}
+        devices = merged.pop("devices", None) or [merged.pop("device", "cpu")]
+        for device in devices:
+            jobs.append(_job(merged | {"device": device}, where, several=len(devices) > 1))
+    names = [job.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise GateError(f"'{path.name}' has two targets named '{name}': give one a name = \"...\" of its own")
+    return tuple(jobs)
+
+
+def _job(table: Mapping[str, Any], where: str, several: bool) -> Job:
+    fields = {field.name for field in dataclasses.fields(Job)}
+    _known(table, fields, where)
+    if not isinstance(table.get("target"), str):
+        raise GateError(f'{where}: expected target = "model.py:Net"')
+    expected: dict[str, tuple[type, ...]] = {"name": (str,), "passes": (str,), "device": (str,), "weights": (str,)}
+    expected |= {"inputs": (list,), "threads": (int,), "budget": (int, float), "limits": (dict,), "timed": (bool,)}
+    for key, types in expected.items():
+        value = table.get(key)
+        if key in table and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise GateError(f"{where}: {key} = {value!r}: expected a {types[0].__name__}")
+    name = table.get("name", table["target"]) + (f" on {table['device']}" if several else "")
+    if table.get("threads", 1) < 1 or table.get("budget", 20) <= 0:
+        raise GateError(f"{where}: threads and budget must be positive")
+    limits = table.get("limits", {})
+    _known(limits, {field.name for field in dataclasses.fields(Limits)}, f"{where}, limits")
+    read = Limits(**{key: share(value, f"{where}, limits.{key}") for key, value in limits.items()})
+    values = dict(table) | {"name": name, "inputs": tuple(map(str, table.get("inputs", ()))), "limits": read}
+    return Job(**values)
+
+
+def _known(table: Mapping[str, Any], fields: set[str], where: str) -> None:
+    for key in table:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(fields))}"
+            raise GateError(f"{where}: unknown key '{key}'{hint}")

@@ -1,0 +1,166 @@
+"""The base and the head timed in turns by processes of their own, several of each, with a second base for the noise."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxopt.bench.statistics import FEWEST_PAIRS, Interval, paired_interval
+from fxopt.errors import GateError
+from fxopt.gate.processes import Worker
+
+_ROUNDS = 3
+"""Processes of each side in one window: where memory lies in a process shifts its speed by some percent."""
+_ENOUGH = 20
+_MOST = 200
+"""Pairs in one round."""
+_SHORTEST_SAMPLE = 4e-3
+"""Seconds: a process that was just woken up needs a moment, which must not be most of what is timed."""
+
+Start = Callable[[], Worker]
+
+
+@dataclass
+class Round:
+    """The times in seconds of three processes; equal positions were taken right after each other."""
+
+    base: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
+    preempted: int = 0
+    counted: bool = True
+    mhz: dict[str, list[float]] = field(default_factory=lambda: {"base": [], "head": [], "again": []})
+
+
+@dataclass(frozen=True)
+class Window:
+    """All that was timed within one stretch of time.
+
+    Attributes:
+        rounds: each with processes of its own.
+        calls: that each time is the mean of.
+        seconds: of the whole window.
+        measuring: seconds of it in which a side ran what was timed.
+    """
+
+    rounds: tuple[Round, ...]
+    calls: int
+    seconds: float
+    measuring: float
+
+    def times(self, name: str) -> list[float]:
+        """Of "base", "head" or "again", in order."""
+        return [one for taken in self.rounds for one in getattr(taken, name)]
+
+    @property
+    def effect(self) -> Interval:
+        """Head over base."""
+        return paired_interval(self.times("base"), self.times("head"))
+
+    @property
+    def noise(self) -> Interval:
+        """Base over base."""
+        return paired_interval(self.times("base"), self.times("again"))
+
+    @property
+    def preempted(self) -> float | None:
+        """Share of the pairs that the system interrupted; None where that is not counted."""
+        if not all(taken.counted for taken in self.rounds):
+            return None
+        return sum(taken.preempted for taken in self.rounds) / max(1, len(self.times("base")))
+
+    @property
+    def clocks(self) -> dict[str, float] | None:
+        """Median clock of the GPU in MHz by side; None where it is not known."""
+        found = {name: [mhz for taken in self.rounds for mhz in taken.mhz[name]] for name in ("base", "head")}
+        return {name: statistics.median(mhz) for name, mhz in found.items()} if all(found.values()) else None
+
+
+def joined(windows: Sequence[Window]) -> Window:
+    """All windows as one."""
+    rounds = tuple(taken for window in windows for taken in window.rounds)
+    seconds, measuring = sum(one.seconds for one in windows), sum(one.measuring for one in windows)
+    return Window(rounds, windows[0].calls, seconds, measuring)
+
+
+def take_window(
+    starts: Mapping[str, Start], *, budget: float, tight: float, seed: int = 0, rounds: int = _ROUNDS
+) -> Window:
+    """Time the sides.
+
+    Args:
+        starts: of "base" and "head": starts a process that has loaded that side.
+        budget: seconds to spend on pairs. A few are taken even if they take longer.
+        tight: a log-width of the interval below which no more pairs are taken.
+        seed: of the order.
+        rounds: how many processes of each side.
+
+    Raises:
+        GateError: where even a few pairs take several times the budget.
+    """
+    began, order_of, taken, measuring, calls = time.perf_counter(), random.Random(seed), [], 0.0, 1
+    for number in range(rounds):
+        workers: dict[str, Worker] = {}
+        try:
+            names = ["base", "head", "again"]
+            order_of.shuffle(names)
+            for name in names:
+                workers[name] = starts["base" if name == "again" else name]()
+            each = {name: float(worker.ask("warm")) for name, worker in workers.items()}
+            _refuse_slow(sum(each.values()) * (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
+            if number == 0:
+                calls = max(1, math.ceil(_SHORTEST_SAMPLE / max(min(each.values()), 1e-9)))
+            until = time.perf_counter() + budget / rounds
+            found = Round()
+            taken.append(found)
+            measuring += _take_round(workers, found, names, order_of, calls, until, rounds)
+        finally:
+            for worker in workers.values():
+                worker.close()
+        so_far = Window(tuple(taken), calls, 0.0, 0.0)
+        enough = number and len(found.base) >= _ENOUGH
+        if enough and max(so_far.effect.width, so_far.noise.width) < tight / 2:
+            break
+    return Window(tuple(taken), calls, time.perf_counter() - began, measuring)
+
+
+def _take_round(
+    workers: Mapping[str, Worker],
+    found: Round,
+    names: list[str],
+    order_of: random.Random,
+    calls: int,
+    until: float,
+    rounds: int,
+) -> float:
+    measuring = 0.0
+    while len(found.base) < _MOST:
+        if len(found.base) % 2:
+            names.reverse()
+        else:
+            order_of.shuffle(names)
+        samples: dict[str, dict[str, Any]] = {name: workers[name].ask("time", calls=calls) for name in names}
+        for name, sample in samples.items():
+            getattr(found, name).append(sample["seconds"])
+            measuring += calls * sample["seconds"]
+            if sample["mhz"] is not None:
+                found.mhz[name].append(sample["mhz"])
+        flags = [samples["base"]["preempted"], samples["head"]["preempted"]]
+        found.counted = found.counted and None not in flags
+        found.preempted += any(flags)
+        if time.perf_counter() > until and len(found.base) >= math.ceil(FEWEST_PAIRS / rounds):
+            break
+    return measuring
+
+
+def _refuse_slow(needed: float, budget: float) -> None:
+    if needed > 3 * budget:
+        raise GateError(
+            f"the model is too slow for the budget: the fewest pairs that say anything take {needed:.0f} s, and "
+            f"{budget:.0f} s are left for them; raise --budget, or give a smaller input"
+        )

@@ -1,0 +1,87 @@
+"""What the report of `fxopt ci` says: verdicts first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fxopt.report import words
+from fxopt.report.section import Section, Table
+
+
+def ci_sections(record: Mapping[str, Any]) -> list[Section]:
+    """All sections of the report on a gate."""
+    base, head = record["base"], record["head"]
+    with_changes = " with uncommitted changes" if head["dirty"] else ""
+    rows = tuple(verdict_row(target) for target in record["targets"])
+    headings = ("target", "verdict", "base", "head", "latency [95 % interval]", "noise floor", "allowed")
+    facts = (
+        ("head", f"{head['commit'][:7]}{with_changes}"),
+        ("base", f"{base['commit'][:7]} ({base['revision']})"),
+        ("machine", words.machine(record["machine"])),
+    )
+    found = [Section("fxopt ci", facts, Table(headings, rows, (2, 3, 5, 6)))]
+    for target in record["targets"]:
+        found += _target(target)
+    return found
+
+
+def verdict_row(target: Mapping[str, Any]) -> tuple[str, ...]:
+    """One target in the cells of the first table."""
+    latency = target["latency"]
+    if latency is None:
+        return target["name"], target["verdict"], "-", "-", "not measured", "", ""
+    interval = f"{words.change(latency['ratio'])} [{words.change(latency['low'])}, {words.change(latency['high'])}]"
+    verdict = target["verdict"]
+    if verdict != latency["verdict"]:
+        verdict = f"{verdict} (latency {latency['verdict']})"
+    times = words.duration(latency["base_ms"]), words.duration(latency["head_ms"])
+    limits = words.effect(latency["noise_floor"]), words.effect(target["threshold"])
+    return target["name"], verdict, *times, interval, *limits
+
+
+def failures(target: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one target, a sentence each; empty where it is fine."""
+    found = []
+    latency = target["latency"]
+    if latency is not None and latency["verdict"] == "REGRESSION":
+        times = f"{words.duration(latency['base_ms'])} -> {words.duration(latency['head_ms'])}"
+        interval = f"[{words.change(latency['low'])}, {words.change(latency['high'])}]"
+        text = f"latency on {target['device']}: {times}, {words.change(latency['ratio'])} {interval}"
+        found.append(f"{text}; allowed are {words.effect(target['threshold'])}{cause(target)}")
+    found += [f"{one['name']}: {one['message']}" for one in target["checks"] if one["status"] == "failed"]
+    if latency is None and target["verdict"] != "OK":
+        found += target["notes"]
+    return found
+
+
+def cause(target: Mapping[str, Any]) -> str:
+    """`; caused by the pass 'fuse': ...`, or nothing."""
+    found = target["cause"]
+    if found is None:
+        return ""
+    by = "the model itself" if found["pass"] is None else f"the pass '{found['pass']}'"
+    return f"; caused by {by}: {found['what']}"
+
+
+def _target(target: Mapping[str, Any]) -> Iterator[Section]:
+    facts = [("wrong", text) if not index else ("", text) for index, text in enumerate(failures(target))]
+    latency = target["latency"]
+    if latency is not None:
+        preempted = "" if latency["preempted"] is None else f", {words.effect(latency['preempted'])} preempted"
+        took = (
+            f"{latency['pairs']} pairs in {latency['processes']} processes and {latency['windows']} windows{preempted}"
+        )
+        facts.append(("measured", took))
+    found = target["cause"]
+    for index, rung in enumerate(found["ladder"] if found else []):
+        facts.append(("" if index else "ladder", f"{words.change(rung['ratio'])} after {rung['after']}"))
+    rows = tuple((one["name"], one["before"], one["after"], _status(one)) for one in target["checks"])
+    table = Table(("", "base", "head", "check"), rows, (1, 2)) if rows else None
+    notes = () if latency is None else tuple(target["notes"])
+    if facts or table or notes:
+        yield Section(target["name"], tuple(facts), table, notes)
+
+
+def _status(check: Mapping[str, Any]) -> str:
+    return f"{check['status']}: {check['message']}" if check["message"] else str(check["status"])

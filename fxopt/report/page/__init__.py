@@ -1,0 +1,101 @@
+"""One self-contained page of HTML: no script, no network, readable on a phone and without colour."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from fxopt.errors import EngineError
+from fxopt.report.ci import cause, ci_sections, failures, verdict_row
+from fxopt.report.page.plots import distributions, ladder, over_time
+
+_SIGNS = {"REGRESSION": "✗", "OK": "✓", "FASTER": "✓", "INCONCLUSIVE": "?", "not comparable": "?"}
+
+
+def page(
+    record: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]] = (),
+    source_url: str | None = None,
+) -> str:
+    """The record of `fxopt ci` as a page.
+
+    Args:
+        record: of kind "ci".
+        history: entries of `fxopt baseline` to plot, oldest first.
+        source_url: where lines of code can be seen, with `{file}` and `{line}` to fill in.
+
+    Raises:
+        EngineError: where the libraries for it are not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise EngineError(f"--html needs '{error.name}': `pip install 'fxopt[html]'`") from error
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    text = resources.files("fxopt.report.page").joinpath("page.html").read_text(encoding="utf-8")
+    targets = [_target(target, history, source_url) for target in record["targets"]]
+    worst = next((one["verdict"] for sign in ("✗", "?", "✓") for one in targets if one["sign"] == sign), "OK")
+    return environment.from_string(text).render(
+        record=record,
+        head=ci_sections(record)[0],
+        targets=targets,
+        worst=worst,
+        sign=_SIGNS.get(worst, "✗"),
+    )
+
+
+def _target(target: Mapping[str, Any], history: Sequence[Mapping[str, Any]], source_url: str | None) -> dict[str, Any]:
+    latency, found = target["latency"], target["cause"]
+    own = [one for one in history if one["target"] == target["target"] and one["device"] == target["device"]]
+    return {
+        "name": target["name"],
+        "verdict": target["verdict"],
+        "sign": _SIGNS.get(target["verdict"], "✗"),
+        "row": verdict_row(target),
+        "wrong": failures(target),
+        "cause": cause(target).removeprefix("; "),
+        "notes": target["notes"],
+        "checks": target["checks"],
+        "latency": latency,
+        "distributions": distributions(latency["times"]) if latency else None,
+        "ladder": ladder(found["ladder"]) if found else None,
+        "history": over_time(own) if own else None,
+        "graph": _side_by_side(target["graphs"], source_url),
+        "skips": [
+            {"pass": entry["name"], **skip, "link": _link(skip["source"], source_url)}
+            for entry in target["passes"]
+            for skip in entry["skips"]
+        ],
+    }
+
+
+def _side_by_side(graphs: Mapping[str, Any] | None, source_url: str | None) -> list[dict[str, Any]]:
+    """Rows of the two graphs: `mark` is "", "-", "+" or "~" for a node that is not on both sides as it is."""
+    if not graphs or graphs["base"] is None or graphs["head"] is None:
+        return []
+    base, head = graphs["base"], graphs["head"]
+    names: list[list[str]] = [
+        ["\n".join((node["op"], node["what"], node["name"])) for node in side] for side in (base, head)
+    ]
+    rows: list[dict[str, Any]] = []
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, names[0], names[1], autojunk=False).get_opcodes():
+        for offset in range(max(b - a, d - c)):
+            left = base[a + offset] if a + offset < b else None
+            right = head[c + offset] if c + offset < d else None
+            mark = "" if kind == "equal" else "~" if left and right else "-" if left else "+"
+            cells = [node and {**node, "link": _link(node["source"], source_url)} for node in (left, right)]
+            rows.append({"mark": mark, "base": cells[0], "head": cells[1]})
+    return rows
+
+
+def _link(source: str, source_url: str | None) -> str | None:
+    """Where `model.py:41` can be read."""
+    file, colon, line = source.rpartition(":")
+    if not colon or not line.isdigit():
+        return None
+    return source_url.format(file=file, line=line) if source_url else f"{file}#L{line}"

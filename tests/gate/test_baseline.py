@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fxopt.errors import BaselineError, GateError
+from fxopt.gate import baseline
+from fxopt.gate.baseline import BranchStore, FileStore
+from tests.gate.conftest import Repo
+
+MACHINE = {"cpu": "X", "cores": 2, "torch": "2.13", "threads": 1, "fxopt": "0.1"}
+
+
+def entry(median: float = 1.0, spread: float = 0.01, machine: dict[str, object] = MACHINE, **facts: object):
+    found = {"version": 1, "target": "model.py", "inputs": "1 float32", "device": "cpu", "commit": "a" * 40}
+    found |= {"time": "2026-01-01T00:00:00+00:00", "machine": machine, "median_ms": median}
+    return found | {"low_ms": median * (1 - spread), "high_ms": median * (1 + spread)} | facts
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "verdict"),
+    [
+        (entry(1.0), entry(1.2), "REGRESSION"),
+        (entry(1.0), entry(1.2, 0.3), "INCONCLUSIVE"),
+        (entry(1.0), entry(1.01), "OK"),
+        (entry(1.0), entry(0.8), "FASTER"),
+        (entry(1.0), entry(1.09), "INCONCLUSIVE"),
+    ],
+)
+def test_verdicts_without_pairs(then, now, verdict):
+    assert baseline.judge_stored(then, now, 0.1) == verdict
+
+
+def test_only_equal_machines_are_compared():
+    other = MACHINE | {"cpu": "Y"}
+    history = [entry(1.0), entry(2.0, machine=other)]
+    assert baseline.last_comparable(history, entry(1.0, machine=MACHINE | {"fxopt": "0.2"})) is history[0]
+    with pytest.raises(BaselineError, match="cpu: Y then, X now") as caught:
+        baseline.last_comparable(history[1:], entry(1.0))
+    assert caught.value.exit_code == 5
+    with pytest.raises(BaselineError, match="inputs: 2 float32 then"):
+        baseline.last_comparable([entry(inputs="2 float32")], entry())
+    with pytest.raises(BaselineError, match="has no baseline"):
+        baseline.last_comparable([], entry())
+
+
+def test_the_band_is_that_of_most_entries():
+    low, high = baseline.noise_band([entry(one) for one in (1.0, 1.01, 0.99, 1.0, 1.02, 5.0)])
+    assert 0.9 < low < 0.99 and 1.02 < high < 1.1
+    assert baseline.noise_band([entry(), entry()]) is None
+
+
+def test_a_branch_keeps_lines_without_touching_tree_or_index(repo: Repo):
+    repo.write(model="staged")
+    repo.git("add", "--all")
+    repo.write(model="not staged")
+    before = repo.git("status", "--porcelain"), repo.git("rev-parse", "HEAD")
+    repo.git("config", "user.name", "a")
+    repo.git("config", "user.email", "a@example.com")
+    store = BranchStore(repo.path, "perf")
+    for number in range(3):
+        store.append(json.dumps(entry(number + 1.0)))
+    assert [one["median_ms"] for one in baseline.entries(store, "model.py", "cpu")] == [1.0, 2.0, 3.0]
+    assert (repo.git("status", "--porcelain"), repo.git("rev-parse", "HEAD")) == before
+    assert repo.git("rev-list", "--count", "perf") == "3"
+
+
+def test_a_line_that_is_no_entry_is_named(tmp_path):
+    store = FileStore(tmp_path / "b.jsonl")
+    store.append(json.dumps(entry()))
+    store.append('{"version": 7}')
+    with pytest.raises(GateError, match="line 2 of the baselines"):
+        baseline.entries(store, "model.py", "cpu")
+
+
+def test_save_compare_and_history(repo: Repo):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fxopt", "baseline", *arguments]
+        return subprocess.run(command, cwd=repo.path, env=repo.environment, capture_output=True, text=True)
+
+    quick = ("model.py", "--budget", "0.3", "--quiet")
+    done = run("compare", *quick)
+    assert done.returncode == 5 and "`fxopt baseline save` makes one" in done.stderr
+    done = run("save", *quick)
+    assert done.returncode == 0 and done.stdout.startswith("kept "), done.stderr
+    path = repo.path / "fxopt-baselines.jsonl"
+    (line,) = path.read_text().splitlines()
+    kept = json.loads(line)
+    slower = kept | {key: kept[key] / 100 for key in ("median_ms", "low_ms", "high_ms")}
+    path.write_text("".join(json.dumps(one) + "\n" for one in (kept | {"machine": {}}, kept, slower)))
+    done = run("compare", *quick)
+    assert done.returncode == 3 and "REGRESSION" in done.stdout and "fxopt ci" in done.stdout
+    done = run("history", "model.py")
+    assert done.returncode == 0 and "another machine" in done.stdout and "-99.0 %" in done.stdout
+    repo.write(other="changed")
+    done = run("save", *quick)
+    assert done.returncode == 2 and "uncommitted changes" in done.stderr

@@ -1,0 +1,343 @@
+"""`fxopt ci` by real processes in real repositories: verdicts, causes, exit codes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
+
+
+def test_a_slower_model_is_a_regression_with_its_cause_in_every_report(repo: Repo, tmp_path):
+    repo.write(model=SLOWER)
+    summary, junit = tmp_path / "summary.md", tmp_path / "junit.xml"
+    workflow = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
+    kept = tmp_path / "record.json"
+    files = ("--junit", str(junit), "--json", str(kept))
+    done = repo.ci("model.py", "--passes", "fuse", *files, *QUICK, **workflow)
+    assert done.returncode == 3, done.stderr
+    assert "::error file=model.py," in done.stdout
+    record = json.loads(kept.read_text())
+    (target,) = record["targets"]
+    assert target["verdict"] == target["latency"]["verdict"] == "REGRESSION"
+    assert target["latency"]["ratio"] > 1.5 and target["latency"]["low"] > 1
+    assert target["latency"]["windows"] >= 2
+    assert target["cause"]["pass"] is None and "model.py" in target["cause"]["what"]
+    assert [rung["after"] for rung in target["cause"]["ladder"]] == ["the model itself"]
+    assert record["head"]["dirty"] is True
+    assert "REGRESSION" in summary.read_text() and "caused by the model itself" in summary.read_text()
+    failure = ElementTree.parse(junit).getroot().find(".//testcase[@name='latency']/failure")
+    assert "caused by" in failure.get("message")
+    assert repo.left_behind() == []
+
+
+def test_equal_code_is_no_regression(repo: Repo):
+    target = repo.only()
+    assert target["verdict"] in ("OK", "FASTER", "INCONCLUSIVE")
+    assert target["latency"]["measuring_seconds"] <= target["latency"]["seconds"]
+
+
+def test_equal_code_passes_every_other_check(repo: Repo):
+    target = repo.only(passes="clean,fuse", output_error=1e-3, timed=False)
+    assert target["verdict"] == "OK" and target["latency"] is None
+    checks = {check["name"]: check for check in target["checks"]}
+    assert checks["output error"]["status"] == "ok" and checks["output error"]["after"] == "0"
+    assert checks["size"]["status"] == checks["coverage, flops"]["status"] == "ok"
+
+
+def test_the_base_is_where_the_branch_left(repo: Repo):
+    left = repo.git("rev-parse", "HEAD")
+    repo.git("checkout", "--quiet", "-b", "mine")
+    repo.commit(other="")
+    repo.git("checkout", "--quiet", "main")
+    repo.commit(model="raise ValueError('this came later')")
+    repo.git("checkout", "--quiet", "mine")
+    assert repo.gate(base="main", timed=False)["base"] == {"revision": "main", "commit": left}
+
+
+def test_imports_of_the_base_come_from_the_base(repo: Repo):
+    """Though the repository is on the path of imports, as an editable install would put it."""
+    uses = "import torch\nfrom layers import Layer\nmodel = Layer()\nexample_inputs = torch.ones(2)\n"
+    layer = (
+        "import torch\nclass Layer(torch.nn.Module):\n    def forward(self, x):\n        return {'y': x * %s}['y']\n"
+    )
+    repo.commit(model=uses, layers=layer % 2)
+    repo.write(layers=layer % 3)
+    target = repo.only(output_error=0.1, code=3, timed=False)
+    failed = [check for check in target["checks"] if check["status"] == "failed"]
+    assert [(check["name"], check["after"]) for check in failed] == [("output error", "5.0e-01")]
+
+
+def test_a_base_that_would_run_the_code_of_the_head_is_refused(repo: Repo, tmp_path):
+    repo.commit(
+        layers="from torch.nn import Identity\n",
+        model="import layers, torch\nmodel = layers.Identity()\nexample_inputs = torch.ones(2)\n",
+    )
+    finder = tmp_path / "finder"
+    finder.mkdir()
+    (finder / "sitecustomize.py").write_text(
+        "import sys, importlib.util\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        return importlib.util.spec_from_file_location(name, {str(repo.path / 'layers.py')!r}) "
+        "if name == 'layers' else None\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    path = os.pathsep.join([str(finder), repo.environment["PYTHONPATH"]])
+    done = repo.ci("model.py", "--no-latency", *QUICK, PYTHONPATH=path)
+    assert done.returncode == 5
+    assert "the base imports 'layers' from the working tree" in " ".join(done.stdout.split())
+
+
+def test_a_fusion_that_no_longer_fires_fails_by_the_lock(repo: Repo):
+    done = repo.ci("model.py", "--passes", "fuse", "--update-lock", "--no-latency", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((repo.path / "fxopt.lock").read_text())["targets"]["model.py"]["fuse"]
+    repo.commit()
+    repo.write(model=MODEL.replace("self.bn(self.conv(x))", "self.bn(torch.sigmoid(self.conv(x)))"))
+    target = repo.only(passes="fuse", timed=False, code=3)
+    (matches,) = [check for check in target["checks"] if check["name"] == "matches"]
+    assert matches["status"] == "failed" and "instead of" in matches["message"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ("", "def evaluate(module): return {'accuracy': 0.9}", "accuracy"),
+        ("def evaluate(module): return {'loss': 1.0}", "def evaluate(module): return {'loss': 1.5}", "loss"),
+        ("", "model.extra = nn.Linear(500, 500)", "size"),
+    ],
+)
+def test_what_else_is_held_to_a_limit(repo: Repo, before, after, name):
+    repo.commit(model=f"{MODEL}\n{before or 'def evaluate(module): return dict(accuracy=0.95)'}")
+    repo.write(
+        model=f"{MODEL}\n{after}" if name != "size" else f"{repo.path.joinpath('model.py').read_text()}\n{after}"
+    )
+    target = repo.only(code=3, timed=False)
+    assert [check["name"] for check in target["checks"] if check["status"] == "failed"] == [name]
+
+
+def test_a_pass_that_breaks_its_promise_in_the_head_is_a_regression(repo: Repo):
+    plugin(repo, "return x * 2")
+    repo.commit()
+    plugin(repo, "return x * 2", broken=True)
+    target = repo.only(passes="double", code=3)
+    assert "double" in target["notes"][0] and "differs from the original" in target["notes"][0]
+
+
+def plugin(repo: Repo, forward: str, broken: bool = False, slow: str = "") -> None:
+    """A pass of the repository's own: it swaps ReLU modules for its own, those named in `slow` for slow ones."""
+    model = """
+        import torch
+        from torch import nn
+        model = nn.Sequential(*(nn.ReLU() for _ in range(6)))
+        example_inputs = torch.ones(200, 100)
+    """
+    repo.write(
+        model=model,
+        double=f"""
+            from dataclasses import dataclass
+            import torch
+            from torch import nn
+            from fxopt.contract import Change, Promise, Rewrite
+
+            class Own(nn.Module):
+                def __init__(self, slow):
+                    super().__init__()
+                    self.slow = slow
+                def forward(self, x):
+                    for _ in range(500 if self.slow else 0):
+                        x = x.clone()
+                    return torch.relu(x) + {int(broken)}
+
+            @dataclass(frozen=True)
+            class Double(Rewrite):
+                '''Swaps activations.'''
+                name = "double"
+                promise = Promise.CLOSE
+                def match(self, node, region):
+                    found = node.op == "call_module" and isinstance(region.submodule(node), nn.ReLU)
+                    return node if found else None
+                def rewrite(self, match, region):
+                    where = region.qualified(match)
+                    region.swap(match, Own(where == {slow!r}))
+                    return Change("swapped", where)
+
+            PASSES = (Double,)
+        """,
+    )
+    info = repo.path / "double-1.0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: double\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fxopt.passes]\ndouble = double\n")
+
+
+def test_the_pass_and_the_change_that_cause_it_are_named(repo: Repo):
+    plugin(repo, "")
+    repo.commit()
+    plugin(repo, "", slow="4")
+    target = repo.only(passes="clean,double", code=3)
+    assert target["cause"]["pass"] == "double"
+    assert target["cause"]["what"] == "'4' swapped"
+    assert [rung["after"] for rung in target["cause"]["ladder"]] == ["the model itself", "clean", "double"]
+
+
+def test_dependencies_that_differ_get_an_environment_of_their_own(repo: Repo):
+    uses = (
+        "import tiny_number, torch\n" + MODEL + "\ndef evaluate(module): return {'number': float(tiny_number.NUMBER)}\n"
+    )
+    for version in (1, 2):
+        wheel(repo, version)
+    (repo.path / "requirements.txt").write_text("./tiny_number-1-py3-none-any.whl\n")
+    repo.commit(model=uses)
+    (repo.path / "requirements.txt").write_text("./tiny_number-2-py3-none-any.whl\n")
+    # What this environment has installed comes behind what the base installs for itself.
+    finder = repo.path.parent / "finder"
+    finder.mkdir()
+    installed = str(repo.path / "tiny_number-2-py3-none-any.whl")
+    (finder / "sitecustomize.py").write_text(f"import sys\nsys.path.append({installed!r})\n")
+    path = os.pathsep.join([str(finder), repo.environment["PYTHONPATH"]])
+    done = repo.ci("model.py", "--format", "json", "--no-latency", *QUICK, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (target,) = json.loads(done.stdout)["targets"]
+    (number,) = [check for check in target["checks"] if check["name"] == "number"]
+    assert (number["before"], number["after"]) == ("1", "2")
+
+
+def wheel(repo: Repo, version: int) -> None:
+    import zipfile
+
+    info = f"tiny_number-{version}.dist-info"
+    with zipfile.ZipFile(repo.path / f"tiny_number-{version}-py3-none-any.whl", "w") as file:
+        file.writestr("tiny_number.py", f"NUMBER = {version}\n")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-number\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: a\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+CONFIG = """
+[defaults]
+timed = false
+[[target]]
+name = "first"
+target = "model.py"
+limits = { latency = "900%" }
+[[target]]
+name = "second"
+target = "other.py"
+"""
+
+
+def test_targets_of_a_file_are_resumed_where_a_run_was_stopped(repo: Repo):
+    (repo.path / "fxopt.toml").write_text(CONFIG)
+    repo.commit(other=MODEL + "import time, os\nif os.path.exists('../wait'): time.sleep(60)\n")
+    waiting = repo.path.parent / "wait"
+    waiting.touch()
+    command = [sys.executable, "-m", "fxopt", "ci"]
+    with subprocess.Popen(command, cwd=repo.path, env=repo.environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "second: run and verify" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert repo.left_behind() == []
+    waiting.unlink()
+    done = repo.ci("--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert "1/2 first: found by the run before" in done.stderr
+    assert [target["name"] for target in json.loads(done.stdout)["targets"]] == ["first", "second"]
+    assert "found by the run before" not in repo.ci().stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_behind_however_it_ends(repo: Repo, number):
+    repo.commit(model=MODEL + "import time, os\nprint('PID', os.getpid(), flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "fxopt", "ci", "model.py"]
+    with subprocess.Popen(command, cwd=repo.path, env=repo.environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "run and verify the base" in line:
+                break
+        began = time.monotonic()
+        while not (logs := [log for log in repo.path.parent.glob("fxopt-gate-*/log") if "PID" in log.read_text()]):
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+        worker = int(logs[0].read_text().split("PID ")[1].split()[0])
+        process.send_signal(number)
+        said = process.stderr.read()
+    if number == signal.SIGKILL:
+        os.kill(worker, 0)  # busy until it looks at its connection; the next run takes the worktree away
+        os.kill(worker, signal.SIGKILL)
+        repo.write(model=MODEL)
+        repo.ci("nothing.py", *QUICK)
+        assert repo.git("worktree", "list").count("\n") == 0
+        return
+    assert process.returncode == (130 if number == signal.SIGINT else 128 + number)
+    assert "Traceback" not in said
+    assert repo.left_behind() == []
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(worker, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["model.py", "--base", "nowhere"], 2, "there is no commit 'nowhere'"),
+        (["model.py", "--base", "--output=x"], 2, "there is no commit"),
+        (["model.py", "--fail-over", "lots"], 2, "--fail-over: 'lots' is no share"),
+        (["model.py", "--passes", "fuze"], 2, "did you mean 'fuse'?"),
+        ([], 2, "there is no 'fxopt.toml'"),
+        (["model.py", "--base-python", "/nothing"], 2, "'/nothing' does not start"),
+    ],
+)
+def test_wrong_calls(repo: Repo, arguments, code, said):
+    done = repo.ci(*arguments, *QUICK)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert said in done.stderr + " ".join(done.stdout.split()) and "Traceback" not in done.stderr
+    assert repo.left_behind() == []
+
+
+def test_outside_of_a_repository(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fxopt", "ci", "model.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "in no git repository" in done.stderr
+
+
+def test_a_shallow_clone_says_how_to_get_the_history(repo: Repo, make_repo):
+    repo.commit(other="")
+    clone = make_repo("clone")
+    clone.git("fetch", "--quiet", "--depth", "1", f"file://{repo.path}", "main")
+    clone.git("checkout", "--quiet", "FETCH_HEAD")
+    done = clone.ci("model.py", "--base", "HEAD~1")
+    assert done.returncode == 2 and "shallow" in done.stderr and "fetch-depth: 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "target", "code", "said"),
+    [
+        (MODEL, MODEL, "new.py", 5, "there is no file 'new.py'"),
+        ("raise ValueError('broken then')", MODEL, "model.py", 5, "broken then"),
+        (MODEL, "raise ValueError('broken now')", "model.py", 2, "broken now"),
+        (MODEL, MODEL.replace("(4, 3", "(2, 3"), "model.py", 5, "the inputs are 2x3x16x16 float32, in the base 4x3"),
+        (MODEL, MODEL + "\nimport os\nos.abort()", "model.py", 1, "the process died"),
+        (MODEL, MODEL.replace("return", "__import__('time').sleep(4)\n        return"), "model.py", 2, "too slow"),
+    ],
+)
+def test_what_cannot_be_compared(repo: Repo, base, head, target, code, said):
+    repo.commit(model=base)
+    repo.write(model=head, new=MODEL)
+    found = repo.only(target, code=code)
+    assert said in found["notes"][0]
+    assert repo.left_behind() == []

@@ -1,0 +1,167 @@
+"""What is decided without running anything: verdicts over made-up times, settings, locks, checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fxopt.errors import GateError
+from fxopt.gate import Limits, exit_code, lock, read_jobs, share
+from fxopt.gate.checks import all_checks
+from fxopt.gate.verdict import GateVerdict, advice, is_suspicious, judge_windows, wants_another
+from fxopt.gate.window import Round, Window
+
+
+def window(ratio: float, noise: float, seed: int = 0, again: float = 1.0, pairs: int = 40, mhz: float = 0.0) -> Window:
+    rng = np.random.default_rng(seed)
+    rounds = []
+    for _ in range(3):
+        base, head, other = 0.005 * np.exp(noise * rng.standard_normal((3, pairs)))
+        made = Round(base.tolist(), (head * ratio).tolist(), (other * again).tolist())
+        if mhz:
+            made.mhz = {"base": [1000.0] * pairs, "head": [mhz] * pairs, "again": [1000.0] * pairs}
+        rounds.append(made)
+    return Window(tuple(rounds), 1, 1.0, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("windows", "verdict"),
+    [
+        ([window(1.0, 0.02)], GateVerdict.OK),
+        ([window(1.03, 0.02)], GateVerdict.OK),
+        ([window(0.8, 0.02)], GateVerdict.FASTER),
+        ([window(1.1, 0.02), window(1.1, 0.02, 1)], GateVerdict.REGRESSION),
+        ([window(1.1, 0.02)], GateVerdict.INCONCLUSIVE),
+        ([window(1.1, 0.02), window(1.0, 0.02, 1)], GateVerdict.INCONCLUSIVE),
+        ([window(1.1, 0.02), window(1.0, 0.02, 1), window(1.1, 0.02, 2)], GateVerdict.REGRESSION),
+        ([window(1.0, 0.6)], GateVerdict.INCONCLUSIVE),
+        ([window(1.1, 0.02, again=1.2)] * 2, GateVerdict.INCONCLUSIVE),
+        ([window(1.1, 0.02, mhz=900.0)] * 2, GateVerdict.INCONCLUSIVE),
+        ([window(1.1, 0.0, pairs=1)] * 1, GateVerdict.INCONCLUSIVE),
+    ],
+)
+def test_verdicts(windows, verdict):
+    assert judge_windows(windows, 0.05) is verdict
+    settled = verdict is not GateVerdict.INCONCLUSIVE
+    assert wants_another(windows, 0.05) == (not settled and len(windows) < 3)
+
+
+def test_equal_sides_are_no_regression_and_a_slower_one_is_never_ok():
+    seeds = range(60)
+    equal = [is_suspicious(window(1.0, 0.1, seed), 0.05) for seed in seeds]
+    assert sum(equal) <= 1
+    slower = [judge_windows([window(1.1, 0.1, seed), window(1.1, 0.1, seed + 100)], 0.05) for seed in seeds]
+    assert GateVerdict.OK not in slower and GateVerdict.FASTER not in slower
+    assert sum(verdict is GateVerdict.REGRESSION for verdict in slower) > 50
+
+
+def test_advice_names_what_stands_in_the_way():
+    assert "differs from itself by up to" in advice(window(1.0, 0.6), 0.05, 1)[0]
+    assert "about as large as the threshold" in advice(window(1.05, 0.01), 0.05, 1)[0]
+    assert "different clocks" in advice(window(1.0, 0.01, mhz=900.0), 0.05, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "strict", "code"),
+    [
+        (["OK", "FASTER"], True, 0),
+        (["OK", "INCONCLUSIVE"], False, 0),
+        (["OK", "INCONCLUSIVE"], True, 4),
+        (["INCONCLUSIVE", "REGRESSION", "not comparable"], True, 3),
+        (["REGRESSION", "wrong call"], False, 2),
+        (["REGRESSION", "failed"], False, 1),
+        (["OK", "not comparable"], False, 5),
+    ],
+)
+def test_exit_codes(verdicts, strict, code):
+    assert exit_code({"targets": [{"verdict": verdict} for verdict in verdicts]}, strict) == code
+
+
+@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("2.5 %", 0.025), ("0.05", 0.05), (0.1, 0.1)])
+def test_shares(text, value):
+    assert share(text, "--fail-over") == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "five", "-5%", "0%", "5%%", 50, True])
+def test_what_is_no_share(text):
+    with pytest.raises(GateError, match="--fail-over"):
+        share(text, "--fail-over")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no [[target]]"),
+        ("[[target]]\nname = 'a'", "expected target ="),
+        ("[[target]]\ntarget = 'm.py'\npases = 'fuse'", "did you mean 'passes'?"),
+        ("[[target]]\ntarget = 'm.py'\nthreads = '2'", "threads = '2': expected a int"),
+        ("[[target]]\ntarget = 'm.py'\nthreads = 0", "must be positive"),
+        ("[[target]]\ntarget = 'm.py'\nlimits = {latncy = '5%'}", "did you mean 'latency'?"),
+        ("[[target]]\ntarget = 'm.py'\nlimits = {latency = 'x'}", "limits.latency: 'x' is no share"),
+        ("[[target]]\ntarget = 'm.py'\n[[target]]\ntarget = 'm.py'", "two targets named 'm.py'"),
+        ("[[target]\n", "cannot read"),
+        ("[targets]\n", "did you mean 'target'?"),
+    ],
+)
+def test_configurations_that_are_not_understood(tmp_path, text, said):
+    path = tmp_path / "fxopt.toml"
+    path.write_text(text)
+    with pytest.raises(GateError) as caught:
+        read_jobs(path)
+    assert said in str(caught.value)
+
+
+def test_a_target_on_several_devices_is_several_jobs(tmp_path):
+    path = tmp_path / "fxopt.toml"
+    path.write_text("[[target]]\ntarget = 'm.py'\ndevices = ['cpu', 'cuda']\n")
+    assert [(job.name, job.device) for job in read_jobs(path)] == [("m.py on cpu", "cpu"), ("m.py on cuda", "cuda")]
+
+
+def changed(*whats: str):
+    return [{"name": "fuse", "changes": [{"what": what} for what in whats]}]
+
+
+def test_matches_are_counted_by_kind_and_losses_named(tmp_path):
+    then = lock.count(changed("folded into 'a'", "folded into 'b'", "joined relu"))
+    assert then == {"fuse": {"folded into '...'": 2, "joined relu": 1}}
+    assert lock.lost(then, lock.count(changed("folded into 'c'", "joined relu", "new"))) == [
+        "fuse: folded into '...': 1 instead of 2"
+    ]
+    path = tmp_path / lock.FILE
+    assert lock.read(path) is None
+    lock.write(path, {"b": then})
+    lock.write(path, {"a": then})
+    assert lock.read(path) == {"a": then, "b": then}
+    path.write_text("{}")
+    with pytest.raises(GateError, match="no lock file of this fxopt"):
+        lock.read(path)
+
+
+def facts(**changes):
+    size = {"peak_memory": 100_000, "bytes": 100_000}
+    coverage = {"call_sites": 1.0, "flops": 0.9, "parameters": 1.0}
+    found = {"metrics": {"accuracy": 0.9, "loss": 1.0}, "size": size, "coverage": coverage, "passes": changed("folded")}
+    return found | {"output_error": 0.01} | changes
+
+
+@pytest.mark.parametrize(
+    ("head", "failed"),
+    [
+        ({}, []),
+        ({"metrics": {"accuracy": 0.88, "loss": 0.5}}, ["accuracy"]),
+        ({"metrics": {"accuracy": 0.95, "loss": 1.02}}, ["loss"]),
+        ({"metrics": {"accuracy": "nan", "loss": 1.0}}, ["accuracy"]),
+        ({"metrics": None}, ["accuracy", "loss"]),
+        ({"size": {"peak_memory": 120_000, "bytes": 100_000}}, ["peak memory"]),
+        ({"size": {"peak_memory": None, "bytes": 120_000}}, ["size"]),
+        ({"coverage": {"call_sites": 1.0, "flops": 0.8, "parameters": 1.0}}, ["coverage, flops"]),
+        ({"output_error": 0.5}, ["output error"]),
+        ({"output_error": "parameters have other names"}, ["output error"]),
+        ({"output_error": float("nan")}, ["output error"]),
+        ({"passes": changed()}, ["matches"]),
+    ],
+)
+def test_limits(head, failed):
+    checks = all_checks(facts(), facts(**head), Limits(output_error=0.1), lock.count(changed("folded")))
+    assert [check.name for check in checks if check.status == "failed"] == failed
+    assert all(check.message for check in checks if check.status != "ok")

@@ -1,0 +1,106 @@
+"""The reports of a gate: table, Markdown, JUnit, annotations, and the page in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from fxopt.report import github, junit, render
+from tests.report.ci_example import example
+
+page_of = pytest.importorskip("fxopt.report.page").page
+HISTORY = [
+    {"target": "model.py:Net", "device": "cpu", "commit": f"{index}" * 40, "median_ms": 5 + 0.1 * index % 0.3}
+    | {"low_ms": 4.9, "high_ms": 5.4}
+    for index in range(8)
+]
+
+
+def test_table_and_markdown_say_the_verdict_the_cause_and_the_rest():
+    for style in ("table", "markdown"):
+        text = " ".join(render(example(), style).replace("\\", "").split())
+        for said in (
+            "REGRESSION",
+            "+22.0 % [+20.0 %, +24.0 %]",
+            "origin/main",
+            "with uncommitted changes",
+            "890.0 % more",
+        ):
+            assert said in text, (style, said)
+        assert "caused by the pass 'fuse': 'head.bn' (model.py:20) is no longer folded" in text
+        assert "not comparable" in text and "not in the base" in text and "by up to 30.0 %" in text
+        assert "+0.1 % after the model itself" in text
+
+
+def test_junit_has_a_case_a_check():
+    top = ElementTree.fromstring(junit(example()))
+    assert [suite.get("name") for suite in top] == ["digits & letters", "new", "noisy"]
+    assert {key: top.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "6",
+        "failures": "2",
+        "errors": "0",
+        "skipped": "3",
+    }
+    failed = top.find(".//testcase[@name='latency']/failure")
+    assert failed is not None and "caused by the pass 'fuse'" in str(failed.get("message"))
+
+
+def test_annotations_are_one_line_each_at_the_file():
+    lines = github(example()).splitlines()
+    assert lines[0].startswith("::error file=model.py,title=fxopt ci%3A digits & letters%3A REGRESSION::latency on cpu")
+    assert "+22.0 %25" in lines[0] and lines[1].endswith("::size: 890.0 %25 more")
+    assert lines[2].startswith("::warning file=new.py,") and lines[2].endswith("::not in the base")
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.urls: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.urls += [str(value) for name, value in attrs if name in ("href", "src") and value and value[0] != "#"]
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_the_user_wrote():
+    text = page_of(example(), HISTORY, "https://example.com/{file}#L{line}")
+    found = Links()
+    found.feed(text)
+    assert not found.tags & {"script", "link", "img", "iframe"}
+    assert set(found.urls) == {f"https://example.com/model.py#L{line}" for line in (12, 13, 15, 20)}
+    assert "used twice &lt;b&gt;" in text and "digits &amp; letters" in text
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert text.index("REGRESSION") < text.index("<table")
+
+
+def test_the_page_in_a_browser(tmp_path):
+    """At the width of a desktop and of a phone: nothing is fetched, nothing is wider than the screen."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        pytest.skip("needs a browser: chromium or google-chrome on the path")
+    file = tmp_path / "page.html"
+    file.write_text(page_of(example(), HISTORY), encoding="utf-8")
+    with playwright.sync_playwright() as run:
+        browser = run.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        try:
+            for width in (1280, 375):
+                screen = browser.new_page(viewport={"width": width, "height": 800})
+                fetched: list[str] = []
+                screen.on("request", lambda request: fetched.append(request.url))  # noqa: B023
+                screen.goto(file.as_uri())
+                assert fetched == [file.as_uri()]
+                assert screen.evaluate("document.documentElement.scrollWidth") <= width
+                assert screen.locator("h1").inner_text() == "✗ REGRESSION"
+                assert screen.locator("svg[role=img]").count() == 5
+                assert all(plot.bounding_box()["width"] > 500 for plot in screen.locator("svg").all())
+                changed = screen.locator("tr.changed").first.locator("td").all_inner_texts()
+                assert changed == ["+", "", "stem.1 = BatchNorm2d model.py:13"]
+                screen.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+        finally:
+            browser.close()
