@@ -55,7 +55,7 @@ def test_the_workflow(repo: Repo, shell, make_repo, tmp_path):
     assert "<h1" in (repo.path / "fxopt.html").read_text() and (repo.path / "fxopt.xml").exists()
 
 
-@pytest.mark.parametrize(("tail", "code"), [("", 0), ("\nmodel.extra = nn.Linear(100, 100)\n", 3)])
+@pytest.mark.parametrize(("tail", "code"), [("\nname = 1\n", 0), ("\nmodel.extra = nn.Linear(100, 100)\n", 3)])
 def test_the_hook(repo: Repo, shell, tail, code):
     hooks = {
         hook["id"]: hook
