@@ -81,6 +81,8 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
         raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected[0], found[0], strict=True)):
+        if isinstance(want, float) and isinstance(got, float):  # what `item()` made of a tensor
+            want, got = torch.tensor(want), torch.tensor(got)
         if not isinstance(want, torch.Tensor):
             if type(want) is not type(got) or want != got:
                 raise EngineError(f"engine '{engine.name}' gives {got!r} in place of {want!r} as output {index}")
