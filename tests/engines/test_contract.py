@@ -258,3 +258,28 @@ def test_every_engine_says_what_its_options_do(name: str) -> None:
     assert kind.__doc__
     assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert all(field.metadata.get("help") for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+
+
+def test_numbers_read_off_tensors_may_be_rounded() -> None:
+    case = DYNAMIC["early_exit"]
+    model, example = case.build(), case.example()
+    executable = build(Rounding(), model, Inputs(example))
+    assert executable.relative_error is not None
+    assert 0 < executable.relative_error < 1e-5
+
+
+@dataclass(frozen=True)
+class Rounding(Engine):
+    """Gives floats that differ in the last digits."""
+
+    name: ClassVar[str] = "rounding"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def build(self, module: Any, inputs: Any, choices: Any) -> Built:
+        def run(x: torch.Tensor) -> Any:
+            y, depth, confidences = module(x)
+            return y, depth, [one * (1 + 1e-6) for one in confidences]
+
+        return Built(run)
