@@ -86,9 +86,10 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
             owner = owners[path].get_submodule(owner_name)
         except AttributeError:  # went away with its module
             continue
-        tensor = owner._parameters.get(leaf) if leaf in owner._parameters else owner._buffers.get(leaf)
+        slots: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+        tensor = slots.get(leaf)
         if isinstance(tensor, torch.Tensor) and not after.readers(tensor) and not after.inside_opaque(owner):
-            delattr(owner, leaf)
+            slots[leaf] = None  # not deleted: the owner's own methods, its repr for one, may name it
 
 
 def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:

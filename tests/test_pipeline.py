@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
 import fxopt
@@ -171,6 +172,17 @@ def test_modules_and_parameters_that_lost_their_last_use_are_removed() -> None:
     run_passes(captured, [Fuse()], Oracle(module, fxopt.Inputs(case.example(), case.kwargs)))
     assert not any("running_mean" in name for name in captured.module.state_dict())
     assert any("running_mean" in name for name in module.state_dict())
+
+
+def test_a_module_whose_state_went_still_prints() -> None:
+    class NormByHand(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), NormByHand(4)).eval()
+    captured, _ = run(module, Fuse(), inputs=fxopt.Inputs.of(torch.randn(2, 3, 4, 4)))
+    assert "NormByHand(" in repr(captured.module)
+    assert list(captured.module.state_dict()) == ["0.weight", "0.bias", "1.num_batches_tracked"]
 
 
 def test_what_no_graph_ever_called_stays() -> None:

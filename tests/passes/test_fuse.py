@@ -529,6 +529,7 @@ class TestTwoGraphs:
         assert len(outcome.changes) == 5
         assert_close(program(x), model(x))
         assert_close(program.train()(x), model(x))
+        assert "NormAct" in repr(program)
         assert_close(copy.deepcopy(program).eval()(x), model(x))
         assert set(program.graphs) == {None}
 
