@@ -38,7 +38,7 @@ class Fused(nn.Module):
         bn: the batch norm of the training form; its state sits under `conv1.bn.`, and state under its
             former name still loads.
         weight_fake_quant: what quantises the weight, or None.
-        inner_fake_quant: what quantises the output of the operator before the addition, or None.
+        inner_fake_quant: what quantises the output of the operator before the addition and activation, or None.
         weight_mask: what holds part of the weight at zero, or None.
     """
 
@@ -84,7 +84,7 @@ class Fused(nn.Module):
 
     @property
     def inner_fake_quant(self) -> FakeQuantize | None:
-        """What quantises the output of the operator before something is added to it."""
+        """What quantises the output of the operator before anything is added or activated."""
         return cast("FakeQuantize | None", self._modules.get("inner_fake_quant"))
 
     @property

@@ -33,6 +33,7 @@ _ACTIVATIONS: frozenset[Any] = frozenset(
     {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.silu, F.gelu, F.hardswish, torch.relu, torch.relu_, torch.sigmoid,
      torch.tanh, "relu", "relu_", "sigmoid", "tanh"}
 )  # fmt: skip
+_FOLDED = ("relu", "relu6")
 _ACTIVATION_MODULES = (
     nn.ReLU,
     nn.ReLU6,
@@ -67,7 +68,7 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
             continue
         affine = read_affine(node, region)
         if isinstance(affine, Affine) and affine.kind != "linear":
-            if isinstance(affine.module, Fused) and affine.module.adds:
+            if isinstance(affine.module, Fused) and _has_float_tail(affine.module):
                 inner = make().train(affine.module.training)
                 region.program.replace_module(affine.module, Fused.of(affine.module, inner_fake_quant=inner))
                 count += 1
@@ -83,6 +84,11 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
         quantised[last] = _after(last, region, region.add_module(f"output_fake_quant.{name}", make()))
         count += 1
     return count
+
+
+def _has_float_tail(module: Fused) -> bool:
+    """Whether what follows the convolution is an operator of its own to the runtime, which folds only clipping."""
+    return module.adds or (module.activation is not None and module.activation.name not in _FOLDED)
 
 
 def edge_layers(region: Region) -> frozenset[fx.Node]:

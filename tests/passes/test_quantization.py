@@ -253,6 +253,15 @@ class TestPlacement:
         assert calls[calls.index("max_pool2d") + 1] == "output_fake_quant.stem"
         assert calls[-1] == "head"
 
+    def test_what_onnxruntime_does_not_fold_stands_behind_a_quantiser(self) -> None:
+        x = torch.randn(*IMAGES)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 1))
+        program = captured(model.eval(), (x,))
+        rewrite(Fuse(), program)
+        rewrite(QAT(target="onnxruntime"), program)
+        inner = [name for name in quantizers(program) if name.endswith("inner_fake_quant")]
+        assert inner == ["0.inner_fake_quant"]
+
     def test_edges_can_stay_floats(self) -> None:
         outcome = self.outcome(first_last="keep")
         assert {name for name in quantizers(outcome.module) if "weight" in name} == {
