@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.fx as fx
 
-from fxopt.contract import Change, Pass, Promise, Skip
+from fxopt.contract import Change, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import Affine, GraphModule, Program, Region, observe, read_affine
 from fxopt.inputs import Inputs
@@ -18,12 +17,12 @@ from fxopt.modules import FakeQuantize
 from passes.qat.calibration import calibrate
 from passes.qat.correct import correct_biases
 from passes.qat.equalize import equalize_layers, smooth, smoothable
-from passes.qat.place import TARGETS, Target, place, waiting
-from passes.qat.scheme import Scheme
+from passes.qat.options import Quantization
+from passes.qat.place import place, waiting
 
 
 @dataclass(frozen=True)
-class PTQ(Pass):
+class PTQ(Quantization):
     """Quantises a trained model by its calibration data: ranges evened out, quantisers placed, biases corrected.
 
         W x + b   =>   Q(W') Q(x') + b'
@@ -36,33 +35,14 @@ class PTQ(Pass):
     after: ClassVar[tuple[str, ...]] = ("clean", "fuse")
     conflicts: ClassVar[tuple[str, ...]] = ("qat",)
 
-    bits: int = field(default=8, metadata={"help": "width of weights and inputs: 2 to 8, or 16"})
-    weights: str = field(default="", metadata={"help": "int8, int4, …: of weights, where another than bits"})
-    activations: str = field(
-        default="", metadata={"help": "of inputs, where another than unsigned bits: uint8, int8 (around 0), …, none"}
-    )
-    per_channel: bool = field(default=True, metadata={"help": "a scale for each output channel of a weight"})
-    observer: Literal["minmax", "ema", "histogram", "mse", "percentile"] = field(
-        default="minmax",
-        metadata={"help": "range of inputs: all that was seen, or from a histogram; as in qat"},
-    )
-    target: Target = field(default="generic", metadata={"help": "the runtime whose integer kernels shall fuse"})
     equalize: bool = field(default=True, metadata={"help": "even out the ranges of neighbouring layers' channels"})
     smooth: float = field(default=0.5, metadata={"help": "how much of outliers behind a layer norm moves into weights"})
     correct: bool = field(default=True, metadata={"help": "correct the mean error of each channel in the biases"})
-    first_last: Literal["quantize", "keep"] = field(
-        default="quantize", metadata={"help": "keep leaves the first and the last layers floats"}
-    )
-    include: str = field(default="*", metadata={"help": "glob over the layer's qualified name"})
-    exclude: str = field(default="", metadata={"help": "glob over the layer's qualified name; wins over include"})
 
     def __post_init__(self) -> None:
-        _ = self._scheme
+        super().__post_init__()
         if not 0 <= self.smooth <= 1:
             raise SpecError(f"ptq: 'smooth' is a share from 0 to 1, not {self.smooth!r}")
-        for name, known in (("target", TARGETS), ("first_last", ("quantize", "keep"))):
-            if getattr(self, name) not in known:
-                raise SpecError(f"ptq: {name!r} is one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Even out what needs no data, then place the quantisers."""
@@ -74,7 +54,7 @@ class PTQ(Pass):
             return
         if self.equalize:
             yield from equalize_layers(region)
-        yield from place(region, self._scheme, self.target, self.first_last == "keep", self._is_named)
+        yield from place(region, self.scheme, self.target, self.first_last == "keep", self.is_named)
 
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
         """Everything that data decides.
@@ -100,20 +80,6 @@ class PTQ(Pass):
         if self.correct:
             corrected = correct_biases(module, batches)
             yield Change("mean errors corrected in the biases", f"{len(corrected)} layers")
-
-    @property
-    def _scheme(self) -> Scheme:
-        return Scheme.of(
-            self.name,
-            bits=self.bits,
-            weights=self.weights,
-            activations=self.activations,
-            per_channel=self.per_channel,
-            observer=self.observer,
-        )
-
-    def _is_named(self, name: str) -> bool:
-        return fnmatchcase(name, self.include) and not fnmatchcase(name, self.exclude)
 
     def _smoothed(self, module: GraphModule, batches: list[Inputs]) -> Iterator[Change]:
         found = {

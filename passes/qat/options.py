@@ -1,0 +1,63 @@
+"""What every pass that quantises can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from fxopt.contract import Pass
+from fxopt.errors import SpecError
+from passes.qat.place import TARGETS, Target
+from passes.qat.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Quantization(Pass):
+    """The options that `qat` and `ptq` share."""
+
+    bits: int = field(default=8, metadata={"help": "width of weights and inputs: 2 to 8, or 16"})
+    weights: str = field(default="", metadata={"help": "int8, int4, …: of weights, where another than bits"})
+    activations: str = field(
+        default="", metadata={"help": "of inputs, where another than unsigned bits: uint8, int8 (around 0), …, none"}
+    )
+    per_channel: bool = field(default=True, metadata={"help": "a scale for each output channel of a weight"})
+    observer: Literal["minmax", "ema", "histogram", "mse", "percentile"] = field(
+        default="minmax",
+        metadata={
+            "help": "range of inputs: all that was seen (minmax), a moving average (ema), or from a histogram of the "
+            "calibration data the least divergence (histogram), the least error (mse), all but 0.01 % (percentile)"
+        },
+    )
+    target: Target = field(default="generic", metadata={"help": "the runtime whose integer kernels shall fuse"})
+    first_last: Literal["quantize", "keep"] = field(
+        default="quantize", metadata={"help": "keep leaves the first and the last layers floats"}
+    )
+    include: str = field(default="*", metadata={"help": "glob over the layer's qualified name"})
+    exclude: str = field(default="", metadata={"help": "glob over the layer's qualified name; wins over include"})
+
+    def __post_init__(self) -> None:
+        _ = self.scheme
+        self._one_of("target", TARGETS)
+        self._one_of("first_last", ("quantize", "keep"))
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the options say of quantisers."""
+        return Scheme.of(
+            self.name,
+            bits=self.bits,
+            weights=self.weights,
+            activations=self.activations,
+            per_channel=self.per_channel,
+            observer=self.observer,
+        )
+
+    def is_named(self, name: str) -> bool:
+        """Whether a qualified name is among those asked for."""
+        return fnmatchcase(name, self.include) and not fnmatchcase(name, self.exclude)
+
+    def _one_of(self, option: str, known: tuple[object, ...]) -> None:
+        value = getattr(self, option)
+        if value not in known:
+            raise SpecError(f"{self.name}: {option!r} is one of {', '.join(map(str, known))}, not {value!r}")
