@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -70,7 +71,9 @@ def _files(tree: Path) -> list[str]:
 
 
 def _run(command: list[str], commit: str, directory: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, errors="replace")
+    # The pins of whoever calls are those of the head, and their path may be relative to another directory.
+    own = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    done = subprocess.run(command, cwd=directory, env=own, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise BaselineError(

@@ -17,7 +17,7 @@ def test_latency(fxopt_gate):
 
 
 def run(repo: Repo, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "pytest_fxopt", "-p", "no:cacheprovider", "-rs", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *arguments]
     return subprocess.run(command, cwd=repo.path, env=repo.environment, capture_output=True, text=True)
 
 
