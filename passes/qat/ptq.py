@@ -88,8 +88,8 @@ class PTQ(Quantization):
         largest: dict[fx.Node, torch.Tensor] = {}
 
         def visit(_: GraphModule, node: fx.Node, value: object) -> None:
-            if node in found and isinstance(value, torch.Tensor):
-                seen = value.detach().abs().flatten(0, -2).amax(0)
+            if node in found and isinstance(value, torch.Tensor) and value.numel():
+                seen = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
                 largest[node] = torch.maximum(largest[node], seen) if node in largest else seen
 
         with torch.no_grad():

@@ -371,6 +371,44 @@ class TestPTQ:
         assert not any("_affine" in child.__dict__ for child in program.modules())
         assert all(fake.ready for fake in quantizers(program).values())
 
+    def test_correcting_survives_calls_that_rounding_adds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Decided(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate = nn.Linear(1, 1, bias=False)
+                self.expert = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.expert(x) if self.gate(x[:1, :1]).item() > 0.4 else x
+
+        model, x = Decided().eval(), torch.ones(2, 4)
+        with torch.no_grad():
+            model.gate.weight.fill_(0.5)
+        program = captured(model, (x,))
+        rewrite(QAT(activations="none"), program)
+        with torch.no_grad():
+            program.get_parameter("gate.weight").fill_(0.3)
+        gate = next(fake for name, fake in quantizers(program).items() if name.startswith("gate"))
+        monkeypatch.setattr(gate, "forward", lambda weight: weight + 0.2 * gate.ready)
+        bias = program.get_parameter("expert.0.bias").detach().clone()
+        assert correct_biases(program, [fxopt.Inputs.of(x)]) == ()
+        assert torch.equal(program.get_parameter("expert.0.bias"), bias)
+
+    def test_an_empty_batch_for_a_layer_moves_nothing(self) -> None:
+        class Chosen(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.expert = nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.expert(x[x[:, 0] > 100])
+
+        x = torch.randn(3, 4)
+        program = captured(Chosen().eval(), (x,))
+        rewrite(QAT(activations="none"), program)
+        correct_biases(program, [fxopt.Inputs.of(x)])
+        assert program.get_parameter("expert.bias").isfinite().all()
+
     def test_without_data_it_says_what_to_give(self) -> None:
         with pytest.raises(PassError, match="ptq: there is no calibration data; give `calibration_data"):
             fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), [PTQ()], devices=())
