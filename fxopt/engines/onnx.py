@@ -39,7 +39,12 @@ def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx
         shape = torch.export.Dim(_BATCH, min=1)
         shapes = pytree.tree_map(lambda leaf: {0: shape} if _has_rows(leaf) else None, (several.args, several.kwargs))
         try:
-            return _export(module, several, _by_parameter(module, *shapes)), ()
+            program = _export(module, several, _by_parameter(module, *shapes))
+            # The exporter fixes what the module turns out to hold for only, and says so nowhere.
+            if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
+                reason = f"the module does not hold for another one than that of the example, {batch}"
+            else:
+                return program, ()
         except Exception as error:  # the exporter raises anything
             reason = f"the exporter says: {_first_line(error)}"
     try:
