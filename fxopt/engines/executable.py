@@ -85,9 +85,12 @@ class Executable(nn.Module):
 
     @property
     def rounding(self) -> float:
-        """The relative error that integers may add, where it runs on them: sums may round to the neighbouring step."""
+        """The relative error by which a quantised module may differ from itself computed otherwise; else 0.
+
+        On integers, or in another precision, a value between two steps may round to the other one.
+        """
         quantised = any(isinstance(child, FakeQuantize) for child in self.module.modules())
-        return _ROUNDING if self.engine.integers and quantised else 0.0
+        return _ROUNDING if quantised else 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run.

@@ -79,6 +79,7 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
         found = _run(executable, inputs)
     if expected[1] != found[1]:
         raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")
+    rounding = executable.rounding if engine.integers else 0.0
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected[0], found[0], strict=True)):
         if isinstance(want, float) and isinstance(got, float):  # what `item()` made of a tensor
@@ -92,7 +93,7 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
                 f"engine '{engine.name}' gives {tuple(got.shape)} {got.dtype} in place of {tuple(want.shape)} "
                 f"{want.dtype} as output {index}; please report it"
             )
-        error, allowed = relative_error(want, got), max(engine.tolerance(want.dtype), executable.rounding)
+        error, allowed = relative_error(want, got), max(engine.tolerance(want.dtype), rounding)
         if not error <= allowed:
             raise EngineError(
                 f"engine '{engine.name}': output {index} differs from that of the module by {error:.1e} (allowed "

@@ -16,7 +16,8 @@ from fxopt.artifact import save
 from fxopt.engines import Executable, ladder
 from fxopt.engines.ladder import Ladder, climb
 from fxopt.errors import EngineError
-from fxopt.verify import Oracle
+from fxopt.verify import TOLERANCE, Oracle
+from passes import QAT
 from tests.engines.test_contract import agree
 from tests.models import STATIC
 from tests.report.record_example import comparison
@@ -170,3 +171,10 @@ def test_engines_are_really_measured() -> None:
     assert found.chosen.comparison is not None
     assert found.chosen.comparison.pairs > 0
     assert found.seconds > 0
+
+
+def test_a_quantised_module_may_round_otherwise_than_the_oracle() -> None:
+    model, example = CASE.build(), CASE.example()
+    assert fxopt.lower(model, example, "eager").rounding == 0.0
+    quantised = fxopt.optimize(model, example, [QAT()], devices=()).module
+    assert fxopt.lower(quantised, example, "eager").rounding > TOLERANCE[torch.float32]
