@@ -5,9 +5,11 @@ They are nodes of the graph, at the place where the decision was made, and so su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 from fxopt.capture.traced import RELATIONS
 from fxopt.errors import GuardError
@@ -19,6 +21,8 @@ def guard(actual: Any, relation: str, expected: Any, answer: bool, assumption: s
     Raises:
         GuardError: naming the assumption and the user's line that made it.
     """
+    if _traced(guard, actual, relation, expected, answer, assumption, location):
+        return
     if bool(RELATIONS[relation](actual, expected)) is not answer:
         raise _broken(assumption, location, f"{actual} here")
 
@@ -29,6 +33,8 @@ def guard_tensor(actual: torch.Tensor, expected: torch.Tensor, assumption: str, 
     Raises:
         GuardError: naming the assumption and the user's line that made it.
     """
+    if _traced(guard_tensor, actual, expected, assumption, location):
+        return
     if actual.shape != expected.shape or not torch.equal(actual.to(expected.device), expected):
         raise _broken(assumption, location, "other values here")
 
@@ -39,6 +45,8 @@ def guard_input(actual: Any, expected: Any, name: str) -> None:
     Raises:
         GuardError: naming the input.
     """
+    if _traced(guard_input, actual, expected, name):
+        return
     if actual is not expected and (type(actual) is not type(expected) or actual != expected):
         raise _broken(f"{name} is {expected!r}", "an input", f"{actual!r} here")
 
@@ -49,6 +57,8 @@ def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:
     Raises:
         GuardError: naming the input.
     """
+    if _traced(guard_items, actual, expected, name):
+        return
     if isinstance(expected, int):
         if len(actual) != expected:
             raise _broken(f"{name} has {expected} items", "an input", f"{len(actual)} here")
@@ -62,6 +72,8 @@ def guard_rank(actual: Any, dimensions: int, name: str) -> None:
     Raises:
         GuardError: naming the input.
     """
+    if _traced(guard_rank, actual, dimensions, name):
+        return
     if not isinstance(actual, torch.Tensor):
         raise _broken(f"{name} is a tensor", "an input", f"{type(actual).__name__} here")
     if actual.dim() != dimensions:
@@ -80,6 +92,15 @@ def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
 
 _MODES = {True: "training", False: "evaluation"}
 GUARDS = (guard, guard_tensor, guard_input, guard_items, guard_rank, guard_mode)
+
+
+def _traced(check: Callable[..., None], *args: Any) -> bool:
+    """Whether `torch.fx.symbolic_trace` is at work: then the guard goes on into its graph."""
+    proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+    if proxy is None:
+        return False
+    proxy.tracer.create_proxy("call_function", check, args, {})
+    return True
 
 
 def _broken(assumption: str, location: str, found: str) -> GuardError:

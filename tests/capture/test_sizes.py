@@ -74,6 +74,15 @@ def test_a_guard_names_the_line_that_decided():
     assert captured.module(torch.randn(4, 4)).shape == (4, 4)
 
 
+def test_guards_outlast_a_symbolic_trace():
+    again = torch.fx.symbolic_trace(capture(Decides().eval(), (torch.randn(2, 4),)).module, {"flag": False})
+    assert again(torch.randn(4, 4)).shape == (4, 4)
+    with pytest.raises(GuardError, match="x has 2 dimensions"):
+        again(torch.randn(2, 2, 4))
+    with pytest.raises(GuardError, match=r"x\.shape\[0\] <= 4"):
+        again(torch.randn(5, 4))
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "said"),
     [
