@@ -82,6 +82,11 @@ def is_adaptable(module: nn.Module) -> bool:
     return type(module) in _FORMS or isinstance(module, Adapted)
 
 
+def has_no_form(module: nn.Module) -> bool:
+    """Whether `module` is one of those here in a form of its own, such as that with masks, which would be lost."""
+    return isinstance(module, tuple(_FORMS)) and not is_adaptable(module)
+
+
 def adapted(module: nn.Module) -> nn.Module:
     """The same module in the form that holds adapters."""
     made = rebuild(module, _FORMS[type(module)])

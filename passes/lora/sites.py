@@ -67,6 +67,9 @@ def find_sites(region: Region) -> Iterator[Site | Skip]:
     for node, found in uses.items():
         if node.op == "call_module" and inside.is_adaptable(region.submodule(node)):
             yield from _inside(node, region)
+        elif node.op == "call_module" and inside.has_no_form(region.submodule(node)):
+            kind = type(region.submodule(node)).__name__
+            yield Skip(region.qualified(node), f"adapters have no form for '{kind}'", source_of(node))
         elif isinstance(found, Skip) or (found is not None and found.slot not in whole):
             yield found
 

@@ -146,3 +146,14 @@ def test_runs_by_an_engine() -> None:
     x = images()
     module, _ = run(network().eval(), (x,), "fuse,sparsify")
     torch.testing.assert_close(fxopt.lower(module, x, "onednn")(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_lora_says_that_it_has_no_form_for_a_masked_recurrent_layer() -> None:
+    _, ledger = run(
+        nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)).eval(),
+        (torch.randn(2, 5, 8),),
+        "sparsify{amount=0.5},lora{rank=2,targets=['*']}",
+    )
+    assert [(skip.where, skip.reason) for skip in ledger.entries[1].skips] == [
+        ("1", "adapters have no form for 'MaskedLSTM'")
+    ]
