@@ -14,6 +14,7 @@ from torch import nn
 from fxopt.capture import Captured, capture
 from fxopt.errors import GuardError
 from fxopt.inputs import Inputs
+from zoo_models.memory import begin_peak, peak, peak_of
 from zoo_models.specimen import QuickInitialization, Specimen
 
 
@@ -22,7 +23,8 @@ def check(specimen: Specimen) -> dict[str, Any]:
 
     Its status is "exact", "differs", "failed" (capture or the captured module raises), or "not run" (it can't
     be built from the small config, or its own forward raises). Times are processor seconds of the one thread
-    that it runs on, which other work on the machine does not add to.
+    that it runs on, which other work on the machine does not add to. Peaks are those of the whole process,
+    Python and torch included.
     """
     try:
         with QuickInitialization():
@@ -31,7 +33,9 @@ def check(specimen: Specimen) -> dict[str, Any]:
         return _not_run(error)
     example = inputs["example"]
     keys = list(module.state_dict())
+    eager_bytes = peak_of(lambda: _run(module, example))
     arguments = copy.deepcopy(example)
+    begin_peak()
     began = time.process_time()
     try:
         captured = capture(module, arguments.args, arguments.kwargs)
@@ -41,7 +45,7 @@ def check(specimen: Specimen) -> dict[str, Any]:
         except Exception as error:
             return _not_run(error)
         raise
-    seconds = time.process_time() - began
+    seconds, capture_bytes = time.process_time() - began, peak()
     sizes = {"example": _compare(module, captured, example)}
     eager_seconds = _seconds(module, example)
     _run(captured.module, example)
@@ -63,6 +67,8 @@ def check(specimen: Specimen) -> dict[str, Any]:
         "notes": list(captured.notes),
         "eager_seconds": round(eager_seconds, 4),
         "capture_seconds": round(seconds, 4),
+        "eager_peak_bytes": eager_bytes,
+        "capture_peak_bytes": capture_bytes,
     }
 
 

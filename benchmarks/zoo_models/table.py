@@ -24,7 +24,7 @@ def summary(results: Results) -> str:
     """Counts for each library, as a Markdown table."""
     head = (
         "| library | captured | exact | fully in graph | batch size free | other sizes free | partly opaque | failed | "
-        "within 3 forwards + 1 s |"
+        "within 3 forwards + 1 s | within 1.5 of eager's peak memory |"
     )
     lines = [head, "|---|" + "---:|" * (head.count("|") - 2)]
     for group in _groups(results):
@@ -34,6 +34,8 @@ def summary(results: Results) -> str:
         done = [result for result in ran if result["status"] in ("exact", "differs")]
         timed = [r for r in done if "capture_seconds" in r]
         quick = [r for r in timed if r["capture_seconds"] <= 3 * r["eager_seconds"] + 1]
+        weighed = [r for r in done if r.get("eager_peak_bytes")]
+        small = [r for r in weighed if r["capture_peak_bytes"] <= 1.5 * r["eager_peak_bytes"]]
         cells = [
             len(ran),
             sum(result["status"] == "exact" for result in ran),
@@ -43,6 +45,7 @@ def summary(results: Results) -> str:
             sum(bool(result["opaque"]) for result in done),
             sum(result["status"] not in ("exact",) for result in ran),
             f"{len(quick)} of {len(timed)}",
+            f"{len(small)} of {len(weighed)}",
         ]
         lines.append(f"| {group} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
