@@ -6,6 +6,7 @@ from passes.cast import Cast
 from passes.clean import Clean
 from passes.fuse import Fuse
 from passes.lora import LoRA, LoRAMerge
+from passes.merge import Merge
 from passes.qat import PTQ, QAT, QuantizeFreeze
 from passes.sparsify import Sparsify, SparsifyBake
 
@@ -19,6 +20,7 @@ __all__ = [
     "Fuse",
     "LoRA",
     "LoRAMerge",
+    "Merge",
     "QuantizeFreeze",
     "Sparsify",
     "SparsifyBake",
@@ -26,6 +28,7 @@ __all__ = [
 
 PASSES: tuple[type[Pass], ...] = (
     Clean,
+    Merge,
     Fuse,
     Cast,
     Sparsify,

@@ -14,10 +14,9 @@ import torch
 import torch.fx as fx
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, Effects, Region, read_affine, source_of
+from fxopt.graph import Affine, Effects, Region, also_used, read_affine, source_of, why_shared
 from fxopt.modules import Fused, rebuild
 from passes.fuse.norm import Norm, is_norm, rank_of, read_norm
-from passes.fuse.shared import also_used, why_shared
 
 
 def fold_behind(affine: Affine, norm: Norm, region: Region) -> Change | Skip:

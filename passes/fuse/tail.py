@@ -13,10 +13,9 @@ import torch
 import torch.fx as fx
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, Effects, Region, source_of
+from fxopt.graph import Affine, Effects, Region, also_used, source_of, why_called_elsewhere
 from fxopt.modules import Activation, Fused, fused_call
 from passes.fuse.activation import read_activation
-from passes.fuse.shared import also_used, why_called_elsewhere
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 _ADDS_IN_PLACE: frozenset[Any] = frozenset({operator.iadd, "add_"})

@@ -14,10 +14,9 @@ from typing import Any
 import torch.fx as fx
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, Region, source_of, why_not_plain
+from fxopt.graph import Affine, Region, also_used, source_of, why_called_elsewhere, why_not_plain
 from fxopt.modules import Fused
 from passes.fuse.norm import BatchNorm, rank_of
-from passes.fuse.shared import also_used, why_called_elsewhere
 
 
 @dataclass(frozen=True)

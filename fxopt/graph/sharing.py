@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from fxopt.graph import Affine, Region, source_of
+from fxopt.graph.affine import Affine
+from fxopt.graph.region import Region
+from fxopt.graph.source import source_of
 
 
 def also_used(node: fx.Node, region: Region) -> str | None:
