@@ -68,6 +68,8 @@ class Pass(ABC):
     """Names of passes that must come earlier where both are asked for."""
     conflicts: ClassVar[tuple[str, ...]] = ()
     """Names of passes that can't be in the same pipeline."""
+    for_speed: ClassVar[bool] = False
+    """Whether it is there to make modules faster: under `--prove` it stays only if they are."""
 
     @property
     def bound(self) -> float | None:
@@ -107,7 +109,7 @@ class Rewrite(Pass, Generic[M]):
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Offer each node, in order, to `match`."""
         for node in list(region.graph.nodes):
-            if region.is_erased(node):
+            if region.is_erased(node) or region.is_spared(node):
                 continue
             found = self.match(node, region)
             if isinstance(found, Skip):

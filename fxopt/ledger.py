@@ -6,7 +6,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fxopt.bench.comparison import Comparison
 from fxopt.contract import Change, Skip
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What measuring said of a pass, or of what it did at one place.
+
+    Attributes:
+        where: qualified name of the place; empty for the whole pass.
+        kept: whether it stays.
+        reason: why it does not, or why it stays unmeasured; empty where it was measured to be faster.
+        changes: that it is about.
+        latency: of the module without them and with them; None where that was not measured.
+    """
+
+    where: str
+    kept: bool
+    reason: str
+    changes: tuple[Change, ...]
+    latency: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +42,8 @@ class LedgerEntry:
         promise: what it says of the outputs: "exact", "close" or "changes".
         relative_error: of the outputs against the original's, after this pass.
         verify_seconds: wall time of the verification.
+        proofs: of the pass, then of single places, where the user asked for them: what was kept, and what reverted.
+        spared: qualified names of the places that the pass was told to leave alone, since changes there do not pay.
     """
 
     pass_name: str
@@ -32,11 +54,18 @@ class LedgerEntry:
     promise: str
     relative_error: float | None = None
     verify_seconds: float = 0.0
+    proofs: tuple[Proof, ...] = ()
+    spared: frozenset[str] = frozenset()
 
     @property
     def modified(self) -> bool:
         """Whether the pass changed anything."""
         return bool(self.changes)
+
+    @property
+    def is_reverted(self) -> bool:
+        """Whether the whole pass was taken back."""
+        return bool(self.proofs) and not self.proofs[0].kept
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger
 from fxopt.pipeline import run_passes
+from fxopt.prove import Prover, measuring
+from fxopt.prove import check as check_proof
 from fxopt.verify import Oracle
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -64,6 +66,8 @@ def optimize(
     engine: str | None = None,
     engine_seconds: float = 60.0,
     max_error: float | None = None,
+    prove: str | None = None,
+    prove_seconds: float = 30.0,
 ) -> Result:
     """Optimize a module by passes, each verified against the original, and measure what that gained.
 
@@ -84,6 +88,10 @@ def optimize(
             lowers nothing.
         engine_seconds: about how long to build and measure engines.
         max_error: the relative error of outputs that an engine may have; None for what each dtype allows.
+        prove: "pass" to measure each pass for speed against the module before it, on the first of `devices` that is
+            there and by `engine` where one is named, and to take it back unless it is faster; "match" to do so with
+            each place that it changed. None keeps all of it.
+        prove_seconds: about how long to measure for one pass.
 
     Raises:
         EngineError: an engine that can't be used, see `fxopt.lower`.
@@ -95,12 +103,18 @@ def optimize(
     pipeline = spec.parse(passes) if isinstance(passes, str) else tuple(passes)
     if engine is not None:
         check_engine(engine)
+    if prove is not None:
+        check_proof(prove)
     tell("run the original")
     oracle = Oracle(module, example, seed)
     tell("capture")
     captured = capture(module, example.args, example.kwargs)
     captured = dataclasses.replace(captured, notes=(*notes, *captured.notes))
-    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell)
+    prover = None
+    if prove is not None:
+        place = next((device for device in devices if bench.unavailable(device) is None), "cpu")
+        prover = Prover(measuring(example, place, engine, seed), prove, prove_seconds, tell)
+    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell, prover)
     result = captured.module
     ladder = None
     if engine is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import cast
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from fxopt.errors import SpecError, VerifyError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger, LedgerEntry
+from fxopt.prove import Proven, Prover
 from fxopt.rewriting import propagate_shapes, run_pass
 from fxopt.verify import Difference, Oracle, Outcome, compare_outcomes
 
@@ -45,6 +47,7 @@ def run_passes(
     oracle: Oracle | None = None,
     calibration: Iterable[Inputs] = (),
     progress: Progress | None = None,
+    prover: Prover | None = None,
 ) -> Ledger:
     """Rewrite `captured.module` in place by `passes`, and hold each to its promise.
 
@@ -54,6 +57,7 @@ def run_passes(
         oracle: knows what the outputs should be; nothing is verified without one.
         calibration: inputs for passes that need data.
         progress: told what begins.
+        prover: reverts what a pass for speed did and what does not pay; all is kept without one.
 
     Raises:
         SpecError: the order of the passes is wrong.
@@ -71,56 +75,84 @@ def run_passes(
     loosest = Promise.EXACT
     for each in passes:
         tell(f"pass {each.name}")
-        before = independent_copy(module) if oracle else None
+        before = cast(GraphModule, independent_copy(module)) if oracle or prover else module
         began = time.perf_counter()
-        changes, skips = run_pass(each, module, batches)
+        done = Proven(module, *run_pass(each, module, batches))
         seconds = time.perf_counter() - began
-        error, verify_seconds = None, 0.0
-        if oracle and before is not None:
+        began = time.perf_counter()
+        if oracle and done.changes:
             tell(f"verify {each.name}")
-            began = time.perf_counter()
-            if changes:
-                outcomes = _verified(each, before, module, changes, oracle, outcomes)
-            loosest = each.promise if each.promise is Promise.CHANGES and changes else loosest
-            error = oracle.error(outcomes, loosest)
-            if each.bound is not None and changes and not error <= each.bound:
-                raise VerifyError(
-                    f"{each.name}: the outputs differ from the original by {error:.1e} (allowed {each.bound:.0e}); "
-                    "nothing was saved"
-                )
-            verify_seconds = time.perf_counter() - began
-        if changes:
+            expected, outcomes = outcomes, _verified(each, before, done, oracle, outcomes)
+            _check_bound(each, oracle.error(outcomes, _looser(loosest, each)))
+        verify_seconds = time.perf_counter() - began
+        if prover and each.for_speed and done.changes:
+            done = prover.prove(each, before, done, batches)
+            if oracle and done.module is not module:
+                outcomes = _verified(each, before, done, oracle, expected) if done.changes else expected
+            if done.module is not module:
+                module.become(done.module)
+        if done.changes:
+            loosest = _looser(loosest, each)
             propagate_shapes(module, captured.inputs)
-        options = {f.name: getattr(each, f.name) for f in dataclasses.fields(each)}  # type: ignore[arg-type]
-        promise = each.promise.value
-        entries.append(LedgerEntry(each.name, options, seconds, changes, skips, promise, error, verify_seconds))
+        entries.append(
+            LedgerEntry(
+                each.name,
+                options={f.name: getattr(each, f.name) for f in dataclasses.fields(each)},  # type: ignore[arg-type]
+                seconds=seconds,
+                changes=done.changes,
+                skips=done.skips,
+                promise=each.promise.value,
+                relative_error=oracle.error(outcomes, loosest) if oracle else None,
+                verify_seconds=verify_seconds,
+                proofs=done.proofs,
+                spared=done.spared,
+            )
+        )
     return Ledger(tuple(entries))
 
 
-def replay(module: nn.Module, inputs: Inputs, passes: Sequence[Pass]) -> GraphModule:
-    """Capture and rewrite without verifying: what a recipe does that was verified when it was written."""
+def replay(module: nn.Module, inputs: Inputs, passes: Sequence[Pass], spared: Sequence[Set[str]] = ()) -> GraphModule:
+    """Capture and rewrite without verifying: what a recipe does that was verified when it was written.
+
+    Args:
+        module: the original.
+        inputs: to capture it with.
+        passes: in order.
+        spared: for each pass the places that it leaves alone; empty where none leaves any.
+    """
     captured = capture(module, inputs.args, inputs.kwargs)
-    run_passes(captured, passes)
+    check_order(passes)
+    for each, places in zip(passes, spared or [frozenset()] * len(passes), strict=True):
+        changes, _ = run_pass(each, captured.module, (), spared=places)
+        if changes:
+            propagate_shapes(captured.module, captured.inputs)
     return captured.module
 
 
+def _looser(promise: Promise, each: Pass) -> Promise:
+    return each.promise if each.promise is Promise.CHANGES else promise
+
+
+def _check_bound(each: Pass, error: float) -> None:
+    if each.bound is not None and not error <= each.bound:
+        raise VerifyError(
+            f"{each.name}: the outputs differ from the original by {error:.1e} (allowed {each.bound:.0e}); "
+            "nothing was saved"
+        )
+
+
 def _verified(
-    each: Pass,
-    before: nn.Module,
-    module: GraphModule,
-    changes: Sequence[Change],
-    oracle: Oracle,
-    expected: list[Outcome | None],
+    each: Pass, before: nn.Module, done: Proven, oracle: Oracle, expected: list[Outcome | None]
 ) -> list[Outcome | None]:
     try:
-        outcomes = oracle.outcomes(module)
+        outcomes = oracle.outcomes(done.module)
         difference = compare_outcomes(expected, outcomes, each.promise)
     except Exception as error:  # whatever a broken graph raises
         difference = Difference(float("inf"), 0.0, f"it raises {type(error).__name__}: {error}")
         outcomes = []
     if not difference.is_broken or (each.promise is Promise.CHANGES and outcomes and difference.error != float("inf")):
         return outcomes
-    culprit = _first_broken(each, before, len(changes), oracle, expected)
+    culprit = _first_broken(each, before, len(done.changes), oracle, expected)
     after = f" after: {culprit.what} '{culprit.where}'" if culprit else ""
     source = f" ({culprit.source})" if culprit and culprit.source else ""
     raise VerifyError(f"{each.name}: {_in_words(difference)}{after}{source}; nothing was saved")

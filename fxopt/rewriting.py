@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -17,15 +17,19 @@ from fxopt.inputs import Inputs
 
 
 def run_pass(
-    each: Pass, module: GraphModule, calibration: Sequence[Inputs], limit: int | None = None
+    each: Pass,
+    module: GraphModule,
+    calibration: Sequence[Inputs],
+    limit: int | None = None,
+    spared: Set[str] = frozenset(),
 ) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
     """Run one pass over every region, up to `limit` changes, and tidy up behind it.
 
     Dead nodes go, and the modules and tensors that nothing uses any more; code is generated anew. With a limit
-    the pass is not finished: that is for finding the change that broke it.
+    the pass is not finished: that is for finding the change that broke it. Places in `spared` are left alone.
     """
     found: list[Change | Skip] = []
-    program = Program(module)
+    program = Program(module, spared)
     called, read = _called(program), _read(program)
     try:
         for region in program.regions:

@@ -53,6 +53,7 @@ class Cast(Pass):
     promise: ClassVar[Promise] = Promise.CHANGES
     after: ClassVar[tuple[str, ...]] = ("clean", "fuse")
     conflicts: ClassVar[tuple[str, ...]] = ("qat",)
+    for_speed: ClassVar[bool] = True
 
     dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata={"help": "what layers compute in: bf16 or fp16"})
     max_error: float = field(default=0.0, metadata={"help": "relative error that is allowed; 0 only reports it"})
@@ -73,6 +74,8 @@ class Cast(Pass):
         casting = _Casting(region, _DTYPES[self.dtype])
         changed = False
         for node in list(region.graph.nodes):
+            if region.is_spared(node):
+                continue
             affine = read_affine(node, region)
             outcome: Change | Skip | None = None
             if isinstance(affine, Affine):

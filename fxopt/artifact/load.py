@@ -77,7 +77,8 @@ def _replay(
         for modes in (_recorded(module, recipe), dict.fromkeys(before, False), dict.fromkeys(before, True), before):
             _set_modes(module, modes)
             try:
-                replayed: GraphModule = replay(module, inputs, passes)
+                spared = [frozenset(one.get("spared", ())) for one in recipe["passes"]]
+                replayed: GraphModule = replay(module, inputs, passes, spared)
             except Exception as error:  # another module may raise anything on these inputs
                 failure = failure or error
                 continue

@@ -24,10 +24,11 @@ from fxopt.engines import Executable
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.record import Record
+from fxopt.ledger import Ledger
+from fxopt.record import Record, plain
 from fxopt.version import __version__
 
-SCHEMA = "1.1"
+SCHEMA = "1.2"
 """Version of the recipe: the first number changes when old readers can't read it any more."""
 WEIGHTS = "weights.safetensors"
 INPUTS = "inputs.safetensors"
@@ -43,7 +44,11 @@ class Result(Protocol):
 
     @property
     def passes(self) -> Sequence[Pass]:
-        """The passes that made it, in order."""
+        """The passes that ran, in order."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What each of them did."""
 
     @property
     def inputs(self) -> Inputs:
@@ -72,7 +77,8 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         ArtifactError: where the directory holds anything else or cannot be written, or a pass is not installed,
             so that no recipe can name it.
     """
-    text = _spec(result.passes)
+    kept = [(each, done) for each, done in zip(result.passes, result.ledger, strict=True) if not done.is_reverted]
+    text = _spec([each for each, _ in kept])
     target = result.record["target"]
     code = source(result.module, target, text)
     weights, tied = collect(result.module)
@@ -82,7 +88,10 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         "versions": {"fxopt": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "target": target,
         "spec": text,
-        "passes": [{"name": one["name"], "options": one["options"]} for one in result.record["passes"]],
+        "passes": [
+            {"name": each.name, "options": plain(dict(done.options)), "spared": sorted(done.spared)}
+            for each, done in kept
+        ],
         "inputs": _inputs(result.inputs, tensors),
         "guards": result.record["capture"]["guards"],
         "modes": _modes(result.module),

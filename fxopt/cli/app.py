@@ -14,7 +14,7 @@ from fxopt.cli.ci import ci
 from fxopt.cli.explain import explain
 from fxopt.cli.lora import app as lora
 from fxopt.cli.passes import passes
-from fxopt.cli.run import run
+from fxopt.cli.run import Run, run
 from fxopt.version import __version__
 
 
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(run)
+app.command(cls=Run)(run)
 app.command()(passes)
 app.add_typer(lora, name="lora")
 app.command()(audit)

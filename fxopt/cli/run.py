@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 
 DEFAULT_PASSES = "clean,fuse"
+
+
+class Run(TyperCommand):
+    """Lets `--prove` stand alone: click knows options with a value and options without, none that may have one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give it the value that it stands for."""
+        return super().parse_args(ctx, ["--prove=pass" if arg == "--prove" else arg for arg in args])
 
 
 def run(
@@ -48,10 +57,17 @@ def run(
         float | None,
         typer.Option(help="Relative error that an engine may have; else what each dtype allows.", min=0.0),
     ] = None,
+    prove: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep a pass for speed only if it is measured to be faster; `--prove=match` so each of its changes.",
+            metavar="[pass|match]",
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Time for measuring one device, and for building and measuring engines: `60s`.",
+            help="Time for measuring one device, for proving one pass, and for all engines: `60s`.",
             parser=seconds,
             metavar="SECONDS",
         ),
@@ -78,7 +94,8 @@ def run(
                 torch.set_num_threads(threads)
             torch.manual_seed(seed)
             loaded = load(target, inputs=inputs or (), weights=weights, train=train)
-            limits: dict[str, Any] = {} if budget is None else {"budget_seconds": budget, "engine_seconds": budget}
+            names = () if budget is None else ("budget_seconds", "engine_seconds", "prove_seconds")
+            limits: dict[str, Any] = dict.fromkeys(names, budget)
             result = optimize(
                 loaded.module,
                 loaded.inputs,
@@ -92,6 +109,7 @@ def run(
                 notes=loaded.notes,
                 engine=engine,
                 max_error=max_error,
+                prove=prove,
                 **limits,
             )
             if out is not None:

@@ -81,6 +81,14 @@ class GraphModule(fx.GraphModule):
         self._graphs = {self.training: graph}
         self._select()
 
+    def become(self, other: GraphModule) -> None:
+        """Take over the tree and the graphs of `other`, which must not be used any more."""
+        for key in _state(self):
+            del self.__dict__[key]
+        self.__dict__.update(_state(other))
+        self._graphs = dict(other._graphs)
+        self._restore()
+
     def __getattr__(self, name: str) -> Any:
         origin = self.__dict__.get("_origin")
         if origin is None or name.startswith("__") or name in self._parameters or name in self._modules:

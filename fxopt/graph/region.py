@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -19,10 +19,15 @@ class Program:
 
     Built anew for each pass, so that its indexes describe the program as that pass found it; edits made
     through `Region` keep them current.
+
+    Args:
+        root: the captured module.
+        spared: qualified names of nodes that the pass is to leave alone.
     """
 
-    def __init__(self, root: GraphModule):
+    def __init__(self, root: GraphModule, spared: Set[str] = frozenset()):
         self.root = root
+        self.spared = spared
         self.regions: list[Region] = []
         self._sites: dict[nn.Module, list[fx.Node]] = defaultdict(list)
         self._readers: dict[int, list[fx.Node]] = defaultdict(list)
@@ -201,6 +206,10 @@ class Region:
     def is_erased(self, node: fx.Node) -> bool:
         """Whether an earlier edit took `node` out of the graph."""
         return not _alive(node)
+
+    def is_spared(self, node: fx.Node) -> bool:
+        """Whether the pass is to leave `node` alone, since a change there was measured not to pay."""
+        return self.qualified(node) in self.program.spared
 
     def add_module(self, hint: str, module: nn.Module) -> str:
         """Register `module` under `hint`, or the first free name like it, and return that name."""

@@ -13,6 +13,7 @@ from fxopt.capture.captured import Captured
 from fxopt.contract import Change, Skip
 from fxopt.engines.ladder import Ladder
 from fxopt.inputs import Inputs
+from fxopt.ledger import Proof
 from fxopt.record.plain import number, plain
 from fxopt.record.shape import (
     CaptureRecord,
@@ -26,6 +27,7 @@ from fxopt.record.shape import (
     NotMeasured,
     OpaqueRecord,
     PassRecord,
+    ProofRecord,
     Record,
     RungRecord,
     SizeRecord,
@@ -65,6 +67,10 @@ class Entry(Protocol):
     @property
     def relative_error(self) -> float | None:
         """How far the outputs are from the original's; None where that was not measured."""
+
+    @property
+    def proofs(self) -> Sequence[Proof]:
+        """What measuring it gave."""
 
 
 def build(
@@ -140,11 +146,25 @@ def of_entry(entry: Entry) -> PassRecord:
         name=entry.pass_name,
         options=plain(dict(entry.options)),
         seconds=entry.seconds,
-        changes=[ChangeRecord(what=done.what, where=done.where, source=done.source) for done in entry.changes],
+        changes=[_of_change(change) for change in entry.changes],
         skips=[SkipRecord(where=skip.where, reason=skip.reason, source=skip.source) for skip in entry.skips],
         promise=entry.promise,
         relative_error=None if entry.relative_error is None else number(entry.relative_error),
+        proofs=[
+            ProofRecord(
+                where=proof.where,
+                kept=proof.kept,
+                reason=proof.reason,
+                changes=[_of_change(change) for change in proof.changes],
+                latency=None if proof.latency is None else of_comparison(proof.latency),
+            )
+            for proof in entry.proofs
+        ],
     )
+
+
+def _of_change(change: Change) -> ChangeRecord:
+    return ChangeRecord(what=change.what, where=change.where, source=change.source)
 
 
 def of_comparison(comparison: Comparison) -> LatencyRecord:

@@ -25,7 +25,10 @@ class SkipRecord(TypedDict):
 
 
 class PassRecord(TypedDict):
-    """One pass of the run; `relative_error` is null where its outputs were not compared."""
+    """One pass of the run; `relative_error` is null where its outputs were not compared.
+
+    `changes` are those that stand. `proofs` has the whole pass first, then single places, where that was asked for.
+    """
 
     name: str
     options: dict[str, Any]
@@ -34,6 +37,7 @@ class PassRecord(TypedDict):
     skips: list[SkipRecord]
     promise: str
     relative_error: Number | None
+    proofs: list[ProofRecord]
 
 
 class CoverageRecord(TypedDict):
@@ -99,6 +103,19 @@ class LatencyRecord(TypedDict):
     seconds: float
     times: TimesRecord
     notes: list[str]
+
+
+class ProofRecord(TypedDict):
+    """What measuring said of a pass (`where` is empty then) or of what it did at one place.
+
+    `latency` holds the module without it against the module with it; null where that was not measured.
+    """
+
+    where: str
+    kept: bool
+    reason: str
+    changes: list[ChangeRecord]
+    latency: LatencyRecord | None
 
 
 class NotMeasured(TypedDict):

@@ -14,11 +14,12 @@ _MOST_PLACES = 3
 _MOST_GUARDS = 5
 _MOST_OPAQUE = 12
 _MOST_REASONS = 3
+_MOST_PROOFS = 12
 
 
 def sections(record: Record) -> list[Section]:
     """All sections of the report on a run; empty ones are left out."""
-    found = [_run(record), _capture(record), _passes(record), _changes(record), _skips(record)]
+    found = [_run(record), _capture(record), _passes(record), _proofs(record), _changes(record), _skips(record)]
     found += [_latency(record), _engines(record), _before_and_after(record)]
     return [section for section in found if section.facts or section.table or section.notes]
 
@@ -67,6 +68,28 @@ def _passes(record: Record) -> Section:
     )
     headings = ("pass", "changes", "skips", "promise", "relative error", "time")
     return Section("Passes", table=Table(headings, rows, right=(1, 2, 4, 5)) if rows else None)
+
+
+def _proofs(record: Record) -> Section:
+    """Each pass that was measured, and the places that alone were measured to cost or to pay."""
+    rows, reasons = [], dict[str, list[str]]()
+    for entry in record["passes"]:
+        for proof in entry["proofs"]:
+            outcome = "kept" if proof["kept"] else "reverted"
+            if proof["reason"]:
+                where = proof["where"] or words.number_of(len(proof["changes"]), "change")
+                reasons.setdefault(f"{entry['name']}: {outcome}, {proof['reason']}", []).append(where)
+            latency = proof["latency"]
+            if latency is None or (proof["where"] and latency["verdict"] not in ("faster", "slower")):
+                continue
+            speedup, noise = words.speedup(latency), words.effect(latency["noise_floor"])
+            rows.append((entry["name"], proof["where"] or "(the whole pass)", speedup, noise, outcome))
+    notes = [groups.Group(reason, tuple(where)).shortened(_MOST_PLACES) for reason, where in reasons.items()]
+    if len(rows) > _MOST_PROOFS:
+        notes.append(f"{len(rows) - _MOST_PROOFS} more were measured, all in the JSON record")
+    headings = ("pass", "what it did at", "speed-up [95 % interval]", "noise floor", "outcome")
+    table = Table(headings, tuple(rows[:_MOST_PROOFS]), right=(3,)) if rows else None
+    return Section("Proof", table=table, notes=tuple(notes))
 
 
 def _changes(record: Record) -> Section:

@@ -36,6 +36,11 @@ def count(number: float | None) -> str:
     return f"{_digits(number / 1e3)} k"
 
 
+def number_of(number: int, thing: str) -> str:
+    """So many of something: `1 change`, `12 changes`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def size(number: float | None) -> str:
     """Bytes: `512 B`, `44.6 MiB`."""
     if number is None:

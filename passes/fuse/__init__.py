@@ -34,6 +34,7 @@ class Fuse(Pass):
     name: ClassVar[str] = "fuse"
     promise: ClassVar[Promise] = Promise.CLOSE
     after: ClassVar[tuple[str, ...]] = ("clean",)
+    for_speed: ClassVar[bool] = True
 
     include: str = field(default="*", metadata={"help": "glob over the layer's qualified name"})
     exclude: str = field(default="", metadata={"help": "glob over the layer's qualified name; wins over include"})
@@ -72,7 +73,7 @@ class Fuse(Pass):
             changed, skips = False, []
             for node in list(region.graph.nodes):
                 outcome = None
-                if not region.is_erased(node) and is_norm(node, region):
+                if not region.is_erased(node) and not region.is_spared(node) and is_norm(node, region):
                     outcome = self._norm(node, region)
                 if isinstance(outcome, Skip):
                     skips.append(outcome)

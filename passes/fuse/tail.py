@@ -27,12 +27,13 @@ def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | Non
     # A batch norm that trains may stand between the layer and what is fused behind it.
     if (module.activation is not None or module.adds) if isinstance(module, Fused) else not affine.is_bare:
         return None
-    for user in affine.node.users:
+    users = [user for user in affine.node.users if not region.is_spared(user)]
+    for user in users:
         if (activation := read_activation(user, region)) is not None:
             return _fuse_activation(affine, user, activation, region)
     if not adds:
         return None
-    for user in affine.node.users:
+    for user in users:
         if user.target in _ADDS and user.op in ("call_function", "call_method") and len(user.users) == 1:
             last = next(iter(user.users))
             activation = read_activation(last, region)

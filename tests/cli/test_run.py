@@ -257,11 +257,24 @@ def test_an_engine_is_chosen_and_kept(write, tmp_path):
     assert recipe["engine"]["choices"]["kernels"]
 
 
+@pytest.mark.parametrize(("option", "places"), [("--prove", []), ("--prove=match", ["bn", "relu"])])
+def test_passes_are_proven(write, option, places):
+    write("", header=CONV)
+    done = run(option, "model.py", "--format", "json", *QUICK)
+    assert done.returncode == 0, done.stderr
+    clean, fuse = json.loads(done.stdout)["passes"]
+    assert clean["proofs"] == []
+    assert [proof["where"] for proof in fuse["proofs"]] == ["", *places]
+    assert fuse["proofs"][0]["latency"]["pairs"] > 0
+    assert bool(fuse["changes"]) is fuse["proofs"][0]["kept"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--engine", "onedn"], "unknown engine 'onedn'; did you mean 'onednn'?"),
         (["--engine", "onednn", "--train"], "in training mode; call .eval()"),
+        (["--prove=each"], "prove: expected 'pass' to measure each pass, or 'match' each change, not 'each'"),
         (["--budget", "soon"], "'soon' is no time of at least 0.1 s; write 60s, or 2m"),
     ],
 )

@@ -12,6 +12,7 @@ from fxopt.capture.captured import Captured, Constant, Coverage, Guard, Opaque
 from fxopt.contract import Change, Skip
 from fxopt.engines import Ladder, Rung
 from fxopt.inputs import Inputs
+from fxopt.ledger import Proof
 from fxopt.record import Record, build
 
 MACHINE = Fingerprint(
@@ -39,6 +40,7 @@ class LedgerEntry:
     skips: tuple[Skip, ...] = ()
     promise: str = "close"
     relative_error: float | None = None
+    proofs: tuple[Proof, ...] = ()
 
 
 def comparison(verdict: Verdict = Verdict.FASTER, ratio: float = 0.76, **facts: Any) -> Comparison:
@@ -101,13 +103,19 @@ def example() -> Record:
         Skip("tail.bn", "'tail.conv' is called twice", "model.py:78"),
         Skip("last.bn", "'last.conv' is called twice", "model.py:79"),
     )
+    slower = (Change("folded into 'slow.conv'", "slow.bn", "model.py:39"),)
+    proofs = (
+        Proof("", True, "", folds + fused, comparison(ratio=0.8)),
+        Proof("slow.bn", False, "the module is faster without it", slower, comparison(Verdict.SLOWER, 1.05)),
+        Proof("stem.relu", True, "too small to tell; it goes with the pass", fused, comparison(Verdict.EQUIVALENT)),
+    )
     return build(
         target="examples/digits_cnn.py:model | a*b",
         inputs=Inputs.of(torch.zeros(1, 1, 8, 8)),
         machine=MACHINE,
         captured=captured(),
         ledger=[
-            LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7),
+            LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7, proofs),
             LedgerEntry("qat", {"bits": 8}, 0.012, (), (), "changes", float("inf")),
         ],
         verified=True,
