@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fxopt.capture.copy_on_write import lazy_copy
 
+_ATOMS = frozenset({bool, int, float, str, type(None)})
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -74,6 +76,12 @@ def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 def _fill(duplicate: nn.Module, original: nn.Module, memo: dict[int, Any]) -> None:
     for name, value in original.__dict__.items():
         if name in _REGISTRIES:
+            continue
+        if type(value) in _ATOMS:
+            duplicate.__dict__[name] = value
+            continue
+        if type(value) is OrderedDict and not value:  # most are: registries of hooks
+            duplicate.__dict__[name] = memo.setdefault(id(value), OrderedDict())
             continue
         try:
             duplicate.__dict__[name] = copy.deepcopy(value, memo)

@@ -257,11 +257,14 @@ def _record_reassigned(
         owner = name.rpartition(".")[0]
         if any(owner == path or owner.startswith(f"{path}.") for path in opaque):
             continue
-        if old is None or old.shape != after.shape or old.dtype != after.dtype:
-            recorder.block(f"it replaces its buffer '{name}' by one of another shape or dtype", path=owner)
+        if old is None or old.dtype != after.dtype:
+            recorder.block(f"it replaces its buffer '{name}' by one of another dtype", path=owner)
             continue
-        target = recorder.known(old).node
-        recorder.emit("call_method", "copy_", (target, recorder.known(after).node))
+        target, source = recorder.known(old).node, recorder.known(after).node
+        if old.shape == after.shape:
+            recorder.emit("call_method", "copy_", (target, source))
+        else:
+            recorder.emit("call_method", "set_", (target, recorder.emit("call_method", "clone", (source,))))
 
 
 def _kept(value: Any) -> Any:

@@ -16,6 +16,8 @@ from fxopt.capture.copy_on_write import lazy_copy
 __all__ = ["State", "random_state_kept"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
+"""Registries of hooks: most of a module's attributes, and hardly ever with anything in them."""
 
 
 class State:
@@ -81,7 +83,10 @@ class State:
         seen: set[int] = set()
         for module, attributes in zip(self._modules, self._attributes, strict=True):
             for name in [name for name in _attributes(module) if name not in attributes]:
-                del module.__dict__[name]
+                if name in _HOOKS:
+                    module.__dict__[name].clear()
+                else:
+                    del module.__dict__[name]
             for name, before in attributes.items():
                 module.__dict__[name] = old(before, seen)
 
@@ -91,8 +96,12 @@ class State:
             module._buffers.update(registries["_buffers"])
         with torch.no_grad():
             for tensor, version, copy in self._tensors:
-                if copy is not None and _is_written(tensor, version, copy):
+                if copy is None or not _is_written(tensor, version, copy):
+                    continue
+                if tensor.shape == copy.shape:
                     tensor.copy_(copy)
+                else:
+                    tensor.set_(copy.clone())  # type: ignore[call-overload]  # torch declares it for storages only
 
 
 def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -127,4 +136,9 @@ def _is_other(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name not in _REGISTRIES}
+    """Attributes by name, without what is registered and without empty registries of hooks."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in _REGISTRIES and (name not in _HOOKS or value)
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -237,6 +238,29 @@ class ResizesBuffer(nn.Module):
         if len(self.table) != x.shape[1]:
             self.table = torch.arange(x.shape[1])
         return x + self.table
+
+
+class Grows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1))
+
+    def forward(self, x):
+        if len(self.table) != x.shape[1]:
+            self.table = torch.arange(x.shape[1]).float()
+        return x + self.table
+
+
+def test_a_buffer_that_the_forward_replaces_by_a_larger_one_is_replaced_in_the_graph_too():
+    module = Grows()
+    captured = capture(module, (X,))
+    assert captured.opaque == ()
+    assert torch.equal(module.table, torch.zeros(1))
+    for columns in (X.shape[1], X.shape[1], 2 * X.shape[1]):
+        x = torch.randn(3, columns)
+        assert torch.equal(captured.module(x), module(x))
+        assert torch.equal(captured.module.get_buffer("table"), module.table)
+    assert torch.equal(copy.deepcopy(captured.module)(X), module(X))
 
 
 class OpaqueAroundResized(nn.Module):
