@@ -47,7 +47,7 @@ SMALL = frozenset(
     "LSTM GRU TransformerEncoder resnet18 mobilenet_v3_small squeezenet1_1 raft_small ghostnet nest levit "
     "bert gpt2 llama t5 vit mixtral mamba whisper".split()
 )
-MEMORY = 12 << 30
+MEMORY = 16 << 30
 
 
 def main() -> int:
