@@ -19,7 +19,7 @@ from fxopt.artifact.tree import decode
 from fxopt.artifact.weights import restore
 from fxopt.contract import Pass
 from fxopt.engines import Executable
-from fxopt.engines.lower import build
+from fxopt.engines.lower import after_passes, build
 from fxopt.engines.table import find
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.graph import GraphModule
@@ -64,6 +64,8 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     engine = recipe.get("engine")
     if engine is None:
         return replayed
+    if engine.get("passes"):
+        replayed = after_passes(replayed, engine["passes"])
     return build(find(engine["name"], engine["options"]), replayed, example, engine["choices"])
 
 

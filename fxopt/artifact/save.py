@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -20,7 +19,6 @@ from fxopt.artifact.source import source
 from fxopt.artifact.tree import encode
 from fxopt.artifact.weights import collect, named_tensors
 from fxopt.contract import Pass
-from fxopt.engines import Executable
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -58,10 +56,6 @@ class Result(Protocol):
     def record(self) -> Record:
         """What there is to report."""
 
-    @property
-    def executable(self) -> Executable | None:
-        """The module as an engine runs it; None where none was chosen."""
-
 
 def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None:
     """Write a result: weights, the recipe to make it again, the code of its graphs, and its reports.
@@ -96,7 +90,7 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         "guards": result.record["capture"]["guards"],
         "modes": _modes(result.module),
         "tied": tied,
-        "engine": _engine(result.executable),
+        "engine": _engine(result),
         "graph": fingerprint(result.module),
         "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *renderings]),
     }
@@ -151,12 +145,13 @@ def _inputs(inputs: Inputs, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {**described, "not_saved": str(error)}
 
 
-def _engine(executable: Executable | None) -> dict[str, Any] | None:
-    if executable is None:
+def _engine(result: Result) -> dict[str, Any] | None:
+    engines = result.record["engines"]
+    if engines is None or engines["chosen"] is None:
         return None
-    engine = executable.engine
-    options = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}  # type: ignore[arg-type]
-    return {"name": engine.name, "options": options, "choices": executable.choices}
+    rung = engines["rungs"][engines["chosen"]]
+    name, options = rung["engine"], rung["options"]
+    return {"name": name, "options": options, "passes": rung["passes"], "choices": rung["choices"]}
 
 
 def _modes(module: GraphModule) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class Executable(nn.Module):
         quantised = any(isinstance(child, FakeQuantize) for child in self.module.modules())
         return _ROUNDING if quantised else 0.0
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the parameters: what its layers compute in, whatever the outputs are cast to."""
+        return {parameter.dtype for parameter in self.module.parameters()}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run.
 

@@ -16,23 +16,16 @@ from torch.utils import _pytree as pytree
 from fxopt import bench
 from fxopt.contract import Skip
 from fxopt.engines.executable import Executable
-from fxopt.engines.lower import build
+from fxopt.engines.lower import after_passes, build
+from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import Mask
 from fxopt.verify import TOLERANCE, Oracle, relative_error
 
 AUTO, ALL = "auto", "all"
-_CANDIDATES: Sequence[tuple[str, Mapping[str, Any]]] = (
-    ("eager", {}),
-    ("onednn", {}),
-    ("onnxruntime", {}),
-    ("openvino", {}),
-    ("openvino", {"precision": "bf16"}),
-    ("inductor", {}),
-)
-"""In the order in which they are built: what builds slowly comes last, when the budget may be spent."""
 _LOWEST_BFLOAT16_ERROR = 1e-3
 """bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""
 _BUILDING = 0.6
@@ -47,8 +40,9 @@ class Rung:
     Attributes:
         engine: its name.
         options: that differ from the defaults.
+        passes: the spec of what rewrites the module further before it is built; empty for nothing.
         executable: what it made; None where it dropped out.
-        build_seconds: that it took, without capture and passes.
+        build_seconds: that it took, with these passes and without capture.
         relative_error: the largest over all inputs that were tried, against the original.
         resident_bytes: by which the process grew meanwhile; None where that is not known.
         comparison: of the original with it.
@@ -57,6 +51,7 @@ class Rung:
 
     engine: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    passes: str = ""
     executable: Executable | None = None
     build_seconds: float | None = None
     relative_error: float | None = None
@@ -71,9 +66,28 @@ class Rung:
 
     @property
     def label(self) -> str:
-        """`openvino{precision=bf16}`."""
+        """`openvino{precision=bf16}`, `onednn after cast{dtype=bf16}`."""
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.engine}{{{options}}}" if options else self.engine
+        name = f"{self.engine}{{{options}}}" if options else self.engine
+        return f"{name} after {self.passes}" if self.passes else name
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it computes in fewer bits than the module does."""
+        return bool(self.passes) or "precision" in self.options
+
+
+_CANDIDATES: Sequence[Rung] = (
+    Rung("eager"),
+    Rung("onednn"),
+    Rung("onednn", passes="cast{dtype=bf16}"),
+    Rung("sparse"),
+    Rung("onnxruntime"),
+    Rung("openvino"),
+    Rung("openvino", {"precision": "bf16"}),
+    Rung("inductor"),
+)
+"""In the order in which they are built: what builds slowly comes last, when the budget may be spent."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +145,14 @@ def climb(
     tell = progress or (lambda stage: None)
     judge = oracle or Oracle(rewritten, inputs, seed)
     rungs: list[Rung] = []
-    for name, options in _candidates(asked):
+    for rung in _candidates(asked, rewritten):
         spent = time.perf_counter() - began
         if rungs and asked in (AUTO, ALL) and spent > _BUILDING * budget_seconds:
-            rungs.append(Rung(name, options, dropped=f"not built: the budget of {budget_seconds:g} s was short"))
+            short = f"not built: the budget of {budget_seconds:g} s was short"
+            rungs.append(dataclasses.replace(rung, dropped=short))
             continue
-        tell(f"build {name}")
-        rungs.append(_built(Rung(name, options), rewritten, inputs, judge, max_error))
+        tell(f"build {rung.label}")
+        rungs.append(_built(rung, rewritten, inputs, judge, max_error))
     failed = next((rung for rung in rungs if rung.engine == asked and rung.dropped), None)
     if failed is not None:
         raise EngineError(failed.dropped)
@@ -145,7 +160,7 @@ def climb(
     if not running:
         raise EngineError(rungs[0].dropped)
     for count, rung in enumerate(running):
-        tell(f"measure {rung.engine}")
+        tell(f"measure {rung.label}")
         left = budget_seconds - (time.perf_counter() - began)
         each = max(left / (len(running) - count + 1), _SHORTEST_MEASUREMENT)
         rungs[rungs.index(rung)] = dataclasses.replace(rung, comparison=_compared(original, rung, inputs, each, seed))
@@ -166,18 +181,29 @@ def check(asked: str) -> None:
         find(asked, {})
 
 
-def _candidates(asked: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
+def _candidates(asked: str, module: GraphModule) -> Sequence[Rung]:
     if asked in (AUTO, ALL):
-        return _CANDIDATES
-    return (("eager", {}),) if asked == "eager" else (("eager", {}), (asked, {}))
+        return [rung for rung in _CANDIDATES if rung.engine != Sparse.name or _has_zeros(module)]
+    return [Rung(name) for name in dict.fromkeys(["eager", asked])]
+
+
+def _has_zeros(module: GraphModule) -> bool:
+    """Whether masks hold weights at zero, or most of a weight is zero."""
+    if any(isinstance(child, Mask) for child in module.modules()):
+        return True
+    weights = (parameter for parameter in module.parameters() if parameter.dim() > 1)
+    return any(2 * int(weight.count_nonzero()) < weight.numel() for weight in weights)
 
 
 def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_error: float | None) -> Rung:
-    if "precision" in rung.options and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
+    if rung.is_rounded and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
         return dataclasses.replace(rung, dropped="not built: bfloat16 needs a bound on the error, such as 1e-2")
     before = _resident()
+    began = time.perf_counter()
     try:
-        executable = build(find(rung.engine, rung.options), module, inputs)
+        rewritten = after_passes(module, rung.passes) if rung.passes else module
+        seconds = time.perf_counter() - began
+        executable = build(find(rung.engine, rung.options), rewritten, inputs)
         error, allowed = _error(executable, oracle)
     except EngineError as error_:
         return dataclasses.replace(rung, dropped=str(error_))
@@ -187,7 +213,7 @@ def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_
     found = dataclasses.replace(
         rung,
         executable=executable,
-        build_seconds=executable.build_seconds,
+        build_seconds=seconds + executable.build_seconds,
         relative_error=error,
         resident_bytes=None if before is None or after is None else max(after - before, 0),
     )
@@ -216,7 +242,9 @@ def _error(executable: Executable, oracle: Oracle) -> tuple[float, float]:
             if isinstance(expected, torch.Tensor):
                 error = relative_error(expected, found)
                 if error >= worst:
-                    worst, allowed = error, max(TOLERANCE.get(found.dtype, 0.0), executable.rounding)
+                    dtypes = {found.dtype, *executable.dtypes}
+                    worst = error
+                    allowed = max(executable.rounding, *(TOLERANCE.get(dtype, 0.0) for dtype in dtypes))
     return worst, allowed
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxopt import spec
 from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
 from fxopt.engines.contract import Engine
@@ -16,6 +17,7 @@ from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.rewriting import run_pass
 from fxopt.verify import relative_error
 
 
@@ -47,6 +49,20 @@ def build(engine: Engine, module: nn.Module, inputs: Inputs, choices: Any = None
     _ = executable.built
     executable.relative_error = _checked(executable, inputs)
     return executable
+
+
+def after_passes(module: GraphModule, passes: str) -> GraphModule:
+    """A copy of a captured module, rewritten by passes of its engine's own.
+
+    Raises:
+        EngineError: where they change nothing.
+        SpecError, PassError: see there.
+    """
+    rewritten = cast(GraphModule, independent_copy(module))
+    changes = [run_pass(each, rewritten, ())[0] for each in spec.parse(passes)]
+    if not any(changes):
+        raise EngineError(f"'{passes}' changes nothing in the module, so there is nothing new to build")
+    return rewritten
 
 
 def prepare(engine: Engine, module: nn.Module, inputs: Inputs) -> GraphModule:
@@ -93,7 +109,8 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
                 f"engine '{engine.name}' gives {tuple(got.shape)} {got.dtype} in place of {tuple(want.shape)} "
                 f"{want.dtype} as output {index}; please report it"
             )
-        error, allowed = relative_error(want, got), max(engine.tolerance(want.dtype), rounding)
+        error = relative_error(want, got)
+        allowed = max(rounding, *(engine.tolerance(dtype) for dtype in {want.dtype, *executable.dtypes}))
         if not error <= allowed:
             raise EngineError(
                 f"engine '{engine.name}': output {index} differs from that of the module by {error:.1e} (allowed "

@@ -151,11 +151,12 @@ class MetricsRecord(TypedDict):
 class RungRecord(TypedDict):
     """One engine: what it made of the module, or why it dropped out; null where that is not known.
 
-    `latency` holds the original module against it.
+    `passes` is the spec of what rewrote the module further for it. `latency` holds the original module against it.
     """
 
     engine: str
     options: dict[str, Any]
+    passes: str
     build_seconds: float | None
     relative_error: Number | None
     resident_bytes: int | None

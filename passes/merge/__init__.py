@@ -38,6 +38,7 @@ class Merge(Pass):
     name: ClassVar[str] = "merge"
     promise: ClassVar[Promise] = Promise.CLOSE
     after: ClassVar[tuple[str, ...]] = ("clean",)
+    for_speed: ClassVar[bool] = True
 
     include: str = field(default="*", metadata={"help": "glob over the layer's qualified name"})
     exclude: str = field(default="", metadata={"help": "glob over the layer's qualified name; wins over include"})
@@ -59,6 +60,8 @@ class Merge(Pass):
             else:
                 alike[layer.key(region.training)].append(layer)
         for layers in alike.values():
+            if region.is_spared(layers[0].affine.node):
+                continue
             if len(layers) > 1:
                 yield _merge(layers, region)
             elif len(alike) > 1:

@@ -14,7 +14,7 @@ import fxopt
 from fxopt import Inputs, record, report
 from fxopt.artifact import save
 from fxopt.engines import Executable, ladder
-from fxopt.engines.ladder import Ladder, climb
+from fxopt.engines.ladder import Ladder, Rung, climb
 from fxopt.errors import EngineError
 from fxopt.verify import TOLERANCE, Oracle
 from passes import QAT
@@ -23,7 +23,7 @@ from tests.models import STATIC
 from tests.report.record_example import comparison
 
 CASE = STATIC["staged_cnn"]
-HERE = (("eager", {}), ("onednn", {}))
+HERE = (Rung("eager"), Rung("onednn"))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
     ratios: dict[Any, float] = {}
 
     def pairs(before: Any, after: Executable, *_: Any) -> fxopt.Comparison:
-        name = after.engine.name
+        name = "cast" if torch.bfloat16 in after.dtypes else after.engine.name
         first = getattr(before, "__self__", None)
         ratio = ratios[(first.engine.name, name) if isinstance(first, Executable) else name]
         verdict = fxopt.bench.Verdict.FASTER if ratio < 0.98 else fxopt.bench.Verdict.EQUIVALENT
@@ -108,7 +108,7 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
 
     real = ladder.build
     monkeypatch.setattr(ladder, "build", build)
-    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, ("cudnn", {}), ("openvino", {"precision": "bf16"})))
+    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, Rung("cudnn"), Rung("openvino", {"precision": "bf16"})))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = run("auto")
     assert [rung.dropped.partition(";")[0] for rung in found.rungs] == [
@@ -117,6 +117,57 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
         "engine 'cudnn' cannot run here: there is no CUDA device",
         "not built: bfloat16 needs a bound on the error, such as 1e-2",
     ]
+
+
+CAST = Rung("onednn", passes="cast{dtype=bf16}")
+
+
+def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
+    tmp_path: Path, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6, "cast": 0.3}
+    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST))
+    model, x = CASE.build(), CASE.example()[0]
+    result = fxopt.optimize(model, x, "clean,fuse", engine="auto", max_error=5e-2, devices=())
+    jsonschema.validate(result.record, record.schema())
+    assert "onednn after cast{dtype=bf16} *" in report.render(result.record)
+    assert result.executable is not None
+    assert result.executable.dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in result.module.parameters()} == {torch.float32}
+    with torch.no_grad():
+        agree(result.executable(x), model(x), 5e-2)
+    save(result, tmp_path / "out", {})
+    monkeypatch.setattr("fxopt.engines.onednn.choose", lambda *_: pytest.fail("it measured"))
+    loaded = fxopt.load(tmp_path / "out", model)
+    assert isinstance(loaded, Executable)
+    agree(loaded(x), result.executable(x), 0)
+
+
+def test_no_layer_runs_in_bfloat16_unasked(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST))
+    assert run("auto").rungs[2].dropped == "not built: bfloat16 needs a bound on the error, such as 1e-2"
+
+
+def test_nothing_to_cast_is_said(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured["eager"] = 1.0
+    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], CAST))
+    module, inputs = fxopt.capture(nn.ReLU(), (torch.randn(2),)).module.eval(), Inputs((torch.randn(2),))
+    found = climb("auto", module, module, inputs, max_error=1e-2)
+    assert found.rungs[1].dropped.startswith("'cast{dtype=bf16}' changes nothing in the module")
+
+
+@pytest.mark.parametrize(("passes", "tried"), [("clean", False), ("sparsify", True), ("sparsify,sparsify-bake", True)])
+def test_sparse_kernels_are_tried_where_there_are_zeros(
+    passes: str, tried: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0, "sparse": 0.9}
+    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], Rung("sparse")))
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    passes = passes.replace("sparsify", "sparsify{amount=0.9}", 1)
+    result = fxopt.optimize(model, x, passes, engine="all", devices=())
+    assert result.record["engines"] is not None
+    assert [rung["engine"] for rung in result.record["engines"]["rungs"]] == ["eager"] + ["sparse"] * tried
 
 
 def test_builds_stop_when_the_budget_is_short(measured: dict[Any, float]) -> None:

@@ -163,6 +163,15 @@ def test_bfloat16(layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(lowered(model, x), model, x, tolerance=2e-2)
 
 
+def test_layers_in_bfloat16_between_values_in_float32() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)).eval(), torch.randn(2, 4, 9, 8)
+    cast = replay(model, Inputs((x,)), spec.parse("clean,fuse,cast"))
+    executable = fxopt.lower(cast, x, "onednn")
+    assert not executable.reasons
+    check(executable, model, x, tolerance=2e-2)
+
+
 class Meeting(nn.Module):
     """Two layers that meet in an addition without an activation, whose sum is used twice."""
 
