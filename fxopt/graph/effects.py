@@ -130,6 +130,8 @@ class Effects:
         name = _operator_name(node)
         if node.kwargs.get("inplace") is not True and _returns_fresh(name):
             return tuple(_nodes([node.kwargs.get("out")]))
+        if _is_inplace(node, name) and name != "set_" and (node.target in _INPLACE_OPERATORS or _schemas(name)):
+            return self.writes(node)
         return tuple(node.all_input_nodes)
 
     def is_known(self, node: fx.Node) -> bool:
@@ -167,9 +169,14 @@ class Effects:
             return node
 
         memory: dict[int, fx.Node] = {}
+        numbers: set[fx.Node] = set()
         for node in self._region.graph.nodes:
+            if _is_number(node, numbers):
+                numbers.add(node)
+                continue
             for other in (*self.may_alias(node), *self.writes(node)):
-                parent[root(node)] = root(other)
+                if other not in numbers:  # a size is an argument of many, and shares memory with none
+                    parent[root(node)] = root(other)
             if node.op == "get_attr":
                 value = self._region.attribute(node)
                 if isinstance(value, torch.Tensor):
@@ -247,6 +254,15 @@ def _operator_name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "")
+
+
+def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
+    """Whether the result is a size, or computed of sizes that are in `numbers`."""
+    if node.op == "call_method" and node.target == "size":
+        return len(node.args) + len(node.kwargs) == 2
+    if node.op != "call_function" or node.target not in _PURE_FUNCTIONS or node.target is operator.getitem:
+        return False
+    return bool(node.all_input_nodes) and numbers.issuperset(node.all_input_nodes)
 
 
 # Methods that are another operator by a shorter name.

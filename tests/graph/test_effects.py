@@ -55,6 +55,22 @@ def test_writes(name: str) -> None:
     assert Effects(region).writes(node) == ((x,) if expected else ())
 
 
+def test_what_is_added_in_place_and_sizes_share_no_memory() -> None:
+    def build(graph: fx.Graph, x: fx.Node) -> object:
+        length = call(graph, operator.floordiv, call(graph, "size", x, 0), 2)
+        made = call(graph, "new_zeros", x, length)
+        call(graph, operator.setitem, made, length, 1.0)
+        seen = call(graph, "view", x, length, -1)
+        added = call(graph, "add_", made, seen)
+        return added, seen
+
+    region = region_of(build)
+    aliases = Effects(region).aliases()
+    found = {node.name: names(sorted(aliases(node))) for node in region.graph.nodes}
+    assert found["x"] == ["x", "view"]
+    assert found["add_"] == ["new_zeros", "setitem", "add_"]
+
+
 def test_aliases_follow_views_and_writes() -> None:
     def build(graph: fx.Graph, x: fx.Node) -> object:
         view = call(graph, "view", x, -1)
