@@ -1,6 +1,7 @@
 """The library of passes that comes with fxopt."""
 
 from fxopt.contract import Pass
+from passes.attention import Attention
 from passes.audit import Audit
 from passes.cast import Cast
 from passes.clean import Clean
@@ -14,6 +15,7 @@ __all__ = [
     "PASSES",
     "PTQ",
     "QAT",
+    "Attention",
     "Audit",
     "Cast",
     "Clean",
@@ -29,6 +31,7 @@ __all__ = [
 PASSES: tuple[type[Pass], ...] = (
     Clean,
     Merge,
+    Attention,
     Fuse,
     Cast,
     Sparsify,

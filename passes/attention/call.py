@@ -1,0 +1,101 @@
+"""Calls by the name of what they compute, however they are spelled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.graph import Effects, Region
+
+_OTHER_NAMES = {
+    "iadd": "add",
+    "isub": "sub",
+    "subtract": "sub",
+    "imul": "mul",
+    "multiply": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "ipow": "pow",
+    "negative": "neg",
+    "float_power": "pow",
+    "bmm": "matmul",
+    "imatmul": "matmul",
+}
+_OURS = {"torch", "_operator", "operator", "math", "builtins"}
+
+
+def name_of(node: Any) -> str:
+    """`add`, `mul`, `matmul`, ... for a function, a method or an operator, in place or not; "" for anything else."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or "out" in node.kwargs:
+        return ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if not isinstance(node.target, str):
+        home = getattr(node.target, "__module__", None) or "torch"
+        if home.partition(".")[0] not in _OURS:
+            return ""
+    name = name if name.startswith("_") else name.rstrip("_")
+    return _OTHER_NAMES.get(name, name)
+
+
+def operands(node: fx.Node) -> tuple[Any, Any] | None:
+    """Both sides of a binary call; None where it is told more than that."""
+    given = (*node.args, *node.kwargs.values())
+    plain = not node.kwargs.keys() - {"input", "other", "mat2", "exponent"}
+    return (given[0], given[1]) if len(given) == 2 and plain else None
+
+
+def given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def shape_of(node: Any) -> tuple[int, ...] | None:
+    """The shape that a value had on the example; None for what is no tensor."""
+    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return None if meta is None else tuple(meta.shape)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a value; None for what is no tensor."""
+    dtype: torch.dtype | None = getattr(node.meta.get("tensor_meta"), "dtype", None)
+    return dtype
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a plain number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a call returns its first argument in the dtype that it has, or another, and does nothing else."""
+    return name_of(node) in ("to", "float", "type_as", "type", "double", "half", "bfloat16") and bool(
+        node.args and isinstance(node.args[0], fx.Node) and shape_of(node) is not None
+    )
+
+
+def without_casts(node: Any) -> Any:
+    """What a value was before casts that change nothing."""
+    while isinstance(node, fx.Node) and is_cast(node) and dtype_of(node) == dtype_of(node.args[0]):  # type: ignore[arg-type]
+        node = node.args[0]
+    return node
+
+
+def is_last(axis: Any, node: fx.Node) -> bool:
+    """Whether `axis`, a number or a list of one, is the last one of a value."""
+    if isinstance(axis, (tuple, list)) and len(axis) == 1:
+        axis = axis[0]
+    shape = shape_of(node)
+    return axis == -1 or (shape is not None and is_number(axis) and axis == len(shape) - 1)
+
+
+def why_written(value: fx.Node, start: fx.Node, end: fx.Node, region: Region) -> str | None:
+    """Why `value` can't be read at `end` as it was read at `start`, or `end` be left out; None if both can."""
+    effects = Effects(region)
+    if effects.writes(end):
+        return "it is computed in place, in memory that something else may read"
+    writer = effects.written_between(value, start, end)
+    return None if writer is None else f"'{region.qualified(writer)}' writes into '{region.qualified(value)}' meanwhile"
