@@ -12,7 +12,7 @@ from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
-from fxopt.engines.strides import hide, why_noticed
+from fxopt.engines.strides import hide
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.rewriting import propagate_shapes
@@ -50,20 +50,16 @@ class CuDNN(Engine):
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""
         propagate_shapes(module, inputs)
         found = Layers(module, _supported)
-        why = next(filter(None, map(why_noticed, found.regions)), "")
-        reasons = [
-            *found.reasons[::-1],
-            *(found.skip(layer, f"it runs as torch runs it: {why}") for layer in found.layers if why),
-        ]
-        if not why:
-            for region in found.regions:
-                hide(region)
-            for layer in reversed(found.layers):
-                kernel = fused_kernel(layer)
-                if isinstance(kernel, str):
-                    reasons.append(found.skip(layer, kernel))
-                else:
-                    found.put(layer, kernel)
+        noticed, reasons = found.noticed(), found.reasons[::-1]
+        for region in found.regions:
+            hide(region)
+        for layer in reversed(found.layers):
+            why = noticed.get(layer)
+            kernel = fused_kernel(layer) if why is None else f"it runs as torch runs it: {why}"
+            if isinstance(kernel, str):
+                reasons.append(found.skip(layer, kernel))
+            else:
+                found.put(layer, kernel)
         run = bind(found.root)
 
         def with_precision(*args: Any, **kwargs: Any) -> Any:

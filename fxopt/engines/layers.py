@@ -13,6 +13,7 @@ from fxopt.capture.independent import same_tensors_copy
 from fxopt.contract import Skip
 from fxopt.engines.binding import named
 from fxopt.engines.layer import Layer, Supported, read_layer
+from fxopt.engines.strides import why_noticed
 from fxopt.graph import GraphModule, Program, Region, source_of
 
 
@@ -44,6 +45,14 @@ class Layers:
         """What a choice calls a layer."""
         path = self.region_of[layer.node].path
         return f"{path}.{layer.node.name}" if path else layer.node.name
+
+    def noticed(self) -> dict[Layer, str]:
+        """The layers whose outputs must keep their strides, and why; asked before anything is put."""
+        found: dict[Layer, str] = {}
+        for region in self.regions:
+            lasts = {layer.last: layer for layer in self.layers if self.region_of[layer.node] is region}
+            found |= {lasts[value]: reason for value, reason in why_noticed(region, lasts.keys()).items()}
+        return found
 
     def skip(self, layer: Layer, reason: str) -> Skip:
         """A `Skip` at a layer."""

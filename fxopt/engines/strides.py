@@ -6,31 +6,73 @@ graph shows may not, and the outputs should have the strides that the module giv
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import nn
 
 from fxopt.graph import Effects, Region
 
 _READ_STRIDES = frozenset("as_strided stride storage_offset data_ptr is_contiguous untyped_storage set_".split())
 _VIEWS = frozenset({"view", "view_as"})
+_MAY_COPY = _VIEWS | frozenset("reshape reshape_as flatten ravel contiguous".split())
+"""What gives the memory of its argument or a copy, as its strides have it."""
+_FORGETTING = frozenset(
+    "size dim numel len item new_zeros new_ones new_empty new_full new_tensor linear layer_norm embedding".split()
+)
+"""What has the same strides whatever those of its arguments are."""
+_FORGETTING_MODULES = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
-def why_noticed(region: Region) -> str | None:
-    """Why other strides would change what a graph computes; None where they would not."""
+def why_noticed(region: Region, values: Set[fx.Node]) -> dict[fx.Node, str]:
+    """Those of `values` whose strides change what the graph computes, each with the reason."""
+    noticed: dict[fx.Node, str] = {}
+    for node, reason in _looking(region):
+        work, seen = [node], {node}
+        while work:
+            for value in work.pop().all_input_nodes:
+                if value in seen:
+                    continue
+                seen.add(value)
+                if value in values:
+                    noticed.setdefault(value, reason)
+                if not _forgets(value, region):
+                    work.append(value)
+    return noticed
+
+
+def _looking(region: Region) -> Iterator[tuple[fx.Node, str]]:
+    """Nodes that do something else where their arguments have other strides, and what."""
     effects = Effects(region)
-    aliases = None
+    aliases = effects.aliases()
+    writers = [(node, effects.writes(node)) for node in region.graph.nodes if effects.is_known(node)]
+    writers = [(node, written) for node, written in writers if written]
     for node in region.graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.op in ("call_method", "call_function") and name in _READ_STRIDES:
-            return f"'{region.qualified(node)}' looks at strides"
-        if node.op == "call_method" and name in _VIEWS:
-            aliases = aliases or effects.aliases()
-            group = aliases(node)
-            if any(target in group for other in region.graph.nodes for target in effects.writes(other)):
-                return f"'{region.qualified(node)}' is a view of memory that is written"
-    return None
+        name = _name(node, region)
+        if name in _READ_STRIDES:
+            yield node, f"'{region.qualified(node)}' looks at strides"
+        elif name in _MAY_COPY and any(
+            writer > node and not aliases(node).isdisjoint(written) for writer, written in writers
+        ):
+            yield node, f"'{region.qualified(node)}' is a view of memory that is written"
+
+
+def _name(node: fx.Node, region: Region) -> str:
+    if node.op == "call_module":
+        return "flatten" if isinstance(region.submodule(node), nn.Flatten) else ""
+    if node.op in ("call_method", "call_function"):
+        return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return ""
+
+
+def _forgets(node: fx.Node, region: Region) -> bool:
+    if node.op == "call_module":
+        return type(region.submodule(node)) in _FORGETTING_MODULES
+    if node.target is getattr:
+        return node.args[1] in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
+    return _name(node, region) in _FORGETTING
 
 
 def hide(region: Region) -> None:

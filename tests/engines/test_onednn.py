@@ -254,22 +254,65 @@ def test_odd_graphs(form: type[nn.Module], kernel: str, monkeypatch: pytest.Monk
     assert relative_error(two, one) < 1e-6
 
 
-def test_a_view_that_is_written_keeps_its_memory() -> None:
-    class Written(nn.Module):
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "view": lambda y: y.view(-1),
+    "reshape": lambda y: y.reshape(2, -1),
+    "flatten": lambda y: torch.flatten(y, 1),
+    "contiguous": lambda y: y.contiguous(),
+}
+
+
+class Written(nn.Module):
+    """A view of what one convolution gave is written; another's output is only read."""
+
+    def __init__(self, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.view = view
+        self.written = nn.Conv2d(4, 4, 3)
+        self.read = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, z = self.written(x), self.read(x)
+        self.view(y).mul_(2)
+        z.mul_(2)
+        return y, self.view(z)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_that_is_written_keeps_its_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force("packed", monkeypatch)
+    model, x = Written(VIEWS[name]).eval(), torch.randn(2, 4, 6, 6)
+    executable = fxopt.lower(model, x)
+    with torch.no_grad():
+        for found, expected in zip(executable(x), model(x), strict=True):
+            assert relative_error(expected, found) < 1e-5
+    assert [skip.where for skip in executable.reasons] == ["written"]
+    assert "is a view of memory that is written" in executable.reasons[0].reason
+
+
+def test_what_looks_at_strides_behind_a_layer_that_forgets_them_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Patches(nn.Module):
+        """As in a windowed transformer: patches, a norm, and a mask that is filled part by part."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3)
+            self.patches = nn.Conv2d(3, 8, 2, 2)
+            self.norm = nn.LayerNorm(8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            y.view(-1).mul_(2)
-            return y
+            x = self.norm(self.patches(x).permute(0, 2, 3, 1))
+            mask = x.new_zeros((x.shape[1], x.shape[2]))
+            mask.view(-1)[1:] = 1
+            windows = x.view(x.shape[0], -1, 8)
+            windows += mask.view(-1, 1)
+            return x
 
-    model, x = Written().eval(), torch.randn(2, 4, 6, 6)
+    force("packed", monkeypatch)
+    model, x = Patches().eval(), torch.randn(2, 3, 6, 6)
     executable = fxopt.lower(model, x)
+    assert not executable.reasons
+    assert executable.choices["layout"] == "channels_last"
     check(executable, model, x)
-    assert [skip.where for skip in executable.reasons] == ["conv"]
-    assert "is a view of memory that is written" in executable.reasons[0].reason
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {

@@ -13,7 +13,7 @@ from fxopt.engines.contract import Built, Engine, Run
 from fxopt.engines.layers import Layers
 from fxopt.engines.onednn.kernels import KERNELS
 from fxopt.engines.onednn.tune import choose, fastest
-from fxopt.engines.strides import hide, why_noticed
+from fxopt.engines.strides import hide
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -55,12 +55,12 @@ class OneDNN(Engine):
         if choices:
             return _assemble(module, choices)
         found = Layers(module, _supported)
-        layers = found.layers
+        noticed = found.noticed()
+        layers = [layer for layer in found.layers if not (layer.spatial and layer in noticed)]
         names = choose(layers, self.tune_seconds) if self.tune_seconds else ["packed"] * len(layers)
         kernels = {found.key(layer): name for layer, name in zip(layers, names, strict=True)}
-        why = next(filter(None, map(why_noticed, found.regions)), "")
-        if why or not any(layer.spatial for layer in layers):
-            return _assemble(module, {"layout": _AS_GIVEN, "why": why, "kernels": kernels})
+        if not any(layer.spatial for layer in layers):
+            return _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels})
         ours = _assemble(module, {"layout": _CHANNELS_LAST, "why": "", "kernels": kernels})
         if not self.tune_seconds:
             return ours
@@ -82,13 +82,14 @@ def _assemble(module: GraphModule, choices: Mapping[str, Any]) -> Built:
     found = Layers(module, _supported)
     reasons = found.reasons[::-1]
     channels_last = choices["layout"] == _CHANNELS_LAST
+    noticed = found.noticed()
     if channels_last:
         for region in found.regions:
             hide(region)
     for layer in reversed(found.layers):
         key = found.key(layer)
-        if layer.spatial and not channels_last:
-            reasons.append(found.skip(layer, f"it runs as torch runs it: {choices.get('why', '')}"))
+        if layer.spatial and (layer in noticed or not channels_last):
+            reasons.append(found.skip(layer, f"it runs as torch runs it: {noticed.get(layer, choices['why'])}"))
             continue
         make = KERNELS.get(choices["kernels"].get(key, ""))
         kernel = make(layer) if make is not None else None
