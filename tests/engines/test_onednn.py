@@ -163,7 +163,8 @@ def test_bfloat16(layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(lowered(model, x), model, x, tolerance=2e-2)
 
 
-def test_layers_in_bfloat16_between_values_in_float32() -> None:
+def test_layers_in_bfloat16_between_values_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    force("packed", monkeypatch)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)).eval(), torch.randn(2, 4, 9, 8)
     cast = replay(model, Inputs((x,)), spec.parse("clean,fuse,cast"))
