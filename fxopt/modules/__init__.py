@@ -16,6 +16,14 @@ from fxopt.modules.fused import (
 from fxopt.modules.mask import Mask
 from fxopt.modules.masked import MASKED_FORMS, masked_form, unmasked_form
 from fxopt.modules.onnx_quantize import for_onnx
+from fxopt.modules.quantized import (
+    QuantizedEmbedding,
+    QuantizedGRU,
+    QuantizedLSTM,
+    QuantizedMultiheadAttention,
+    QuantizedRNN,
+    quantized_weights,
+)
 from fxopt.modules.rebuild import rebuild
 
 __all__ = [
@@ -32,10 +40,16 @@ __all__ = [
     "FusedLinear",
     "Mask",
     "Observer",
+    "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedLSTM",
+    "QuantizedMultiheadAttention",
+    "QuantizedRNN",
     "State",
     "for_onnx",
     "fused_call",
     "masked_form",
+    "quantized_weights",
     "rebuild",
     "unmasked_form",
 ]

@@ -38,6 +38,7 @@ class Fused(nn.Module):
         bn: the batch norm of the training form; its state sits under `conv1.bn.`, and state under its
             former name still loads.
         weight_fake_quant: what quantises the weight, or None.
+        input_fake_quant: what quantises the input, where no graph could show it, or None.
         inner_fake_quant: what quantises the output of the operator before the addition and activation, or None.
         weight_mask: what holds part of the weight at zero, or None.
     """
@@ -58,6 +59,7 @@ class Fused(nn.Module):
         adds: bool = False,
         bn: BatchNorm | None = None,
         weight_fake_quant: FakeQuantize | None = None,
+        input_fake_quant: FakeQuantize | None = None,
         inner_fake_quant: FakeQuantize | None = None,
         weight_mask: Mask | None = None,
     ) -> Fused:
@@ -68,7 +70,8 @@ class Fused(nn.Module):
         fused.activation = activation or (held.activation if held is not None else None)
         fused.adds = adds or (held is not None and held.adds)
         parts: dict[str, nn.Module | None] = {"bn": bn, "weight_mask": weight_mask}
-        parts |= {"weight_fake_quant": weight_fake_quant, "inner_fake_quant": inner_fake_quant}
+        parts |= {"weight_fake_quant": weight_fake_quant}
+        parts |= {"input_fake_quant": input_fake_quant, "inner_fake_quant": inner_fake_quant}
         fused._modules.update({name: part for name, part in parts.items() if part is not None})
         return fused
 
@@ -81,6 +84,11 @@ class Fused(nn.Module):
     def weight_fake_quant(self) -> FakeQuantize | None:
         """What quantises the weight."""
         return cast("FakeQuantize | None", self._modules.get("weight_fake_quant"))
+
+    @property
+    def input_fake_quant(self) -> FakeQuantize | None:
+        """What quantises the input, where no graph could show it."""
+        return cast("FakeQuantize | None", self._modules.get("input_fake_quant"))
 
     @property
     def inner_fake_quant(self) -> FakeQuantize | None:
@@ -101,6 +109,8 @@ class Fused(nn.Module):
         self, input: torch.Tensor, other: torch.Tensor | None = None, output_size: Sequence[int] | None = None
     ) -> torch.Tensor:
         """All parts in order; `other` is there if and only if `adds`."""
+        if self.input_fake_quant is not None:
+            input = self.input_fake_quant(input)
         out = self._affine(input, output_size)
         if self.bn is not None:
             out = self._normalized(out, self.bn)

@@ -6,14 +6,18 @@ These can be exported but not run: torch has no kernel behind ONNX's operators.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.errors import EngineError
 from fxopt.modules.fake_quantize import FakeQuantize
-from fxopt.modules.fused import Fused
+from fxopt.modules.fused import Fused, FusedLinear
+from fxopt.modules.quantized import SUFFIX, QuantizedEmbedding, quantized_weights
 
 _BYTE = 8
 
@@ -28,17 +32,44 @@ def for_onnx(module: nn.Module) -> nn.Module:
         EngineError: for a quantiser that has no range, or is wider than 8 bits, or a batch norm that is not folded.
     """
     duplicate = copy.deepcopy(module).eval()
-    for name, child in list(duplicate.named_modules()):
-        if isinstance(child, Fused) and child.weight_fake_quant is not None:
-            _check(f"{name}.weight_fake_quant", child.weight_fake_quant)
-            if child.bn is not None:
-                raise EngineError(f"{name!r} still holds its batch norm: run 'quantize-freeze', which folds it")
-            child._modules["weight_fake_quant"] = _Weight(child.weight_fake_quant, child.scaled_weight())
+    for path, owner, leaf, fake in list(quantized_weights(duplicate)):
+        _check(f"{path}.{leaf}{SUFFIX}", fake)
+        if isinstance(owner, Fused) and owner.bn is not None:
+            raise EngineError(f"{path!r} still holds its batch norm: run 'quantize-freeze', which folds it")
+        weight = owner.scaled_weight() if isinstance(owner, Fused) else owner.get_parameter(leaf)
+        stored = _Weight(fake, weight)
+        if isinstance(owner, QuantizedEmbedding):
+            duplicate.set_submodule(path, _Rows(stored))
+        else:
+            owner._modules[f"{leaf}{SUFFIX}"] = stored
+        if isinstance(owner, FusedLinear):
+            owner.__dict__["_operate"] = _product
+    for graph in [child for child in duplicate.modules() if isinstance(child, fx.GraphModule)]:
+        for name, fake, weight in list(_quantized_parameters(graph)):
+            _check(name, fake)
+            graph.set_submodule(name, _Weight(fake, weight))
     for name, child in list(duplicate.named_modules()):
         if isinstance(child, FakeQuantize):
             _check(name, child)
             duplicate.set_submodule(name, _Value(child))
     return duplicate
+
+
+def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: None) -> torch.Tensor:
+    """F.linear as MatMul and Add: what it exports as for two dimensions, Gemm, takes no float bias among integers."""
+    out = input @ weight.t()
+    return out if bias is None else out + bias
+
+
+def _quantized_parameters(graph: fx.GraphModule) -> Iterator[tuple[str, FakeQuantize, torch.Tensor]]:
+    """The quantisers of parameters that the graph hands to functions: name, quantiser, parameter."""
+    for node in graph.graph.nodes:
+        fake = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(fake, FakeQuantize) and node.args[0].op == "get_attr":
+            owner, _, leaf = str(node.args[0].target).rpartition(".")
+            parameter = graph.get_submodule(owner)._parameters.get(leaf)
+            if parameter is not None:
+                yield str(node.target), fake, parameter
 
 
 def _check(name: str, fake: FakeQuantize) -> None:
@@ -97,6 +128,22 @@ class _Weight(nn.Module):
         return _dequantized(
             self.get_buffer("stored"), self.get_buffer("scale"), self.get_buffer("zero_point"), attributes
         )
+
+
+class _Rows(nn.Module):
+    """ids  =>  the rows of the weight's integers, times their scales: the rest of the table stays integers"""
+
+    def __init__(self, weight: _Weight):
+        super().__init__()
+        self.by_row = weight.axis == 0
+        self.register_buffer("stored", weight.get_buffer("stored"))
+        self.register_buffer("scale", weight.get_buffer("scale").reshape(-1, 1))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The rows."""
+        scale = self.get_buffer("scale")
+        rows = F.embedding(input, self.get_buffer("stored")).to(torch.float32)
+        return rows * (F.embedding(input, scale) if self.by_row else scale.reshape(()))
 
 
 def _dequantized(

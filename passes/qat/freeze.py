@@ -14,7 +14,9 @@ from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Region, source_of
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, Fused, State, rebuild
+from fxopt.modules import FakeQuantize, Fused, State, quantized_weights, rebuild
+
+_NO_RANGE = "it never observed anything, so it has no range: what it stood for stays a float"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class QuantizeFreeze(Pass):
         if region.mode is not None and region.mode is not region.module.training:
             return  # the graph of the other mode calls the same layers
         if region.training:
-            if any(_quantises(region.submodule(node)) for node in calls):
+            inside = [child for node in calls for child in region.submodule(node).modules()]
+            if any(isinstance(child, FakeQuantize) for child in inside):
                 yield Skip(region.path or "the model", "it is in training mode; call .eval() on it before it is frozen")
             return
         for node in calls:
@@ -48,8 +51,8 @@ class QuantizeFreeze(Pass):
             module = region.submodule(node)
             if isinstance(module, FakeQuantize):
                 yield from _freeze_value(node, module, region)
-            elif isinstance(module, Fused) and module.weight_fake_quant is not None:
-                yield from _freeze_layer(node, module, module.weight_fake_quant, region)
+            elif not any(isinstance(child, GraphModule) for child in module.modules()):
+                yield from _freeze_inside(node, module, region)
 
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
         """Refuse a model in which nothing is quantised: whoever freezes it believes that something is."""
@@ -60,28 +63,46 @@ class QuantizeFreeze(Pass):
         return iter(())
 
 
-def _quantises(module: nn.Module) -> bool:
-    return isinstance(module, FakeQuantize) or (isinstance(module, Fused) and module.weight_fake_quant is not None)
+def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator[Change | Skip]:
+    """Freeze a layer, or those in a module that is called as one."""
+    line = source_of(node)
+    for path, owner in list(module.named_modules()):
+        where = f"{region.qualified(node)}.{path}" if path else region.qualified(node)
+        fakes = {name: child for name, child in owner._modules.items() if isinstance(child, FakeQuantize)}
+        if all(fake.state is State.FROZEN for fake in fakes.values()):
+            continue
+        with torch.no_grad():
+            weights = {leaf: _on_the_grid(owner, leaf, fake) for leaf, fake in _weights(owner)}
+        bias = {"bias": _folded_bias(owner)} if isinstance(owner, Fused) else {}
+        frozen = rebuild(owner, type(owner), **weights, **bias)
+        if isinstance(frozen, nn.RNNBase):
+            frozen.__dict__["_flat_weights"] = [getattr(frozen, name) for name in frozen._flat_weights_names]
+        norm = frozen._modules.pop("bn", None)
+        for name, fake in fakes.items():
+            frozen._modules[name] = _frozen(fake)
+            if not fake.ready:
+                del frozen._modules[name]
+                yield Skip(f"{where}.{name}", _NO_RANGE)
+        region.program.replace_module(owner, frozen)
+        folded = ", batch norm folded" if norm is not None else ""
+        widths = " and ".join(dict.fromkeys(f"int{fake.bits}" for _, fake in _weights(owner)))
+        yield Change(f"weight on the grid of {widths}{folded}", where, line)
+        for leaf, fake in _weights(owner):
+            rows = weights[leaf].flatten(1)
+            dead = int((rows == 0).all(1).sum()) if fake.axis == 0 and not isinstance(owner, nn.Embedding) else 0
+            if dead:
+                reason = f"{dead} of its {len(rows)} channels are 0 at int{fake.bits}: they carry nothing"
+                yield Skip(where, reason, line)
 
 
-def _freeze_layer(node: fx.Node, module: Fused, fake: FakeQuantize, region: Region) -> Iterator[Change | Skip]:
-    where, line = region.qualified(node), source_of(node)
-    if fake.state is State.FROZEN:
-        return
-    with torch.no_grad():
-        weight = fake.eval()(module.scaled_weight())
-        bias = _folded_bias(module)
-    fused = rebuild(module, type(module), weight=weight, bias=bias)
-    fused._modules["weight_fake_quant"] = _frozen(fake)
-    if module.inner_fake_quant is not None:
-        fused._modules["inner_fake_quant"] = _frozen(module.inner_fake_quant)
-    norm = fused._modules.pop("bn", None)
-    region.program.replace_module(module, fused)
-    folded = ", batch norm folded" if norm is not None else ""
-    yield Change(f"weight on the grid of int{fake.bits}{folded}", where, line)
-    dead = int((weight.flatten(1) == 0).all(1).sum()) if fake.axis == 0 else 0
-    if dead:
-        yield Skip(where, f"{dead} of its {weight.shape[0]} channels are 0 at int{fake.bits}: they carry nothing", line)
+def _weights(owner: nn.Module) -> list[tuple[str, FakeQuantize]]:
+    return [(leaf, fake) for path, _, leaf, fake in quantized_weights(owner) if not path]
+
+
+def _on_the_grid(owner: nn.Module, leaf: str, fake: FakeQuantize) -> torch.Tensor:
+    weight = owner.scaled_weight() if isinstance(owner, Fused) else owner.get_parameter(leaf)
+    found: torch.Tensor = fake.eval()(weight)
+    return found
 
 
 def _folded_bias(module: Fused) -> torch.Tensor | None:
@@ -99,7 +120,7 @@ def _freeze_value(node: fx.Node, fake: FakeQuantize, region: Region) -> Iterator
     if not fake.ready:
         node.replace_all_uses_with(source)
         region.graph.erase_node(node)
-        yield Skip(where, "it never observed anything, so it has no range: what it stood for stays a float")
+        yield Skip(where, _NO_RANGE)
         return
     if fake.state is not State.FROZEN:
         if not fake.symmetric and bool((fake.minimum == fake.maximum).all()):

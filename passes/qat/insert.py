@@ -11,16 +11,19 @@ from fxopt.graph import Affine, Effects, Region, inherit
 from fxopt.modules import FakeQuantize, Fused
 
 Make = Callable[[torch.Tensor], FakeQuantize]
+MakeWeight = Callable[[int | None, torch.Tensor], FakeQuantize]
 
 
-def quantize_weight(affine: Affine, make: Callable[[int, torch.Tensor], FakeQuantize], region: Region) -> bool:
+def quantize_weight(affine: Affine, make: MakeWeight, region: Region) -> bool:
     """Quantise the weight of a layer; False where it is already.
 
     A module is replaced everywhere by its fused form, so that all of its calls use one quantiser; behind a
     parameter that is passed to a function stands a call of its own.
     """
     if affine.module is None:
-        return _quantize_parameter(affine, make, region)
+        assert affine.weight_node is not None
+        quantize_parameter(affine.weight_node, affine.node, affine.channel_axis, make, region)
+        return True
     if isinstance(affine.module, Fused) and affine.module.weight_fake_quant is not None:
         return False
     weight = Fused.of(affine.module).scaled_weight().detach()
@@ -29,15 +32,12 @@ def quantize_weight(affine: Affine, make: Callable[[int, torch.Tensor], FakeQuan
     return True
 
 
-def _quantize_parameter(affine: Affine, make: Callable[[int, torch.Tensor], FakeQuantize], region: Region) -> bool:
-    source = affine.weight_node
-    assert source is not None
+def quantize_parameter(source: fx.Node, reader: fx.Node, axis: int | None, make: MakeWeight, region: Region) -> None:
+    """Let `reader` read the parameter that `source` reads through a quantiser, the same one for each axis."""
     hint = f"weight_fake_quant.{_flat(str(source.target))}"
-    fake = next((user for user in source.users if _calls_fake_quantize(user, region)), None)
-    made = make(affine.channel_axis, affine.weight.detach())
-    call = _call(affine.node, hint, made, source, region, str(fake.target) if fake is not None else None)
-    _set_argument(affine.node, 1, "weight", call)
-    return True
+    made = make(axis, region.attribute(source).detach())
+    known = next((str(user.target) for user in source.users if _quantizes_along(user, made.axis, region)), None)
+    reader.replace_input_with(source, _call(reader, hint, made, source, region, known))
 
 
 class Activations:
@@ -48,19 +48,29 @@ class Activations:
         self._make = make
         self._made: dict[fx.Node, fx.Node] = {}
 
-    def quantize(self, affine: Affine) -> bool:
-        """Quantise the input of a layer; False where it is already."""
-        value, region = affine.input, self._region
-        if _calls_fake_quantize(value, region):
+    def quantize(self, node: fx.Node, value: fx.Node, index: int, name: str, like: torch.Tensor, hint: str) -> bool:
+        """Quantise an argument of `node`; False where it is already.
+
+        Args:
+            node: what reads it.
+            value: the argument.
+            index: its place among the arguments.
+            name: its name there.
+            like: a tensor on the device of the quantiser.
+            hint: what the quantiser is named after.
+        """
+        region = self._region
+        if calls_fake_quantize(value, region):
             return False
         fake = self._made.get(value)
         # A value that was written in place since is another value.
-        if fake is None or Effects(region).written_between(value, fake, affine.node) is not None:
-            named = affine.node if affine.weight_node is None else affine.weight_node
-            hint = f"input_fake_quant.{_flat(str(named.target))}"
-            fake = _call(affine.node, hint, self._make(affine.weight), value, region)
+        if fake is None or Effects(region).written_between(value, fake, node) is not None:
+            fake = _call(node, f"input_fake_quant.{_flat(hint)}", self._make(like), value, region)
             self._made[value] = fake
-        _set_argument(affine.node, 0, "input", fake)
+        if len(node.args) > index:
+            node.update_arg(index, fake)
+        else:
+            node.update_kwarg(name, fake)
         return True
 
 
@@ -87,15 +97,14 @@ def _of_other_mode(hint: str, region: Region) -> str | None:
     return next((f"{container}.{name}" for name in names if f"{container}.{name}" not in used), None)
 
 
-def _calls_fake_quantize(node: fx.Node, region: Region) -> bool:
+def calls_fake_quantize(node: fx.Node, region: Region) -> bool:
+    """Whether the value is what a quantiser gives."""
     return node.op == "call_module" and isinstance(region.submodule(node), FakeQuantize)
 
 
-def _set_argument(node: fx.Node, index: int, name: str, value: fx.Node) -> None:
-    if len(node.args) > index:
-        node.update_arg(index, value)
-    else:
-        node.update_kwarg(name, value)
+def _quantizes_along(node: fx.Node, axis: int | None, region: Region) -> bool:
+    fake = region.submodule(node) if node.op == "call_module" else None
+    return isinstance(fake, FakeQuantize) and fake.axis == axis
 
 
 def _flat(name: str) -> str:

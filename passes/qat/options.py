@@ -8,8 +8,8 @@ from typing import Literal
 
 from fxopt.contract import Pass
 from fxopt.errors import SpecError
-from passes.qat.place import TARGETS, Target
 from passes.qat.scheme import Scheme
+from passes.qat.targets import TARGETS, Target
 
 
 @dataclass(frozen=True)

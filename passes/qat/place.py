@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
 
 import torch
 import torch.fx as fx
@@ -11,14 +10,22 @@ from torch import nn
 
 from fxopt.contract import Change, Skip
 from fxopt.graph import Affine, GraphModule, Region, read_affine, source_of
-from fxopt.modules import FakeQuantize
-from passes.qat.insert import Activations, quantize_weight
+from fxopt.modules import FakeQuantize, Fused
+from passes.qat.insert import Activations, quantize_parameter, quantize_weight
 from passes.qat.placement import edge_layers, quantize_outputs
+from passes.qat.products import Factor, factors
 from passes.qat.scheme import Scheme
+from passes.qat.targets import (
+    Target,
+    before_what_passes_on,
+    is_pooling,
+    why_float,
+    why_product_float,
+    why_recurrent_float,
+)
+from passes.qat.whole import is_whole, quantized_form
 
-Target = Literal["generic", "onnxruntime", "openvino", "inductor"]
-TARGETS = get_args(Target)
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 
 
 def place(
@@ -41,20 +48,93 @@ def place(
         count = quantize_outputs(region, chosen.__contains__, lambda: scheme.for_value(like))
         if count:
             yield Change(f"{count} outputs of convolutions, additions and poolings fake-quantised", region.path)
-    activations = Activations(region, scheme.for_value)
-    for node in wanted:
-        name, layer = region.qualified(node), read_affine(node, region)
+    placing = _Placing(region, scheme, target, named)
+    for node in list(region.graph.nodes):
         if node in kept:
+            name = region.qualified(node)
             yield Skip(name, "a first or last layer stays a float, as first_last=keep asks", source_of(node))
-        elif isinstance(layer, Affine):
-            weight = quantize_weight(layer, scheme.for_weight, region)
-            value = scheme.activation_bits is not None and activations.quantize(layer)
-            if weight or value:
-                yield Change(scheme.what(weight, value), name, source_of(node))
+        else:
+            yield from placing.at(node)
+
+
+class _Placing:
+    """Puts quantisers around one node after the other."""
+
+    def __init__(self, region: Region, scheme: Scheme, target: Target, named: Callable[[str], bool]):
+        self._region = region
+        self._scheme = scheme
+        self._target = target
+        self._named = named
+        self._activations = Activations(region, scheme.for_value)
+
+    def at(self, node: fx.Node) -> Iterator[Change | Skip]:
+        """Quantise what `node` multiplies, and say what stays a float."""
+        region, name = self._region, self._region.qualified(node)
+        if node.op == "call_module" and is_whole(region.submodule(node)):
+            yield from self._whole(node)
+        if not self._named(name):
+            return
+        layer = read_affine(node, region)
+        if isinstance(layer, Affine):
+            yield from self._layer(layer)
         elif layer is not None:
             yield layer
-        elif (reason := _why_out_of_reach(node, region)) is not None:
+        elif found := factors(node, region):
+            yield from self._product(node, found)
+        elif is_pooling(node, region, self._target) and self._quantize(node, node.all_input_nodes[0], 0, "input", name):
+            yield Change(self._scheme.what(False, True), name, source_of(node))
+        reason = why_float(node, region, self._target) or _why_out_of_reach(node, region)
+        if reason:
             yield Skip(name, reason, source_of(node))
+
+    def _layer(self, layer: Affine) -> Iterator[Change]:
+        node = layer.node
+        weight = quantize_weight(layer, self._scheme.for_weight, self._region)
+        hint = str((node if layer.weight_node is None else layer.weight_node).target)
+        value = self._quantize(node, layer.input, 0, "input", hint)
+        if weight or value:
+            yield Change(self._scheme.what(weight, value), self._region.qualified(node), source_of(node))
+
+    def _product(self, node: fx.Node, found: tuple[Factor, ...]) -> Iterator[Change | Skip]:
+        name, weight, value = self._region.qualified(node), False, False
+        reason = why_product_float(node, self._target)
+        if reason and not any(each.read for each in found):
+            yield Skip(name, reason, source_of(node))
+            return
+        for each in found:
+            if each.read is not None and each.reader is not None:
+                quantize_parameter(each.read, each.reader, each.axis, self._scheme.for_weight, self._region)
+                weight = True
+            else:
+                value |= self._quantize(node, each.node, each.index, each.name, name)
+        if weight or value:
+            yield Change(self._scheme.what(weight, value), name, source_of(node))
+
+    def _whole(self, node: fx.Node) -> Iterator[Change | Skip]:
+        """A module that is called as one; the graph shows the inputs of recurrent layers alone."""
+        module, name, source = self._region.submodule(node), self._region.qualified(node), source_of(node)
+        names = ("query", "key", "value")
+        values = [node.args[index] if len(node.args) > index else node.kwargs.get(n) for index, n in enumerate(names)]
+        inputs = tuple(name for index, name in enumerate(names) if values[index] not in values[:index])
+        form, found = quantized_form(module, name, self._scheme, self._named, inputs, source)
+        if form is not module:
+            self._region.program.replace_module(module, form)
+        yield from found
+        if isinstance(form, nn.RNNBase) and form is not module and isinstance(values[0], fx.Node):
+            reason = why_recurrent_float(self._target)
+            if reason:
+                yield Skip(name, reason, source)
+            elif self._quantize(node, values[0], 0, "input", name):
+                yield Change(self._scheme.what(False, True), name, source)
+
+    def _quantize(self, node: fx.Node, value: fx.Node, index: int, name: str, hint: str) -> bool:
+        if self._scheme.activation_bits is None:
+            return False
+        reader, value_before = before_what_passes_on(node, value, self._region, self._target)
+        if reader is not node:
+            index, name = 0, "input"
+        like = next(self._region.program.root.parameters(), torch.empty(0))
+        return self._activations.quantize(reader, value_before, index, name, like, hint)
 
 
 def waiting(module: nn.Module) -> list[str]:
@@ -64,10 +144,10 @@ def waiting(module: nn.Module) -> list[str]:
 
 def _why_out_of_reach(node: fx.Node, region: Region) -> str | None:
     """Why the layers inside of a module that is called as one are not quantised; None where there are none."""
-    if node.op != "call_module":
+    if node.op != "call_module" or is_whole(region.submodule(node)):
         return None
     inside = list(region.submodule(node).modules())
-    if any(isinstance(child, GraphModule) for child in inside):
+    if any(isinstance(child, (GraphModule, Fused)) for child in inside):
         return None
     count = sum(isinstance(child, _LAYERS) for child in inside)
     kind = type(inside[0]).__name__

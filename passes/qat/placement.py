@@ -18,17 +18,14 @@ from torch import nn
 
 from fxopt.graph import Affine, Region, inherit, read_affine
 from fxopt.modules import FakeQuantize, Fused
+from passes.qat.insert import calls_fake_quantize
+from passes.qat.targets import PASSED_ON, PASSED_ON_MODULES, is_call_of
 
 _JOINS: frozenset[Any] = frozenset(
     {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
      F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, "add", "add_"}
 )  # fmt: skip
 _JOIN_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
-_PASSED_ON: frozenset[Any] = frozenset(
-    {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, torch.flatten, torch.reshape, torch.squeeze,
-     "flatten", "reshape", "view", "squeeze", "contiguous"}
-)  # fmt: skip
-_PASSED_ON_MODULES = (nn.modules.pooling._MaxPoolNd, nn.Flatten, nn.Identity)
 _ACTIVATIONS: frozenset[Any] = frozenset(
     {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.silu, F.gelu, F.hardswish, torch.relu, torch.relu_, torch.sigmoid,
      torch.tanh, "relu", "relu_", "sigmoid", "tanh"}
@@ -58,9 +55,9 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
     for node in list(region.graph.nodes):
         if node not in ahead:
             continue
-        if _is(node, region, _PASSED_ON, _PASSED_ON_MODULES):
+        if is_call_of(node, region, PASSED_ON, PASSED_ON_MODULES):
             source = node.all_input_nodes[0]
-            call = source if _calls_fake_quantize(source, region) else None
+            call = source if calls_fake_quantize(source, region) else None
             if call is not None:
                 quantised[node] = _after(node, region, str(call.target))
             continue
@@ -73,8 +70,8 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
                 region.program.replace_module(affine.module, Fused.of(affine.module, inner_fake_quant=inner))
                 count += 1
         elif not (
-            _is(node, region, _JOINS, _JOIN_MODULES)
-            and all(_calls_fake_quantize(source, region) for source in node.all_input_nodes)
+            is_call_of(node, region, _JOINS, _JOIN_MODULES)
+            and all(calls_fake_quantize(source, region) for source in node.all_input_nodes)
         ):
             continue
         last = _activated(node, region)
@@ -114,17 +111,7 @@ def _with_layers_ahead(region: Region) -> set[fx.Node]:
 def _activated(node: fx.Node, region: Region) -> fx.Node:
     """The activation behind `node`, where that is all that reads it; else `node`."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and _is(users[0], region, _ACTIVATIONS, _ACTIVATION_MODULES) else node
-
-
-def _is(node: fx.Node, region: Region, targets: frozenset[Any], modules: tuple[type[nn.Module], ...]) -> bool:
-    if node.op == "call_module":
-        return isinstance(region.submodule(node), modules)
-    return node.op in ("call_function", "call_method") and node.target in targets
-
-
-def _calls_fake_quantize(node: fx.Node, region: Region) -> bool:
-    return node.op == "call_module" and isinstance(region.submodule(node), FakeQuantize)
+    return users[0] if len(users) == 1 and is_call_of(users[0], region, _ACTIVATIONS, _ACTIVATION_MODULES) else node
 
 
 def _after(node: fx.Node, region: Region, name: str) -> fx.Node:

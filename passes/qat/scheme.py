@@ -70,13 +70,14 @@ class Scheme:
             learned,
         )
 
-    def for_weight(self, channel_axis: int, weight: torch.Tensor) -> FakeQuantize:
-        """A quantiser that knows the range of `weight`."""
+    def for_weight(self, channel_axis: int | None, weight: torch.Tensor) -> FakeQuantize:
+        """A quantiser that knows the range of `weight`, which has no axis of channels where that is None."""
+        axis = channel_axis if self.per_channel else None
         made = FakeQuantize(
             self.weight_bits,
             symmetric=True,
-            axis=channel_axis if self.per_channel else None,
-            channels=weight.shape[channel_axis],
+            axis=axis,
+            channels=1 if axis is None else weight.shape[axis],
             observer="current",
             learned=self.learned,
             device=weight.device,

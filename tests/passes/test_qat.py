@@ -246,9 +246,6 @@ class TestInsertion:
     @pytest.mark.parametrize(
         ("name", "reason"),
         [
-            ("recurrent", "LSTM is called as one"),
-            ("attention", "MultiheadAttention is called as one"),
-            ("encoder", "TransformerEncoder is called as one"),
             ("normalized_linear", "its weight or bias is computed"),
         ],
     )

@@ -1,0 +1,90 @@
+"""Matrix products of values, and of parameters that are no layer's: which of their arguments are multiplied."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+
+from fxopt.graph import Region, read_parameter
+from passes.qat.insert import calls_fake_quantize
+
+_PAIR = ((0, "input"), (1, "mat2"))
+_BEHIND_A_SUM = ((1, "mat1"), (2, "mat2"))
+_FACTORS: dict[Any, tuple[tuple[int, str], ...]] = {
+    **dict.fromkeys((operator.matmul, torch.matmul, "matmul", "__matmul__"), ((0, "input"), (1, "other"))),
+    **dict.fromkeys((torch.mm, torch.bmm, "mm", "bmm"), _PAIR),
+    **dict.fromkeys((torch.addmm, "addmm"), _BEHIND_A_SUM),
+    **dict.fromkeys((torch.baddbmm, "baddbmm"), ((1, "batch1"), (2, "batch2"))),
+    F.scaled_dot_product_attention: ((0, "query"), (1, "key"), (2, "value")),
+}
+_TRANSPOSES: frozenset[Any] = frozenset({torch.t, "t", torch.transpose, "transpose", getattr})
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One argument of a product.
+
+    Attributes:
+        node: the value.
+        index: its place among the arguments.
+        name: its name there.
+        read: for a parameter, the read of it, maybe some transpositions before `node`; else None.
+        reader: what uses that read.
+        axis: the dimension of that parameter which counts outputs; None where it has more than two.
+    """
+
+    node: fx.Node
+    index: int
+    name: str
+    read: fx.Node | None = None
+    reader: fx.Node | None = None
+    axis: int | None = None
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether it is `scaled_dot_product_attention`."""
+    return node.target is F.scaled_dot_product_attention
+
+
+def factors(node: fx.Node, region: Region) -> tuple[Factor, ...]:
+    """What `node` multiplies; nothing where it is no product of floating-point tensors."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    found = []
+    for position, (index, name) in enumerate(_FACTORS.get(node.target, ())):
+        value = node.args[index] if len(node.args) > index else node.kwargs.get(name)
+        if not isinstance(value, fx.Node) or not _is_float(value):
+            return ()
+        chain = _before_transposes(value)
+        read = chain[-1]
+        if calls_fake_quantize(read, region):
+            continue
+        parameter = read_parameter(read, region)
+        if parameter is None:
+            found.append(Factor(value, index, name))
+            continue
+        outputs = (position + len(chain) - 1) % 2  # the left factor's rows, the right one's columns
+        reader = chain[-2] if len(chain) > 1 else node
+        found.append(Factor(value, index, name, read, reader, outputs if parameter.dim() == 2 else None))
+    return tuple(found)
+
+
+def _before_transposes(node: fx.Node) -> list[fx.Node]:
+    """A value that only its one reader sees, and what it was before it was transposed, step by step."""
+    chain = [node]
+    while node.op.startswith("call_") and node.target in _TRANSPOSES and len(node.users) == 1:
+        if node.target is getattr and node.args[1] not in ("T", "mT"):
+            break
+        node = node.all_input_nodes[0]
+        chain.append(node)
+    return chain
+
+
+def _is_float(node: fx.Node) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return meta is None or meta.dtype.is_floating_point

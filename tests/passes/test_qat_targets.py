@@ -1,0 +1,138 @@
+"""Which operators each target gets on integers, and what it leaves as floats, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.modules import FakeQuantize, quantized_weights
+from passes import QAT, Fuse, QuantizeFreeze
+from passes.qat import calibrate
+from tests.models import STATIC
+from tests.passes.programs import Outcome, assert_close, captured, rewrite, run
+
+TOKENS = torch.randn(2, 6, 16)
+
+
+class Calls(nn.Module):
+    """A function of layers and an input."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], **layers: nn.Module):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+def linear(**more: nn.Module) -> dict[str, nn.Module]:
+    return {"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), **more}
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
+    "product": (lambda: Calls(lambda m, x: m.a(x) @ m.b(x).transpose(1, 2), **linear()), TOKENS),
+    "attention": (
+        lambda: Calls(lambda m, x: m.b(F.scaled_dot_product_attention(x, m.a(x), x, is_causal=True)), **linear()),
+        TOKENS,
+    ),
+    "recurrent": (lambda: Calls(lambda m, x: m.a(m.gru(x)[0]), **linear(gru=nn.GRU(16, 16))), TOKENS),
+    "gelu": (lambda: Calls(lambda m, x: m.b(F.gelu(m.a(x))), **linear()), TOKENS),
+    "norm": (lambda: Calls(lambda m, x: m.a(m.norm(x)), **linear(norm=nn.LayerNorm(16))), TOKENS),
+    "pools": (
+        lambda: Calls(
+            lambda m, x: m.b(F.avg_pool2d(F.max_pool2d(F.relu(m.a(x)), 2), 2)),
+            a=nn.Conv2d(3, 8, 3, padding=1),
+            b=nn.Conv2d(8, 4, 1),
+        ),
+        torch.randn(2, 3, 8, 8),
+    ),
+}
+PLACED: dict[tuple[str, str], tuple[list[str], str]] = {
+    ("product", "generic"): (["a", "matmul", "matmul_1"], ""),
+    ("product", "onnxruntime"): (["a", "matmul", "matmul_1"], ""),
+    ("product", "openvino"): (["a"], "matmul: OpenVINO multiplies two computed values in floats"),
+    ("product", "inductor"): (["a"], "matmul: TorchInductor multiplies two computed values in floats"),
+    ("attention", "generic"): (["a", "b", "scaled_dot_product_attention"], ""),
+    ("attention", "onnxruntime"): (["a", "b"], "onnxruntime scales queries and keys behind any quantiser"),
+    ("attention", "openvino"): (["a", "b"], "OpenVINO multiplies two computed values in floats"),
+    ("recurrent", "generic"): (["a", "gru"], ""),
+    ("recurrent", "onnxruntime"): (["a"], "gru: onnxruntime runs recurrent layers in floats"),
+    ("recurrent", "openvino"): (["a"], "gru: OpenVINO runs recurrent layers in floats"),
+    ("gelu", "onnxruntime"): (["a", "b"], "gelu stays a float: onnxruntime has no integer kernel for it"),
+    ("gelu", "openvino"): (["a", "b"], ""),
+    ("norm", "openvino"): (["a"], "norm: LayerNorm stays a float: openvino has no integer kernel for it"),
+    ("pools", "generic"): (["a", "b"], ""),
+    ("pools", "openvino"): (["a", "avg_pool2d", "b"], ""),
+}
+
+
+def placed(name: str, target: str) -> tuple[Outcome, torch.Tensor]:
+    torch.manual_seed(0)
+    build, x = MODELS[name]
+    program = captured(build().eval(), (x,))
+    rewrite(Fuse(), program)
+    return rewrite(QAT(target=target), program), x  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "target"), PLACED)
+def test_inputs_are_quantised_where_the_target_multiplies_integers(name: str, target: str) -> None:
+    inputs, reason = PLACED[name, target]
+    outcome, x = placed(name, target)
+    module = outcome.module
+    named = [each for each, child in module.named_modules() if isinstance(child, FakeQuantize)]
+    assert sorted(each for each in named if each.startswith("input_fake_quant.")) == [
+        f"input_fake_quant.{each}" for each in sorted(inputs)
+    ]
+    assert [text for text in outcome.reasons if reason in text] if reason else not outcome.reasons
+    assert not calibrate(module, [(x,)])
+    assert not rewrite(QAT(target=target), module).changes  # type: ignore[arg-type]
+
+
+def test_openvino_gets_the_value_before_what_only_picks_from_it() -> None:
+    outcome, _ = placed("pools", "openvino")
+    calls = outcome.calls
+    assert calls.index("input_fake_quant.avg_pool2d") < calls.index("max_pool2d") < calls.index("avg_pool2d")
+
+
+@pytest.mark.parametrize("name", ["hand_linear", "scaled_linear"])
+def test_a_parameter_is_quantised_along_its_outputs_before_it_is_transposed(name: str) -> None:
+    case = STATIC[name]
+    outcome = run(QAT(), case.build(), case.example())
+    weights = [fake for each, fake in outcome.module.named_modules() if each.startswith("weight_fake_quant.")]
+    assert [(fake.axis, fake.scale.shape) for fake in weights] == [(0, (8,))]  # type: ignore[union-attr]
+    assert outcome.calls.index(next(c for c in outcome.calls if c.startswith("weight"))) == 0
+    calibrate(outcome.module, [case.example()])
+    simulated = outcome.module(*case.example())
+    rewrite(QuantizeFreeze(), outcome.module)
+    assert_close(outcome.module(*case.example()), simulated)
+
+
+def test_each_layer_of_a_transformer_can_be_left_out_by_name() -> None:
+    case = STATIC["encoder"]
+    outcome = run(QAT(include="encoder.layers.0.*", exclude="*linear2"), case.build(), case.example())
+    assert [change.where for change in outcome.changes] == ["encoder.layers.0.self_attn", "encoder.layers.0.linear1"]
+
+
+@pytest.mark.parametrize("name", ["recurrent", "attention", "encoder", "tied_head"])
+def test_forms_that_are_called_as_one_freeze(name: str) -> None:
+    case = STATIC[name]
+    program = captured(case.build(), case.example())
+    rewrite(QAT(learned="lsq"), program)
+    calibrate(program, [case.example()])
+    simulated = program(*case.example())
+    outcome = rewrite(QuantizeFreeze(), program)
+    assert_close(program(*case.example()), simulated)
+    assert not outcome.skips
+    for _, owner, leaf, fake in quantized_weights(program):
+        assert not isinstance(fake.scale, nn.Parameter)
+        assert_close(fake(owner.get_parameter(leaf)), owner.get_parameter(leaf), 1e-6)
+    assert not rewrite(QuantizeFreeze(), program).changes
+    optimised = fxopt.optimize(case.build(), case.example(), [QAT()], devices=(), calibration_data=[case.example()])
+    assert optimised.ledger.changes
