@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import nn
 
 import fxopt
-from fxopt import Inputs, bench, prove, record, report
+from fxopt import Inputs, bench, prove, record, registry, report, spec
 from fxopt.artifact import save
 from fxopt.bench import Comparison, Verdict
 from fxopt.capture import capture
@@ -26,6 +26,7 @@ from fxopt.graph import GraphModule, Region
 from fxopt.ledger import LedgerEntry
 from fxopt.pipeline import run_passes
 from fxopt.prove import Prover
+from fxopt.rewriting import run_pass
 from fxopt.verify import Oracle
 from passes import Fuse
 from tests.report.record_example import comparison
@@ -318,3 +319,51 @@ def test_passes_are_really_measured() -> None:
 def test_another_level_is_refused() -> None:
     with pytest.raises(SpecError, match="expected 'pass' to measure each pass, or 'match' each change, not 'each'"):
         fxopt.optimize(model(), IMAGES, "fuse", prove="each")
+
+
+class Attending(nn.Module):
+    """Attention by hand, with a norm, and three layers on one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.softmax(self.q(x) @ self.k(x).transpose(-2, -1) / 2.0, -1) @ self.v(x)
+        y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        return y * torch.sigmoid(y)
+
+
+class Stages(nn.Module):
+    """A layer with a batch norm, and one with an addition and an activation behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.two(self.norm(self.one(x)).relu()) + x).relu()
+
+
+SEQUENCE = Inputs((torch.linspace(-1, 1, 24).reshape(1, 6, 4),))
+SPARING: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
+    "attention": (Attending, SEQUENCE),
+    "cast": (Stages, IMAGES),
+    "fuse": (Stages, IMAGES),
+    "merge": (Attending, SEQUENCE),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in registry.available().items() if kind.for_speed])
+def test_every_pass_for_speed_leaves_out_single_places(name: str) -> None:
+    factory, inputs = SPARING[name]
+    (each,) = spec.parse(name)
+    module = factory().eval()
+
+    def places(spared: frozenset[str] = frozenset()) -> list[str]:
+        captured = capture(module, inputs.args)
+        return [change.where for change in run_pass(each, captured.module, (), spared=spared)[0]]
+
+    assert places()
+    for place in places():
+        assert place not in places(frozenset({place}))

@@ -32,6 +32,7 @@ class Attention(Pass):
     name: ClassVar[str] = "attention"
     promise: ClassVar[Promise] = Promise.CLOSE
     after: ClassVar[tuple[str, ...]] = ("clean",)
+    for_speed: ClassVar[bool] = True
 
     norms: bool = field(default=True, metadata={"help": "recognise layer and root-mean-square normalisation"})
     activations: bool = field(default=True, metadata={"help": "recognise GELU and SiLU"})

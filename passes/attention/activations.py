@@ -68,7 +68,9 @@ def _function(node: fx.Node, region: Region) -> str:
     return _MODULES[base] if base is not None and why_not_plain(module, base) is None else ""
 
 
-def _replace(y: fx.Node, x: fx.Node, form: _Form, region: Region) -> Change | Skip:
+def _replace(y: fx.Node, x: fx.Node, form: _Form, region: Region) -> Change | Skip | None:
+    if region.is_spared(y):
+        return None
     where, line = region.qualified(y), source_of(y)
     reason = why_written(x, x, y, region)
     if reason is not None:

@@ -64,8 +64,10 @@ def recognise_norm(node: fx.Node, region: Region) -> Change | Skip | None:
     return None
 
 
-def _replace(y: fx.Node, moment: _Moment, region: Region) -> Change | Skip:
+def _replace(y: fx.Node, moment: _Moment, region: Region) -> Change | Skip | None:
     shape = shape_of(moment.x)
+    if region.is_spared(y):
+        return None
     where, line = region.qualified(y), source_of(y)
     if not is_last(moment.axis, moment.x) or shape is None:
         return Skip(where, f"it normalises over {moment.axis}; the operators of torch normalise the last axis", line)

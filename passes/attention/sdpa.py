@@ -139,8 +139,10 @@ def _why_not(scores: Scores, weights: _Weights, region: Region) -> str | None:
     return why_noticed(weights.product, region)
 
 
-def _replace(scores: Scores, weights: _Weights, region: Region) -> Change:
+def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None:
     end = weights.product
+    if region.is_spared(end):
+        return None
     where, line = region.qualified(end), source_of(end)
     options: dict[str, Any] = {}
     dropout = _dropout(weights.dropout, end, region)
