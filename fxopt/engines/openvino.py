@@ -12,10 +12,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.integers import left_floats_by_openvino
 from fxopt.engines.onnx import export, output_structure, quiet, through_numpy
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize
 
 _BFLOAT16_TOLERANCE = 5e-2
 
@@ -86,4 +88,6 @@ class OpenVINO(Engine):
 
         run = through_numpy(structure, call)
         run(*inputs.args, **inputs.kwargs)
+        if any(isinstance(child, FakeQuantize) for child in module.modules()):
+            reasons += left_floats_by_openvino(next(iter(compiled.values())))
         return Built(run, reasons, write=write)

@@ -39,7 +39,7 @@ def linear(**more: nn.Module) -> dict[str, nn.Module]:
 MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "product": (lambda: Calls(lambda m, x: m.a(x) @ m.b(x).transpose(1, 2), **linear()), TOKENS),
     "attention": (
-        lambda: Calls(lambda m, x: m.b(F.scaled_dot_product_attention(x, m.a(x), x, is_causal=True)), **linear()),
+        lambda: Calls(lambda m, x: m.b(F.scaled_dot_product_attention(*[m.a(x)[:, None]] * 3)[:, 0]), **linear()),
         TOKENS,
     ),
     "recurrent": (lambda: Calls(lambda m, x: m.a(m.gru(x)[0]), **linear(gru=nn.GRU(16, 16))), TOKENS),
@@ -93,6 +93,33 @@ def test_inputs_are_quantised_where_the_target_multiplies_integers(name: str, ta
     assert [text for text in outcome.reasons if reason in text] if reason else not outcome.reasons
     assert not calibrate(module, [(x,)])
     assert not rewrite(QAT(target=target), module).changes  # type: ignore[arg-type]
+
+
+KERNELS: dict[tuple[str, str], tuple[str, str]] = {
+    ("product", "onnxruntime"): ("3 MatMulIntegerToFloat", ""),
+    ("product", "openvino"): ("2 FullyConnected", "MatMul runs in floats"),
+    ("attention", "onnxruntime"): ("2 MatMulIntegerToFloat", "multiplies two computed values, not both of them"),
+    ("attention", "openvino"): ("2 FullyConnected", ""),
+    ("recurrent", "onnxruntime"): ("1 MatMulIntegerToFloat", "GRU runs in floats: onnxruntime has no integer kernel"),
+    ("recurrent", "openvino"): ("1 FullyConnected", "RNNSeq runs in floats"),
+    ("gelu", "openvino"): ("2 FullyConnected", ""),
+    ("pools", "openvino"): ("2 Convolution, 2 Pooling", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "target"), KERNELS)
+def test_what_was_placed_for_a_runtime_becomes_its_integer_kernels(name: str, target: str) -> None:
+    pytest.importorskip(target)
+    integers, left = KERNELS[name, target]
+    outcome, x = placed(name, target)
+    calibrate(outcome.module, [(x,)])
+    rewrite(QuantizeFreeze(), outcome.module)
+    executable = fxopt.lower(outcome.module, x, engine=target)
+    reasons = [skip.reason for skip in executable.reasons if "batch size" not in skip.reason]
+    assert reasons[0] == f"operators on integers: {integers}"
+    assert any(left in reason for reason in reasons[1:]) if left else not reasons[1:]
+    with torch.no_grad():
+        assert_close(executable(x), outcome.module(x), 1e-4)
 
 
 def test_openvino_gets_the_value_before_what_only_picks_from_it() -> None:
