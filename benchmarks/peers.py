@@ -2,20 +2,23 @@
 
     python benchmarks/peers.py [--out benchmarks/results] [--threads 2] [--seconds 40] [--again] [MODEL[:BATCH] ...]
 
-A row is a model at a batch size and runs in a process of its own; it is appended to peers.jsonl as soon as it is
-there, and rows that are there are not run again, so a stopped run goes on where it was. peers.md is the table of all
-rows: speed-ups over eager, the medians of paired ratios with their 95 % intervals, and geometric means.
+A row is a model at a batch size and runs in a process of its own; it is written to peers.json as soon as it is there,
+and rows that are there are not run again, so a stopped run goes on where it was. peers.md has the tables of all rows:
+speed-ups over eager, each of ours beside each peer, geometric means, builds and memory; peers.svg draws the first. The
+plot needs matplotlib, which the extra `bench` brings.
 
-Models come with random weights; outputs of every arm are held against eager's. Times hold for the machine that
-peers.jsonl names, and only if nothing else ran on it.
+Models come with random weights; outputs of every arm are held against eager's. Compilers begin each row with empty
+caches. Times hold for the machine that peers.json names, and only if nothing else ran on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
-import math
+import os
 import random
 import statistics
 import subprocess
@@ -23,18 +26,18 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
+from peers_report import plot, render
 from torch import nn
 from torch.utils import _pytree as pytree
+from zoo_models.memory import begin_peak, peak
 
 import fxopt
 from fxopt import Inputs, bench, spec
-from fxopt.bench.statistics import paired_interval
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer
 from fxopt.engines import climb
@@ -57,7 +60,6 @@ CONVOLUTIONS = (
 TRANSFORMERS = ("deit_small", "swin_t", "bert", "gpt2")
 MODELS = (*CONVOLUTIONS, *TRANSFORMERS)
 BATCHES = (1, 8)
-OURS = ("onednn", "auto", "auto 1e-2")
 _ROW_SECONDS = 1800
 _FEWEST_ROUNDS = 8
 
@@ -69,37 +71,45 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=40.0, help="for the timing of one row, without builds")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for `auto` to build and measure engines")
     parser.add_argument("--arms", default="", help="only these, by name, with commas; eager always runs")
     parser.add_argument("--again", action="store_true", help="run rows that are there once more")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rows = [_row(text) for text in options.rows] or [[(model, batch) for batch in BATCHES] for model in MODELS]
-    wanted = [pair for row in rows for pair in row]
+    asked = [_row(text) for text in options.rows] or [[(model, batch) for batch in BATCHES] for model in MODELS]
+    wanted = [pair for row in asked for pair in row]
     if options.one:
         torch.set_num_threads(options.threads)
         wanted_arms = [name for name in options.arms.split(",") if name]
-        print(json.dumps(measure(*wanted[0], seconds=options.seconds, only=wanted_arms)))
+        found = measure(*wanted[0], seconds=options.seconds, budget=options.budget, only=wanted_arms)
+        print(json.dumps(found))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    record = options.out / "peers.jsonl"
+    record = options.out / "peers.json"
     for model, batch in wanted:
-        there = {(row["model"], row["batch"]) for row in read(record)}
-        if (model, batch) in there and not options.again:
+        rows = read(record)
+        if (model, batch) in rows and not options.again:
             continue
         found = _in_a_process(model, batch, options)
-        with record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
-        (options.out / "peers.md").write_text(render(read(record)), encoding="utf-8")
+        rows[model, batch] = found
+        record.write_text(written(rows.values()), encoding="utf-8")
+        (options.out / "peers.md").write_text(render(list(rows.values())), encoding="utf-8")
+        plot(list(rows.values()), options.out / "peers.svg")
         print(f"{model} at {batch}: {found.get('failed') or 'done'}", file=sys.stderr)
-    print(render(read(record)))
+    print(render(list(read(record).values())))
 
 
-def read(record: Path) -> list[dict[str, Any]]:
-    """All rows; of those that were run again, the last."""
+def read(record: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """All rows, by model and batch size."""
     if not record.is_file():
-        return []
-    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    return list({(row["model"], row["batch"]): row for row in rows}.values())
+        return {}
+    rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
+    return {(row["model"], row["batch"]): row for row in rows}
+
+
+def written(rows: Iterable[Mapping[str, Any]]) -> str:
+    """All rows as JSON, each in one line."""
+    return '{"rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n"
 
 
 def _row(text: str) -> list[tuple[str, int]]:
@@ -111,10 +121,12 @@ def _row(text: str) -> list[tuple[str, int]]:
 
 def _in_a_process(model: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     order = [sys.executable, __file__, "--one", f"{model}:{batch}", "--threads", str(options.threads)]
-    order += ["--seconds", str(options.seconds), "--arms", options.arms]
+    order += ["--seconds", str(options.seconds), "--budget", str(options.budget), "--arms", options.arms]
     failed = {"model": model, "batch": batch, "arms": {}}
     try:
-        done = subprocess.run(order, capture_output=True, text=True, timeout=_ROW_SECONDS)
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+            done = subprocess.run(order, capture_output=True, text=True, timeout=_ROW_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return {**failed, "failed": f"it took more than {_ROW_SECONDS} s"}
     try:
@@ -240,12 +252,11 @@ def _onednn(model: nn.Module, inputs: Inputs) -> Run:
     return _call(fxopt.lower(fused, inputs, "onednn"), inputs)
 
 
-def _auto(max_error: float | None) -> Callable[[nn.Module, Inputs], Run]:
+def _auto(max_error: float | None, budget: float) -> Callable[[nn.Module, Inputs], Run]:
     def arm(model: nn.Module, inputs: Inputs) -> Run:
         fused = replay(model, inputs, spec.parse("clean,fuse"))
-        ladder = climb(
-            "auto", model, fused, inputs, oracle=Oracle(model, inputs), max_error=max_error, budget_seconds=120
-        )
+        oracle = Oracle(model, inputs)
+        ladder = climb("auto", model, fused, inputs, oracle=oracle, max_error=max_error, budget_seconds=budget)
         assert ladder.chosen is not None and ladder.chosen.executable is not None
         run = _call(ladder.chosen.executable, inputs)
         run.__doc__ = ladder.chosen.label
@@ -254,7 +265,7 @@ def _auto(max_error: float | None) -> Callable[[nn.Module, Inputs], Run]:
     return arm
 
 
-ARMS: Mapping[str, Callable[[nn.Module, Inputs], Run]] = {
+PEERS: Mapping[str, Callable[[nn.Module, Inputs], Run]] = {
     "eager": _eager,
     "fx fuse": _fx_fuse,
     "fx fuse, channels_last": _fx_fuse_channels_last,
@@ -264,29 +275,30 @@ ARMS: Mapping[str, Callable[[nn.Module, Inputs], Run]] = {
     "onnxruntime": _exported("onnxruntime"),
     "openvino": _exported("openvino", precision="f32"),
     "openvino bf16": _exported("openvino", precision="bf16"),
-    "onednn": _onednn,
-    "auto": _auto(None),
-    "auto 1e-2": _auto(1e-2),
 }
 
 
-def measure(name: str, batch: int, *, seconds: float, only: Sequence[str]) -> dict[str, Any]:
+def measure(name: str, batch: int, *, seconds: float, budget: float, only: Sequence[str]) -> dict[str, Any]:
     """Build all arms of a row, hold them against eager, and time them in turns."""
     model, inputs = build(name, batch)
+    every = {**PEERS, "onednn": _onednn, "auto": _auto(None, budget), "auto 1e-2": _auto(1e-2, budget)}
     runs: dict[str, Run] = {}
     arms: dict[str, dict[str, Any]] = {}
     with quiet(torch.device("cpu")), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = _tensors(model(*inputs.args, **inputs.kwargs))
-        for arm, make in ARMS.items():
+        for arm, make in every.items():
             if only and arm not in ("eager", *only):
                 continue
+            resident = _resident()
+            begin_peak()
             began = time.perf_counter()
             try:
                 run = make(model, inputs)
                 found = _tensors(run())
                 arms[arm] = {
                     "build_seconds": time.perf_counter() - began,
+                    "peak_bytes": peak() - resident,
                     "relative_error": max(map(relative_error, expected, found)),
                     "chosen": run.__doc__,
                 }
@@ -296,22 +308,25 @@ def measure(name: str, batch: int, *, seconds: float, only: Sequence[str]) -> di
                 arms[arm] = {"failed": f"{type(error).__name__}: {text[:200]}"}
         times = _in_turns(runs, seconds)
     for arm, taken in times.items():
-        effect = paired_interval(times["eager"], taken)
-        arms[arm] |= {
-            "ms": 1e3 * statistics.median(taken),
-            "speedup": 1 / effect.ratio,
-            "low": 1 / effect.high,
-            "high": 1 / effect.low,
-            "times": [round(one, 7) for one in taken],
-        }
+        arms[arm] |= {"ms": 1e3 * statistics.median(taken), "times": [round(one, 7) for one in taken]}
     return {
         "model": name,
         "batch": batch,
+        "kind": "convolutions" if name in CONVOLUTIONS else "transformers",
+        "weights_bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         "inputs": inputs.describe(),
         "machine": dataclasses.asdict(bench.fingerprint()),
         "versions": _versions(),
         "arms": arms,
     }
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory, once what is free was handed back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    begin_peak()
+    return peak()
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -349,72 +364,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-# The table
-
-
-def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Speed-ups over eager with intervals, geometric means, builds and errors."""
-    if not rows:
-        return "no rows yet\n"
-    machine: Mapping[str, Any] = next((row["machine"] for row in rows if "machine" in row), {})
-    arms = [arm for arm in ARMS if any(arm in row["arms"] for row in rows)]
-    body = [
-        [row["model"], row["batch"], *(_cell(row["arms"].get(arm, {}), arm) for arm in arms)]
-        for row in rows
-        if not row.get("failed")
-    ]
-    body += [
-        ["geometric mean, convolutions", "", *(_mean(rows, arm, CONVOLUTIONS) for arm in arms)],
-        ["geometric mean, all", "", *(_mean(rows, arm, MODELS) for arm in arms)],
-    ]
-    builds = [
-        [row["model"], row["batch"], *(_build(row["arms"].get(arm, {})) for arm in arms[1:])]
-        for row in rows
-        if not row.get("failed")
-    ]
-    failed = [f"- {row['model']} at {row['batch']}: {row['failed']}" for row in rows if row.get("failed")]
-    parts = [
-        "# fxopt's engines beside their peers",
-        f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
-        f"{' '.join(machine.get('cpu_flags', ()))}; torch {machine.get('torch')}, oneDNN {machine.get('onednn')}; "
-        "`python benchmarks/peers.py`. Eager in milliseconds; speed-ups over it are medians of paired ratios, with "
-        "their 95 % intervals, all arms of a row in one process and in turns. `-` is an arm that cannot take the "
-        "model; peers.jsonl says why.",
-        tabulate(body, ["model", "batch", *arms], tablefmt="github", disable_numparse=True),
-        "## Seconds to build, and relative error",
-        tabulate(builds, ["model", "batch", *arms[1:]], tablefmt="github", disable_numparse=True),
-        *failed,
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(arm: Mapping[str, Any], name: str) -> str:
-    if "speedup" not in arm:
-        return "-"
-    if name == "eager":
-        return f"{arm['ms']:.1f} ms"
-    chosen = f" ({arm['chosen']})" if arm.get("chosen") else ""
-    return f"{arm['speedup']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]{chosen}"
-
-
-def _build(arm: Mapping[str, Any]) -> str:
-    return f"{arm['build_seconds']:.1f} s, {arm['relative_error']:.0e}" if "build_seconds" in arm else "-"
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], arm: str, models: Sequence[str]) -> str:
-    """Of the speed-ups of an arm, and of how many rows where it could not take all."""
-    taken_rows = [row for row in rows if row["model"] in models and not row.get("failed")]
-    found = [row["arms"].get(arm, {}).get("speedup") for row in taken_rows]
-    if not found or None in found:
-        taken = [value for value in found if value]
-        return f"{_geometric(taken):.2f} of {len(taken)}" if taken else "-"
-    return f"{_geometric(found):.2f}"
-
-
-def _geometric(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 if __name__ == "__main__":
