@@ -6,6 +6,7 @@ from passes.audit import Audit
 from passes.cast import Cast
 from passes.clean import Clean
 from passes.fuse import Fuse
+from passes.layout import Layout
 from passes.lora import LoRA, LoRAMerge
 from passes.merge import Merge
 from passes.qat import PTQ, QAT, QuantizeFreeze
@@ -20,6 +21,7 @@ __all__ = [
     "Cast",
     "Clean",
     "Fuse",
+    "Layout",
     "LoRA",
     "LoRAMerge",
     "Merge",
@@ -32,6 +34,7 @@ PASSES: tuple[type[Pass], ...] = (
     Clean,
     Merge,
     Attention,
+    Layout,
     Fuse,
     Cast,
     Sparsify,

@@ -3,17 +3,21 @@
 from fxopt.graph.affine import Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead
 from fxopt.graph.module import GraphModule
+from fxopt.graph.norm import BatchNorm, Norm, is_norm, rank_of, read_norm
 from fxopt.graph.observe import observe
 from fxopt.graph.product import Product, read_parameter, read_product
 from fxopt.graph.region import Program, Region
 from fxopt.graph.sharing import also_used, why_called_elsewhere, why_shared
 from fxopt.graph.source import Source, inherit, source_of
 from fxopt.graph.strides import hide_strides, why_noticed
+from fxopt.graph.values import replace_values, scale_by_input, scale_by_output, shift_behind, why_shift_stays
 
 __all__ = [
     "Affine",
+    "BatchNorm",
     "Effects",
     "GraphModule",
+    "Norm",
     "Product",
     "Program",
     "Region",
@@ -22,13 +26,21 @@ __all__ = [
     "eliminate_dead",
     "hide_strides",
     "inherit",
+    "is_norm",
     "observe",
+    "rank_of",
     "read_affine",
+    "read_norm",
     "read_parameter",
     "read_product",
+    "replace_values",
+    "scale_by_input",
+    "scale_by_output",
+    "shift_behind",
     "source_of",
     "why_called_elsewhere",
     "why_not_plain",
     "why_noticed",
     "why_shared",
+    "why_shift_stays",
 ]

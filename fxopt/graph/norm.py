@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
-from fxopt.graph import Region, source_of, why_not_plain
+from fxopt.graph.affine import why_not_plain
+from fxopt.graph.region import Region
+from fxopt.graph.source import source_of
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _RANK: dict[type[nn.Module], int] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}

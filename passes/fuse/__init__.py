@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch.fx as fx
 
 from fxopt.contract import Change, Pass, Promise, Skip
-from fxopt.graph import Affine, Region, read_affine, source_of
+from fxopt.graph import Affine, Norm, Region, is_norm, read_affine, read_norm, source_of
 from passes.fuse.fold import fold_before, fold_behind
-from passes.fuse.norm import Norm, is_norm, read_norm
 from passes.fuse.tail import fuse_tail
 from passes.fuse.train import join
 
@@ -33,7 +32,7 @@ class Fuse(Pass):
 
     name: ClassVar[str] = "fuse"
     promise: ClassVar[Promise] = Promise.CLOSE
-    after: ClassVar[tuple[str, ...]] = ("clean",)
+    after: ClassVar[tuple[str, ...]] = ("clean", "merge", "attention", "layout")
     for_speed: ClassVar[bool] = True
 
     include: str = field(default="*", metadata={"help": "glob over the layer's qualified name"})

@@ -14,9 +14,8 @@ from typing import Any
 import torch.fx as fx
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, Region, also_used, source_of, why_called_elsewhere, why_not_plain
+from fxopt.graph import Affine, BatchNorm, Region, also_used, rank_of, source_of, why_called_elsewhere, why_not_plain
 from fxopt.modules import Fused
-from passes.fuse.norm import BatchNorm, rank_of
 
 
 @dataclass(frozen=True)
