@@ -35,6 +35,7 @@ class Fingerprint:
         blas: library and version.
         onednn: version; None where torch has none.
         threads: that torch runs inside of an operator.
+        interop_threads: how many operators torch may run at once.
         gpu: name; None where there is no CUDA device.
         gpu_memory_bytes: of its memory.
         gpu_driver: version.
@@ -54,6 +55,7 @@ class Fingerprint:
     blas: str
     onednn: str | None
     threads: int
+    interop_threads: int
     gpu: str | None = None
     gpu_memory_bytes: int | None = None
     gpu_driver: str | None = None
@@ -79,6 +81,7 @@ def fingerprint() -> Fingerprint:
         blas=_blas(config),
         onednn=_found(r"MKL-DNN v([\w.]+)|oneDNN v([\w.]+)", config),
         threads=torch.get_num_threads(),
+        interop_threads=torch.get_num_interop_threads(),
         gpu=torch.cuda.get_device_name() if gpu else None,
         gpu_memory_bytes=int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
         if gpu

@@ -12,7 +12,10 @@ from fxopt.record.shape import LatencyRecord, Number
 def machine(found: Mapping[str, Any]) -> str:
     """A fingerprint in one line: CPU, then software."""
     cpu = f"{found.get('cpu', 'unknown CPU')}, {found.get('cores', '?')} cores, {found.get('cpu_capability', '')}"
-    return f"{cpu}; torch {found.get('torch', '?')}, {found.get('threads', '?')} threads, {found.get('os', '?')}"
+    threads = f"{found.get('threads', '?')} threads"
+    if "interop_threads" in found:
+        threads += f", {number_of(found['interop_threads'], 'operator')} at once"
+    return f"{cpu}; torch {found.get('torch', '?')}, {threads}, {found.get('os', '?')}"
 
 
 def duration(milliseconds: float) -> str:

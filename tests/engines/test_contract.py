@@ -108,6 +108,21 @@ def test_copies_and_pickles_build_again_without_measuring(
 
 
 @pytest.mark.parametrize("engine", IN_PROCESS)
+def test_a_copy_holds_plain_weights_and_builds_when_it_is_called(
+    engine: str, cnn: tuple[nn.Module, torch.Tensor]
+) -> None:
+    model, x = cnn
+    executable = fxopt.lower(model, x, engine)
+    copied = pickle.loads(pickle.dumps(executable))
+    assert copied._built is None
+    plain = fxopt.capture(model, (x,)).module.state_dict()
+    assert list(copied.state_dict()) == [f"module.{name}" for name in plain]
+    assert all(torch.equal(value, plain[name.removeprefix("module.")]) for name, value in copied.state_dict().items())
+    copied(x)
+    assert copied._built is not None
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
 def test_saves_and_loads(engine: str, cnn: tuple[nn.Module, torch.Tensor], tmp_path: Any) -> None:
     model, x = cnn
     executable = fxopt.lower(model, x, engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,32 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
         "engine 'cudnn' cannot run here: there is no CUDA device",
         "not built: bfloat16 needs a bound on the error, such as 1e-2",
     ]
+
+
+def test_what_the_platform_lacks_drops_out_with_what_would_bring_it(
+    measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured["eager"] = 1.0
+    brings = {
+        "onednn": "this torch has no oneDNN; `pip install torch`",
+        "sparse": "this torch has no MKL, whose sparse products it needs; `pip install torch`",
+        "onnxruntime": "ONNX Runtime is not installed; `pip install onnxruntime onnxscript` brings it",
+        "openvino": "OpenVINO is not installed; `pip install fxopt[openvino]` brings it",
+        "inductor": "torch.compile needs a C++ compiler; `apt-get install g++` brings one",
+        "cudnn": "there is no CUDA device; on a machine with one, `pip install torch` brings a build for it",
+        "cudagraph": "there is no CUDA device; on a machine with one, `pip install torch` brings a build for it",
+    }
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], *map(Rung, brings)))
+    monkeypatch.setattr(ladder, "_has_zeros", lambda module: True)
+    found = run("auto")
+    assert found.chosen is found.rungs[0]
+    for rung, command in zip(found.rungs[1:], brings.values(), strict=True):
+        assert rung.dropped.startswith(f"engine '{rung.engine}' cannot run here: {command}")
 
 
 CAST = Rung("onednn", passes="cast{dtype=bf16}")

@@ -17,7 +17,7 @@ from fxopt import Inputs
 from fxopt.engines import ENGINES
 from fxopt.errors import EngineError
 from passes import PTQ, Fuse, QuantizeFreeze
-from tests.engines.test_contract import agree
+from tests.engines.test_contract import REFUSED_CALLS, agree
 from tests.models import DYNAMIC, STATIC
 
 EXPORTING = ("onnxruntime", "openvino")
@@ -65,6 +65,65 @@ def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path:
     assert (tmp_path / {"onnxruntime": "model.onnx", "openvino": "model.xml"}[engine]).is_file()
     duplicate = copy.deepcopy(executable)
     agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+@pytest.mark.parametrize("name", ["conv_zoo", "encoder"])
+def test_runs_what_the_module_runs(name: str, engine: str) -> None:
+    needs(engine)
+    case = STATIC[name]
+    model, example = case.build(), case.example()
+    executable = fxopt.lower(model, example, engine)
+    with torch.no_grad():
+        agree(executable(*case.example(seed=5)), model(*case.example(seed=5)))
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_refuses_what_it_was_not_built_for(engine: str) -> None:
+    needs(engine)
+    case = STATIC["staged_cnn"]
+    (x,) = case.example()
+    executable = fxopt.lower(case.build(), x, engine)
+    for call, message in REFUSED_CALLS.values():
+        with pytest.raises(EngineError, match=message):
+            call(executable, x)
+
+
+def test_onnxruntime_runs_as_many_threads_as_torch_and_none_of_them_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("onnxruntime")
+    import onnxruntime
+
+    session, seen = onnxruntime.InferenceSession, []
+
+    def watched(path: Any, options: Any, **rest: Any) -> Any:
+        seen.append((options.intra_op_num_threads, options.get_session_config_entry("session.intra_op.allow_spinning")))
+        return session(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "onnxruntime")
+    assert seen == [(3, "0")]
+
+
+def test_openvino_runs_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("openvino")
+    import openvino
+
+    core, seen = openvino.Core, []
+
+    class Watched:
+        def __init__(self) -> None:
+            self.core = core()
+            self.read_model = self.core.read_model
+
+        def compile_model(self, model: Any, device: str, settings: dict[str, Any]) -> Any:
+            seen.append(settings["INFERENCE_NUM_THREADS"])
+            return self.core.compile_model(model, device, settings)
+
+    monkeypatch.setattr(openvino, "Core", Watched)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "openvino")
+    assert seen == [3]
 
 
 def test_a_fixed_batch_size_is_said() -> None:

@@ -28,6 +28,7 @@ MACHINE = Fingerprint(
     blas="mkl 2024.2",
     onednn="3.12.0",
     threads=2,
+    interop_threads=1,
 )
 
 
