@@ -345,11 +345,23 @@ class Stages(nn.Module):
         return (self.two(self.norm(self.one(x)).relu()) + x).relu()
 
 
+class Padded(nn.Module):
+    """A pad before a layer, and a scale behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(nn.functional.pad(x, (1, 1, 1, 1))) * 2.0
+
+
 SEQUENCE = Inputs((torch.linspace(-1, 1, 24).reshape(1, 6, 4),))
 SPARING: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "attention": (Attending, SEQUENCE),
     "cast": (Stages, IMAGES),
     "fuse": (Stages, IMAGES),
+    "layout": (Padded, IMAGES),
     "merge": (Attending, SEQUENCE),
 }
 

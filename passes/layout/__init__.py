@@ -36,6 +36,7 @@ class Layout(Pass):
     name: ClassVar[str] = "layout"
     promise: ClassVar[Promise] = Promise.CLOSE
     after: ClassVar[tuple[str, ...]] = ("clean",)
+    for_speed: ClassVar[bool] = True
 
     channels_last: bool = field(default=True, metadata={"help": "run 2-d convolutions in channels_last"})
     pads: bool = field(default=True, metadata={"help": "fold pads into the convolution behind them"})
@@ -74,7 +75,7 @@ def _each(
     while changed:
         changed, skips = False, []
         for node in list(reversed(region.graph.nodes) if backwards else region.graph.nodes):
-            outcome = None if region.is_erased(node) else rewrite(node, region)
+            outcome = None if region.is_erased(node) or region.is_spared(node) else rewrite(node, region)
             if isinstance(outcome, Skip):
                 skips.append(outcome)
             elif outcome is not None:

@@ -16,13 +16,14 @@ _KINDS = ("conv2d", "conv_transpose2d")
 
 def run_channels_last(region: Region) -> Iterator[Change | Skip]:
     """Let all convolutions of a graph compute in channels_last."""
-    layers = [layer for node in region.graph.nodes if isinstance(layer := read_affine(node, region), Affine)]
-    convolutions = [layer for layer in layers if layer.kind in _KINDS and rank_of(layer.input) == 4]
+    convolutions = _convolutions(region)
     entries = _entries(convolutions)
     weights = {id(conv.weight): conv for conv in convolutions if not _is_so(conv.weight)}
     if not weights and not entries:
         return
     first = convolutions[0]
+    if region.is_spared(first.node):
+        return
     where = region.qualified(first.node)
     for conv in weights.values():
         if conv.module is not None and region.program.inside_opaque(conv.module):
@@ -30,8 +31,9 @@ def run_channels_last(region: Region) -> Iterator[Change | Skip]:
             yield Skip(where, unseen, source_of(conv.node))
             return
     # The weights are those of the other mode's graph too.
-    reasons = (why_noticed(one) for one in region.program.regions if one.module is region.module)
-    reason = next((reason for reason in reasons if reason), None)
+    regions = [one for one in region.program.regions if one.module is region.module]
+    reasons = (why_noticed(one, {conv.node for conv in _convolutions(one)}) for one in regions)
+    reason = next((reason for noticed in reasons for reason in noticed.values()), None)
     if reason is not None:
         yield Skip(where, f"it and the others are not computed in channels_last: {reason}", source_of(first.node))
         return
@@ -50,6 +52,11 @@ def run_channels_last(region: Region) -> Iterator[Change | Skip]:
     count = len({id(conv.node) for conv in convolutions})
     more = f" and {count - 1} more" if count > 1 else ""
     yield Change(f"computed in channels_last{more}", where, source_of(first.node))
+
+
+def _convolutions(region: Region) -> list[Affine]:
+    layers = [layer for node in region.graph.nodes if isinstance(layer := read_affine(node, region), Affine)]
+    return [layer for layer in layers if layer.kind in _KINDS and rank_of(layer.input) == 4]
 
 
 def _entries(convolutions: list[Affine]) -> dict[fx.Node, list[fx.Node]]:
