@@ -8,6 +8,7 @@ from typing import Any
 
 from fxopt.bench.comparison import Comparison
 from fxopt.contract import Change, Skip
+from fxopt.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class LedgerEntry:
         relative_error: of the outputs against the original's, after this pass.
         verify_seconds: wall time of the verification.
         proofs: of the pass, then of single places, where the user asked for them: what was kept, and what reverted.
+        ranking: of the layers that it quantised, the costliest first, where the user asked for it.
         spared: qualified names of the places that the pass was told to leave alone, since changes there do not pay.
     """
 
@@ -55,6 +57,7 @@ class LedgerEntry:
     relative_error: float | None = None
     verify_seconds: float = 0.0
     proofs: tuple[Proof, ...] = ()
+    ranking: tuple[Sensitivity, ...] = ()
     spared: frozenset[str] = frozenset()
 
     @property

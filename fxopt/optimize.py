@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger
 from fxopt.pipeline import run_passes
+from fxopt.precision import Precision
 from fxopt.prove import Prover, measuring
 from fxopt.prove import check as check_proof
 from fxopt.verify import Oracle
@@ -68,6 +70,8 @@ def optimize(
     max_error: float | None = None,
     prove: str | None = None,
     prove_seconds: float = 30.0,
+    sensitivity: bool = False,
+    max_drop: float | None = None,
 ) -> Result:
     """Optimize a module by passes, each verified against the original, and measure what that gained.
 
@@ -92,6 +96,9 @@ def optimize(
             there and by `engine` where one is named, and to take it back unless it is faster; "match" to do so with
             each place that it changed. None keeps all of it.
         prove_seconds: about how long to measure for one pass.
+        sensitivity: rank the layers that a pass quantised by what each costs alone, on the calibration data.
+        max_drop: the share of the original's accuracy, as `evaluate` tells it, that quantising may lose; the costliest
+            layers stay floats so that it holds. None quantises all.
 
     Raises:
         EngineError: an engine that can't be used, see `fxopt.lower`.
@@ -114,7 +121,10 @@ def optimize(
     if prove is not None:
         place = next((device for device in devices if bench.unavailable(device) is None), "cpu")
         prover = Prover(measuring(example, place, engine, seed), prove, prove_seconds, tell)
-    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell, prover)
+    precision = None
+    if sensitivity or max_drop is not None:
+        precision = Precision(None if evaluate is None else partial(_evaluated, evaluate), module, max_drop, tell)
+    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell, prover, precision)
     result = captured.module
     ladder = None
     if engine is not None:

@@ -16,6 +16,7 @@ from fxopt.errors import SpecError, VerifyError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger, LedgerEntry
+from fxopt.precision import Precision
 from fxopt.prove import Proven, Prover
 from fxopt.rewriting import propagate_shapes, run_pass
 from fxopt.verify import Difference, Oracle, Outcome, compare_outcomes
@@ -48,6 +49,7 @@ def run_passes(
     calibration: Iterable[Inputs] = (),
     progress: Progress | None = None,
     prover: Prover | None = None,
+    precision: Precision | None = None,
 ) -> Ledger:
     """Rewrite `captured.module` in place by `passes`, and hold each to its promise.
 
@@ -58,6 +60,7 @@ def run_passes(
         calibration: inputs for passes that need data.
         progress: told what begins.
         prover: reverts what a pass for speed did and what does not pay; all is kept without one.
+        precision: ranks the layers that a pass quantised, and leaves some of them floats.
 
     Raises:
         SpecError: the order of the passes is wrong.
@@ -75,7 +78,7 @@ def run_passes(
     loosest = Promise.EXACT
     for each in passes:
         tell(f"pass {each.name}")
-        before = cast(GraphModule, independent_copy(module)) if oracle or prover else module
+        before = cast(GraphModule, independent_copy(module)) if oracle or prover or precision else module
         began = time.perf_counter()
         done = Proven(module, *run_pass(each, module, batches))
         seconds = time.perf_counter() - began
@@ -85,8 +88,13 @@ def run_passes(
             expected, outcomes = outcomes, _verified(each, before, done, oracle, outcomes)
             _check_bound(each, oracle.error(outcomes, _looser(loosest, each)))
         verify_seconds = time.perf_counter() - began
-        if prover and each.for_speed and done.changes:
+        proves = prover is not None and each.for_speed and bool(done.changes)
+        ranks = precision is not None and bool(done.changes) and precision.concerns(done.module)
+        if prover and proves:
             done = prover.prove(each, before, done, batches)
+        if precision and ranks:
+            done = precision.hold(each, before, done, batches)
+        if proves or ranks:
             if oracle and done.module is not module:
                 outcomes = _verified(each, before, done, oracle, expected) if done.changes else expected
             if done.module is not module:
@@ -105,6 +113,7 @@ def run_passes(
                 relative_error=oracle.error(outcomes, loosest) if oracle else None,
                 verify_seconds=verify_seconds,
                 proofs=done.proofs,
+                ranking=done.ranking,
                 spared=done.spared,
             )
         )

@@ -20,6 +20,7 @@ from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Proof
 from fxopt.rewriting import run_pass
+from fxopt.sensitivity import Sensitivity
 
 PASS, MATCH = "pass", "match"
 _MARGIN = 0.01
@@ -67,6 +68,7 @@ class Proven:
         changes, skips: of the pass, as far as they were kept.
         spared: the places that it left alone for that.
         proofs: of the pass, and of single places.
+        ranking: of the layers that it quantised, where that was asked for.
     """
 
     module: GraphModule
@@ -74,6 +76,7 @@ class Proven:
     skips: tuple[Skip, ...]
     spared: frozenset[str] = frozenset()
     proofs: tuple[Proof, ...] = ()
+    ranking: tuple[Sensitivity, ...] = ()
 
 
 @dataclass(frozen=True)

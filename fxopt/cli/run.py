@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
+from fxopt.cli.share import share
 
 DEFAULT_PASSES = "clean,fuse"
 
@@ -64,6 +65,17 @@ def run(
             metavar="[pass|match]",
         ),
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Rank the layers that were quantised by what each costs alone.")
+    ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave the costliest layers floats until `evaluate` loses no more than this: `0.5%` of its accuracy.",
+            parser=share,
+            metavar="SHARE",
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -110,6 +122,8 @@ def run(
                 engine=engine,
                 max_error=max_error,
                 prove=prove,
+                sensitivity=sensitivity,
+                max_drop=max_drop,
                 **limits,
             )
             if out is not None:

@@ -30,11 +30,13 @@ from fxopt.record.shape import (
     ProofRecord,
     Record,
     RungRecord,
+    SensitivityRecord,
     SizeRecord,
     SkipRecord,
     TimesRecord,
 )
 from fxopt.record.version import SCHEMA
+from fxopt.sensitivity import Sensitivity
 
 
 class Entry(Protocol):
@@ -71,6 +73,10 @@ class Entry(Protocol):
     @property
     def proofs(self) -> Sequence[Proof]:
         """What measuring it gave."""
+
+    @property
+    def ranking(self) -> Sequence[Sensitivity]:
+        """The layers that it quantised, the costliest first."""
 
 
 def build(
@@ -159,6 +165,10 @@ def of_entry(entry: Entry) -> PassRecord:
                 latency=None if proof.latency is None else of_comparison(proof.latency),
             )
             for proof in entry.proofs
+        ],
+        sensitivity=[
+            SensitivityRecord(name=one.name, sqnr_db=number(one.sqnr_db), seconds=one.seconds, kept=one.kept)
+            for one in entry.ranking
         ],
     )
 

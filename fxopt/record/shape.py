@@ -27,7 +27,8 @@ class SkipRecord(TypedDict):
 class PassRecord(TypedDict):
     """One pass of the run; `relative_error` is null where its outputs were not compared.
 
-    `changes` are those that stand. `proofs` has the whole pass first, then single places, where that was asked for.
+    `changes` are those that stand. `proofs` has the whole pass first, then single places, where that was asked for;
+    `sensitivity` the layers that it quantised, the costliest first.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PassRecord(TypedDict):
     promise: str
     relative_error: Number | None
     proofs: list[ProofRecord]
+    sensitivity: list[SensitivityRecord]
 
 
 class CoverageRecord(TypedDict):
@@ -116,6 +118,15 @@ class ProofRecord(TypedDict):
     reason: str
     changes: list[ChangeRecord]
     latency: LatencyRecord | None
+
+
+class SensitivityRecord(TypedDict):
+    """What quantising one layer alone costs; `kept` says whether it stays a float. `seconds` are those of the float."""
+
+    name: str
+    sqnr_db: Number
+    seconds: float | None
+    kept: bool
 
 
 class NotMeasured(TypedDict):

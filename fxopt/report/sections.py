@@ -15,12 +15,13 @@ _MOST_GUARDS = 5
 _MOST_OPAQUE = 12
 _MOST_REASONS = 3
 _MOST_PROOFS = 12
+_MOST_LAYERS = 12
 
 
 def sections(record: Record) -> list[Section]:
     """All sections of the report on a run; empty ones are left out."""
-    found = [_run(record), _capture(record), _passes(record), _proofs(record), _changes(record), _skips(record)]
-    found += [_latency(record), _engines(record), _before_and_after(record)]
+    found = [_run(record), _capture(record), _passes(record), _proofs(record), _sensitivity(record)]
+    found += [_changes(record), _skips(record), _latency(record), _engines(record), _before_and_after(record)]
     return [section for section in found if section.facts or section.table or section.notes]
 
 
@@ -90,6 +91,25 @@ def _proofs(record: Record) -> Section:
     headings = ("pass", "what it did at", "speed-up [95 % interval]", "noise floor", "outcome")
     table = Table(headings, tuple(rows[:_MOST_PROOFS]), right=(3,)) if rows else None
     return Section("Proof", table=table, notes=tuple(notes))
+
+
+def _sensitivity(record: Record) -> Section:
+    """The layers that cost the most by being quantised."""
+    rows = [
+        (
+            one["name"],
+            f"{one['sqnr_db']:.1f} dB" if isinstance(one["sqnr_db"], float) else "no loss",
+            "-" if one["seconds"] is None else words.duration(1e3 * one["seconds"]),
+            "float" if one["kept"] else entry["name"],
+        )
+        for entry in record["passes"]
+        for one in entry["sensitivity"]
+    ]
+    notes = (f"{len(rows) - _MOST_LAYERS} more cost less, all in the JSON record",) if len(rows) > _MOST_LAYERS else ()
+    headings = ("layer", "SQNR with it alone quantised", "its time as a float", "is now")
+    return Section(
+        "Sensitivity", table=Table(headings, tuple(rows[:_MOST_LAYERS]), (1, 2)) if rows else None, notes=notes
+    )
 
 
 def _changes(record: Record) -> Section:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from fxopt.contract import Change, Promise, Skip
 from fxopt.graph import GraphModule, Region
 from fxopt.inputs import Inputs
+from fxopt.sensitivity import Sensitivity, sensitivity
 from passes.qat.calibration import calibrate
 from passes.qat.freeze import QuantizeFreeze
 from passes.qat.options import Quantization
@@ -17,7 +18,6 @@ from passes.qat.place import place, waiting
 from passes.qat.ptq import PTQ
 from passes.qat.schedule import QATSchedule
 from passes.qat.scheme import Scheme
-from passes.qat.sensitivity import Sensitivity, sensitivity
 
 __all__ = ["PTQ", "QAT", "QATSchedule", "QuantizeFreeze", "Sensitivity", "calibrate", "sensitivity"]
 

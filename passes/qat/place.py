@@ -41,14 +41,19 @@ def place(
         named: whether a qualified name is among those asked for.
     """
     kept = edge_layers(region) if keep_edges else frozenset()
-    wanted = [node for node in region.graph.nodes if named(region.qualified(node))]
+    spared = region.program.spared
+
+    def asked(name: str) -> bool:
+        return named(name) and name not in spared
+
+    wanted = [node for node in region.graph.nodes if asked(region.qualified(node))]
     if target == "onnxruntime" and scheme.activation_bits is not None:
         like = next(region.module.parameters(), torch.empty(0))
         chosen = set(wanted) - kept
         count = quantize_outputs(region, chosen.__contains__, lambda: scheme.for_value(like))
         if count:
             yield Change(f"{count} outputs of convolutions, additions and poolings fake-quantised", region.path)
-    placing = _Placing(region, scheme, target, named)
+    placing = _Placing(region, scheme, target, asked)
     for node in list(region.graph.nodes):
         if node in kept:
             name = region.qualified(node)

@@ -74,6 +74,20 @@ def test_json_alone_on_stdout_when_quiet(write):
     assert record["latency"]["cpu"]["ratio"] > 0
 
 
+def test_the_layers_are_ranked_and_an_accuracy_held(write):
+    write(
+        "def calibration_data(): return [example_inputs]\n"
+        "wanted = model.eval()(example_inputs).detach()\n"
+        "def evaluate(module): return {'accuracy': 1 - (module(example_inputs) - wanted).norm() / wanted.norm()}",
+        header=CONV,
+    )
+    done = run("model.py", "--passes", "fuse,ptq{bits=2}", "--sensitivity", "--max-drop", "0.1%", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "SQNR with it alone quantised" in done.stdout
+    assert "it stays a float: accuracy is 1 then, and 0.999 was to be held" in " ".join(done.stdout.split())
+    refused(run("model.py", "--max-drop", "much", *QUICK), "'much' is no share; write 0.5%, or 0.005")
+
+
 def test_markdown(write):
     write("", header=CONV)
     done = run("model.py", "--passes", "fuse", "--format", "markdown", *QUICK)

@@ -14,6 +14,7 @@ from fxopt.engines import Ladder, Rung
 from fxopt.inputs import Inputs
 from fxopt.ledger import Proof
 from fxopt.record import Record, build
+from fxopt.sensitivity import Sensitivity
 
 MACHINE = Fingerprint(
     cpu="Example CPU @ 2.50GHz",
@@ -42,6 +43,7 @@ class LedgerEntry:
     promise: str = "close"
     relative_error: float | None = None
     proofs: tuple[Proof, ...] = ()
+    ranking: tuple[Sensitivity, ...] = ()
 
 
 def comparison(verdict: Verdict = Verdict.FASTER, ratio: float = 0.76, **facts: Any) -> Comparison:
@@ -110,6 +112,7 @@ def example() -> Record:
         Proof("slow.bn", False, "the module is faster without it", slower, comparison(Verdict.SLOWER, 1.05)),
         Proof("stem.relu", True, "too small to tell; it goes with the pass", fused, comparison(Verdict.EQUIVALENT)),
     )
+    ranking = (Sensitivity("stem.conv", 17.25, 0.0012, kept=True), Sensitivity("matmul", float("inf")))
     return build(
         target="examples/digits_cnn.py:model | a*b",
         inputs=Inputs.of(torch.zeros(1, 1, 8, 8)),
@@ -117,7 +120,7 @@ def example() -> Record:
         captured=captured(),
         ledger=[
             LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7, proofs),
-            LedgerEntry("qat", {"bits": 8}, 0.012, (), (), "changes", float("inf")),
+            LedgerEntry("qat", {"bits": 8}, 0.012, (), (), "changes", float("inf"), ranking=ranking),
         ],
         verified=True,
         latency={

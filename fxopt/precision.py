@@ -1,0 +1,97 @@
+"""Mixed precision: which of the layers that a pass has quantised stay floats after all, so that an accuracy holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from fxopt.capture.independent import independent_copy
+from fxopt.contract import Change, Pass, Skip
+from fxopt.errors import PassError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize, State
+from fxopt.prove import Proven
+from fxopt.rewriting import run_pass
+from fxopt.sensitivity import sensitivity
+
+Accuracy = Callable[[nn.Module], Mapping[str, float]]
+_NAME = "accuracy"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Ranks the layers that a pass quantised, and leaves the costliest floats until an accuracy holds.
+
+    Attributes:
+        evaluate: gives named floats for a module, of which `accuracy`, or else the first, is held; the more the better.
+        original: what the losses are measured against.
+        max_drop: the share of the original's accuracy that may be lost; None ranks the layers and leaves none out.
+        progress: told what begins.
+    """
+
+    evaluate: Accuracy | None
+    original: nn.Module
+    max_drop: float | None = None
+    progress: Callable[[str], None] = lambda stage: None
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether there are quantisers that are not final yet."""
+        states = [child.state for child in module.modules() if isinstance(child, FakeQuantize)]
+        return bool(states) and State.FROZEN not in states
+
+    def hold(self, each: Pass, before: GraphModule, after: Proven, calibration: Sequence[Inputs]) -> Proven:
+        """What is left of a pass that quantised, with the ranking of its layers.
+
+        Args:
+            each: the pass.
+            before: the module before it; it is not changed.
+            after: the module after it.
+            calibration: what the layers are ranked by.
+
+        Raises:
+            PassError: where nothing can be ranked, or `evaluate` gives nothing.
+        """
+        self.progress(f"rank the layers of {each.name}")
+        places = {change.where for change in after.changes}
+        ranked = [one for one in sensitivity(after.module, calibration) if one.name in places]
+        if self.max_drop is None:
+            return dataclasses.replace(after, ranking=tuple(ranked))
+        name, wanted = self._accuracy(self.original)
+        least = wanted - abs(wanted) * self.max_drop
+        chosen, value = after, self._accuracy(after.module)[1]
+        low, high = 1, len(ranked) if value < least else 0
+        while low <= high:  # the fewest floats that hold it: the more of them, the better it gets
+            count = (low + high) // 2
+            self.progress(f"{each.name} without its {count} costliest layers")
+            trial = _without({one.name for one in ranked[:count]}, each, before, calibration)
+            found = self._accuracy(trial.module)[1]
+            if found >= least or count == len(ranked):
+                chosen, value, high = trial, found, count - 1
+            else:
+                low = count + 1
+        ranking = tuple(dataclasses.replace(one, kept=one.name in chosen.spared) for one in ranked)
+        kept = [
+            Skip(one.name, f"it stays a float: {name} is {value:.4g} then, and {least:.4g} was to be held")
+            for one in ranking
+            if one.kept
+        ]
+        return dataclasses.replace(chosen, skips=(*chosen.skips, *kept), ranking=ranking)
+
+    def _accuracy(self, module: nn.Module) -> tuple[str, float]:
+        found = self.evaluate(module) if self.evaluate is not None else {}
+        if not found:
+            raise PassError("max_drop: there is no accuracy to hold; give `evaluate(module)` -> a dict of floats")
+        name = _NAME if _NAME in found else next(iter(found))
+        return name, float(found[name])
+
+
+def _without(spared: set[str], each: Pass, before: GraphModule, calibration: Sequence[Inputs]) -> Proven:
+    module = cast(GraphModule, independent_copy(before))
+    changes: tuple[Change, ...]
+    changes, skips = run_pass(each, module, calibration, spared=spared)
+    return Proven(module, changes, skips, frozenset(spared))

@@ -1,0 +1,118 @@
+"""Which layers cost the most by being quantised, and which stay floats so that an accuracy holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.errors import PassError
+from fxopt.record import schema
+from fxopt.report import render
+from passes import PTQ, QAT, Clean, Fuse, QuantizeFreeze
+from passes.qat import sensitivity
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> nn.Module:
+    """Its layer `1` has outliers that cost the others in their tensor all resolution."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        made[1].weight[:, 0] *= 40
+        made[0].weight[0] /= 40
+        made[0].bias[0] /= 40
+    return made
+
+
+def closeness(module: nn.Module) -> dict[str, float]:
+    """1 for the outputs of the model itself, less for others."""
+    wanted = model()(X)
+    return {"loss": 0.0, "accuracy": 1 - ((module(X) - wanted).norm() / wanted.norm()).item()}
+
+
+def held(max_drop: float | None, passes: str = "fuse,ptq{bits=4,equalize=false}") -> fxopt.optimize.Result:
+    return fxopt.optimize(
+        model(), X, passes, devices=(), evaluate=closeness, calibration_data=[X], sensitivity=True, max_drop=max_drop
+    )
+
+
+def test_the_costliest_layers_stay_floats_until_the_accuracy_holds() -> None:
+    spared = {}
+    for drop in (1.0, 0.2, 0.1, 0.0):
+        result = held(drop)
+        entry = result.ledger.entries[-1]
+        spared[drop] = entry.spared
+        assert closeness(result.module)["accuracy"] >= 1 - drop - 1e-6
+        ranked = [one.name for one in entry.ranking]
+        assert sorted(ranked) == ["0", "1", "2", "3"]
+        assert entry.spared == set(ranked[: len(entry.spared)]) == {one.name for one in entry.ranking if one.kept}
+        assert {skip.where for skip in entry.skips if "it stays a float: accuracy is" in skip.reason} == entry.spared
+    assert not spared[1.0]
+    assert len(spared[0.0]) == 4
+    assert 0 < len(spared[0.2]) <= len(spared[0.1]) < 4
+    assert "1" in spared[0.2]
+
+
+def test_the_ranking_alone_leaves_nothing_out_and_is_in_the_report() -> None:
+    result = held(None)
+    (entry,) = (entry for entry in result.record["passes"] if entry["name"] == "ptq")
+    assert entry["sensitivity"][0]["name"] == "1"
+    assert not any(one["kept"] for one in entry["sensitivity"])
+    assert all(one["seconds"] > 0 for one in entry["sensitivity"])  # type: ignore[operator]
+    assert "Sensitivity" in render(result.record, "table")
+    assert "sensitivity" in schema()["$defs"]["pass"]["properties"]
+
+
+def test_what_is_left_a_float_is_left_so_by_freezing_too() -> None:
+    result = held(0.2, "clean,fuse,ptq{bits=4,equalize=false},quantize-freeze")
+    assert result.ledger.entries[2].spared
+    assert not result.ledger.entries[3].ranking
+    assert closeness(result.module)["accuracy"] >= 0.8
+
+
+def test_attention_products_and_tensors_that_nothing_reads_are_ranked_by_their_layer() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.weight = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.attend(x, x, x, need_weights=False)[0]
+            return (y @ y.transpose(1, 2)) @ (y @ self.weight.T)
+
+    x = torch.randn(3, 5, 8)
+    result = fxopt.optimize(Attends().eval(), x, [QAT()], devices=(), calibration_data=[x], sensitivity=True)
+    ranking = {one.name: one for one in result.ledger.entries[0].ranking}
+    assert ranking.keys() == {change.where for change in result.ledger.entries[0].changes[:-1]}
+    assert ranking["attend"].seconds is not None and ranking["matmul"].seconds is None
+    assert all(math.isfinite(one.sqnr_db) for one in ranking.values())
+    with_less = fxopt.optimize(
+        Attends().eval(), x, [QAT(exclude="attend")], devices=(), calibration_data=[x], sensitivity=True
+    )
+    assert "attend" not in {one.name for one in with_less.ledger.entries[0].ranking}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_drop": 0.1, "calibration_data": [X]}, "max_drop: there is no accuracy to hold; give `evaluate"),
+        ({"sensitivity": True}, "sensitivity: the data is empty; give an iterable of inputs"),
+    ],
+)
+def test_what_is_missing_is_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        fxopt.optimize(model(), X, [Clean(), Fuse(), QAT()], devices=(), **options)  # type: ignore[arg-type]
+
+
+def test_a_frozen_module_is_ranked_no_more() -> None:
+    passes = [Fuse(), PTQ(), QuantizeFreeze()]
+    result = fxopt.optimize(model(), X, passes, devices=(), calibration_data=[X])
+    again = fxopt.optimize(result.module, X, [QuantizeFreeze()], devices=(), calibration_data=[X], sensitivity=True)
+    assert not again.ledger.entries[0].ranking
+    assert len(sensitivity(result.module, [X])) == 4
