@@ -173,6 +173,18 @@ def test_layers_in_bfloat16_between_values_in_float32(monkeypatch: pytest.Monkey
     check(executable, model, x, tolerance=2e-2)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_building_makes_no_second_copy_of_plain_weights(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(kernel, monkeypatch)
+    layers = [nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 1), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(100, 2)).eval(), torch.randn(1, 4, 5, 5)
+    executable = fxopt.lower(model, x)
+    assert {skip.where for skip in executable.reasons} == set()
+    weights = {name: weight for name, weight in executable.module.named_parameters() if weight.dim() > 1}
+    assert len(weights) == 4
+    assert all(torch._C._is_cow_tensor(weight) for weight in weights.values())
+
+
 class Meeting(nn.Module):
     """Two layers that meet in an addition without an activation, whose sum is used twice."""
 

@@ -31,7 +31,7 @@ def packed(layer: Layer) -> Kernel:
     geometry: list[Any] = [list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups]
     if layer.kind == "conv_transpose":
         geometry.insert(1, list(layer.output_padding))
-        weight = _mkldnn._reorder_convolution_transpose_weight(layer.weight, *geometry, list(layer.shape))
+        weight = _mkldnn._reorder_convolution_transpose_weight(_apart(layer.weight), *geometry, list(layer.shape))
         run = _mkldnn._convolution_transpose_pointwise.default
         # No operator adds behind a transposed convolution.
         unary = (attr or "none", scalars, algorithm) if layer.other is None else ("none", [], "")
@@ -42,7 +42,7 @@ def packed(layer: Layer) -> Kernel:
     if flat:  # oneDNN packs no one-dimensional weights: a row is an image one pixel high
         shape, plain = [*shape[:2], 1, shape[2]], plain.unsqueeze(2)
         geometry = [[0, *layer.padding], [1, *layer.stride], [1, *layer.dilation], layer.groups]
-    weight = _mkldnn._reorder_convolution_weight(plain, *geometry, shape)
+    weight = _mkldnn._reorder_convolution_weight(_apart(plain), *geometry, shape)
     if flat:
         conv = _mkldnn._convolution_pointwise.default
 
@@ -56,6 +56,15 @@ def packed(layer: Layer) -> Kernel:
         conv = _mkldnn._convolution_pointwise.default
         return _then(lambda x: conv(x, weight, layer.bias, *geometry, attr or "none", scalars, algorithm), after)
     return _adding(layer, weight, geometry)
+
+
+def _apart(weight: torch.Tensor) -> torch.Tensor:
+    """A copy that is dropped once it is packed.
+
+    What packs asks for memory to write into, and a weight that shares its memory until it is written would be copied
+    for as long as the module lives.
+    """
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _adding(layer: Layer, weight: torch.Tensor, geometry: list[Any]) -> Kernel:
@@ -84,7 +93,7 @@ def _adding(layer: Layer, weight: torch.Tensor, geometry: list[Any]) -> Kernel:
 
 
 def _packed_linear(layer: Layer) -> Kernel:
-    weight = _mkldnn._reorder_linear_weight(layer.weight.contiguous(), _rows(layer))
+    weight = _mkldnn._reorder_linear_weight(_apart(layer.weight), _rows(layer))
     bias = layer.bias
     if layer.other is not None:
         adding = _mkldnn._linear_pointwise.binary
@@ -109,7 +118,7 @@ def mkl(layer: Layer) -> Kernel | None:
         return None
     plain = layer.weight.flatten(1).contiguous()
     rows = _rows(layer)
-    weight = operators._mkl_reorder_linear_weight(plain, rows)
+    weight = operators._mkl_reorder_linear_weight(_apart(plain), rows)
     run = operators._mkl_linear.default
     bias = layer.bias
     return _over_channels(layer, lambda x: run(x, weight, plain, bias, rows))
