@@ -59,12 +59,13 @@ def packed(layer: Layer) -> Kernel:
 
 
 def _apart(weight: torch.Tensor) -> torch.Tensor:
-    """A copy that is dropped once it is packed.
+    """A weight to pack: of matrices a copy, which is dropped then.
 
-    What packs asks for memory to write into, and a weight that shares its memory until it is written would be copied
-    for as long as the module lives.
+    What packs matrices asks for memory to write into, and one that shares its memory until it is written would be
+    copied for as long as the module lives.
     """
-    return weight.clone(memory_format=torch.contiguous_format)
+    is_matrix = all(size == 1 for size in weight.shape[2:])
+    return weight.clone(memory_format=torch.contiguous_format) if is_matrix else weight
 
 
 def _adding(layer: Layer, weight: torch.Tensor, geometry: list[Any]) -> Kernel:
