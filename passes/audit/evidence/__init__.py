@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,8 +18,11 @@ from passes.audit.evidence.forward import Forward, run_forward
 from passes.audit.evidence.gains import Gain, gains
 from passes.audit.evidence.graph import Graph, look_at_graph
 from passes.audit.evidence.precision import Loss, run_in_half
+from passes.audit.evidence.real_device import OnDevice, run_on_device
 
 T = TypeVar("T")
+_GPU_ERROR = 1e-3
+"""Kernels of two devices sum in other orders, which stays well below this."""
 
 
 class Evidence:
@@ -90,6 +94,16 @@ class Evidence:
         """Where tensors of two devices meet."""
         run = self._fake_device
         return (self._tried("the fake-device run", lambda subject: run.result()) or []) if run is not None else []
+
+    @functools.cached_property
+    def on_gpu(self) -> OnDevice | None:
+        """What this machine's own GPU makes of it; None where it has none, or the model can't be run."""
+        found = self._tried("the run on the GPU", run_on_device) if torch.cuda.is_available() else None
+        if found is not None and found.difference > _GPU_ERROR:
+            self.notes.append(
+                f"{self.subject.name}: on {found.device} the outputs differ by {found.difference:.1e} from the CPU's"
+            )
+        return found
 
     @property
     def order(self) -> list[str]:

@@ -44,3 +44,6 @@ class DeviceMismatch(Rule):
                     f"'{meeting.operator}' is given a CPU tensor of shape {meeting.shape} beside tensors of the GPU"
                 )
                 yield self.found(message, meeting.place, meeting.module)
+        if not evidence.meetings and evidence.on_gpu is not None and evidence.on_gpu.error:
+            message = f"it runs on the CPU, and on {evidence.on_gpu.device} the forward raises {evidence.on_gpu.error}"
+            yield self.found(message, evidence.on_gpu.place)
