@@ -76,4 +76,4 @@ def _replace(y: fx.Node, x: fx.Node, form: _Form, region: Region) -> Change | Sk
     if reason is not None:
         return Skip(where, reason, line)
     region.replace(y, inherit(region.insert_function(y, form.function, (x,), dict(form.options)), y))
-    return Change(f"computed by '{form.function.__name__}'", where, line)
+    return Change(f"computed by {form.function.__name__}", where, line)

@@ -83,7 +83,7 @@ def _replace(y: fx.Node, moment: _Moment, region: Region) -> Change | Skip | Non
     function: Any = F.layer_norm if is_layer else F.rms_norm
     args = (moment.x, (width,), weight, *([bias] if is_layer else []), moment.eps)
     region.replace(last, inherit(region.insert_function(last, function, args), last))
-    return Change(f"computed by '{function.__name__}'", where, line)
+    return Change(f"computed by {function.__name__}", where, line)
 
 
 def _power_of_root(node: fx.Node) -> float | None:

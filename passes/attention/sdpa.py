@@ -173,7 +173,7 @@ def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None
         region.graph.erase_node(node)
     hide_strides(made, region)
     what = "scaled_dot_product_attention" + (f" with {masked[0]}" if masked else "")
-    return Change(f"computed by '{what}'", where, line)
+    return Change(f"computed by {what}", where, line)
 
 
 def _unscaled(value: fx.Node, scale: float) -> tuple[fx.Node, float]:
