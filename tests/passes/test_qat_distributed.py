@@ -1,0 +1,52 @@
+"""Two processes on one machine: the ranges of quantisers are those of what both have seen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TRAINING = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from fxopt import capture
+from fxopt.modules import FakeQuantize
+from passes import QAT
+from tests.passes.programs import rewrite
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+x = torch.randn(16, 4)
+mine = x[rank::2] * (1 + 9 * rank)
+program = capture(model.train(), (mine,)).module
+rewrite(QAT(), program)
+parallel = DistributedDataParallel(program)
+optimizer = torch.optim.SGD(parallel.parameters(), 1e-3)
+for _ in range(3):
+    optimizer.zero_grad()
+    parallel(mine).square().sum().backward()
+    optimizer.step()
+first = program.get_submodule("input_fake_quant.0")
+seen = torch.cat([x[0::2], x[1::2] * 10])
+assert first.minimum == seen.min() and first.maximum == seen.max(), (first.minimum, first.maximum)
+for name, value in program.state_dict().items():
+    if torch.is_floating_point(value):
+        other = value.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, value), name
+dist.destroy_process_group()
+"""
+
+
+def test_ranges_are_joined_over_the_processes(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
