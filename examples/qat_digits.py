@@ -105,7 +105,8 @@ def one_seed(seed: int) -> dict[str, dict[str, float]]:
             for engine in ("onnxruntime", "openvino"):
                 try:
                     file = fxopt.lower(module, held_images, engine=engine)
-                except EngineError:
+                except EngineError as error:  # not installed, or too far from the simulation
+                    print(f"{name} {kind}: {error}", file=sys.stderr)
                     continue
                 row[engine] = accuracy(file, held_images, held_labels)
                 with torch.no_grad():
@@ -128,13 +129,16 @@ def main() -> None:
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     for name in runs[0]:
         cells = []
-        for key in runs[0][name]:
-            values = [100 * run[name][key] for run in runs]
-            cells.append(f"{key} {statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        for key in dict.fromkeys(key for run in runs for key in run[name]):
+            values = [100 * run[name][key] for run in runs if key in run[name]]
+            missing = "" if len(values) == len(runs) else f", {len(values)} of {len(runs)} seeds"
+            cells.append(f"{key} {statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}{missing})")
         print(f"{name:10} " + ", ".join(cells))
     for width in WIDTHS:
-        for key in (key for key in runs[0][f"{width} QAT"] if "equal" not in key):
-            ahead = sum(run[f"{width} QAT"][key] > run[f"{width} PTQ"][key] for run in runs)
+        for key in ("simulated", "onnxruntime", "openvino"):
+            # A PTQ file that its engine refuses has its simulation's accuracy; a QAT file that is refused has none.
+            pairs = [(run[f"{width} QAT"], run[f"{width} PTQ"]) for run in runs]
+            ahead = sum(qat.get(key, 0.0) > ptq.get(key, ptq["simulated"]) for qat, ptq in pairs)
             print(f"{width}, {key}: QAT ahead of PTQ with {ahead} of {len(runs)} seeds")
     if options.out is not None:
         options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
