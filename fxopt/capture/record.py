@@ -225,7 +225,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     recorder.done = True
     return Recording(
         graph=recorder.graph,
-        output=without_numbers(output),
+        output=_without_history(without_numbers(output)),
         blocked=recorder.blocked,
         examples=run.examples,
         guards=tuple(recorder.guards),
@@ -265,6 +265,11 @@ def _record_reassigned(
             recorder.emit("call_method", "copy_", (target, source))
         else:
             recorder.emit("call_method", "set_", (target, recorder.emit("call_method", "clone", (source,))))
+
+
+def _without_history(output: Any) -> Any:
+    """Outputs that don't hold on to what autograd kept of the run, which can be most of a model's memory."""
+    return pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.detach().requires_grad_(leaf.requires_grad), output)
 
 
 def _kept(value: Any) -> Any:
