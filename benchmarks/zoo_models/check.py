@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxopt.capture import Captured, capture
 from fxopt.errors import GuardError
@@ -79,7 +80,9 @@ def _not_run(error: Exception) -> dict[str, Any]:
 def _run(module: nn.Module, inputs: Inputs) -> Any:
     fresh = copy.deepcopy(inputs)
     torch.manual_seed(1)
-    return module(*fresh.args, **fresh.kwargs), fresh
+    output = module(*fresh.args, **fresh.kwargs)
+    # Two runs are compared, and what autograd keeps of both can be more than the machine has.
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), output), fresh
 
 
 def _seconds(module: nn.Module, inputs: Inputs) -> float:
