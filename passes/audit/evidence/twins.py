@@ -14,8 +14,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # What is as large as this is a mask, and another type would have one of its own.
 _MASK = 1e30
-# Large weights are rounded in pieces that stay in the cache, which is several times as fast.
-_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -140,11 +138,7 @@ class Twins:
         if exact.dtype is not torch.float64:
             return exact.detach().clone()
         limit = torch.finfo(self.dtype).max
-        exact = exact.detach().contiguous()
-        rounded = torch.empty_like(exact, dtype=torch.float32)
-        for piece, into in zip(exact.view(-1).split(_PIECE), rounded.view(-1).split(_PIECE), strict=True):
-            into.copy_(piece.to(self.dtype)).clamp_(-limit, limit)
-        return rounded
+        return exact.detach().to(self.dtype).float().clamp_(-limit, limit)
 
 
 def _lowered(leaf: Any, known: dict[int, Twin]) -> Any:

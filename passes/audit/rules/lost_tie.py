@@ -13,6 +13,11 @@ from passes.audit.evidence import Evidence, code
 from passes.audit.rule import Rule
 
 
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    # Not `data_ptr`: it takes whoever asks for one who will write, and copies what is shared until then.
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
 def _place(evidence: Evidence, path: str) -> Place | None:
     leaf = path.rpartition(".")[2]
     for _, owner in evidence.owner(path):
@@ -56,7 +61,7 @@ class LostTie(Rule):
             for other_name, _, other in weights[:position]:
                 if one is other or one.shape != other.shape or one.dtype != other.dtype or one.numel() < 2:
                     continue
-                shares = one.data_ptr() == other.data_ptr() and one.device.type != "meta"
+                shares = _memory(one) == _memory(other)
                 mixed = type(evidence.module_at(path)) is not type(evidence.module_at(other_name.rpartition(".")[0]))
                 if shares or (mixed and bool(one.std() > 0) and torch.equal(one, other)):
                     how = "share memory" if shares else "have equal values"
