@@ -224,7 +224,7 @@ class TestComposes:
             assert again.opaque == ()
             assert torch.equal(again.module(x), module(x))
 
-    @pytest.mark.parametrize("engine", ["onnxruntime", "inductor"])
+    @pytest.mark.parametrize("engine", ["onednn", "onnxruntime", "openvino", "inductor"])
     @pytest.mark.filterwarnings("ignore")
     def test_engines(self, engine: str) -> None:
         x = torch.randn(3, 10)
