@@ -15,7 +15,7 @@ from passes.audit.rule import Rule
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     # Not `data_ptr`: it takes whoever asks for one who will write, and copies what is shared until then.
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _place(evidence: Evidence, path: str) -> Place | None:
