@@ -28,9 +28,9 @@ from torch import nn
 from fxopt import capture
 from fxopt.bench import fingerprint
 from fxopt.bench.statistics import paired_interval
+from fxopt.pipeline import run_passes
 from fxopt.torchvision_operators import declare_missing
-from passes import LoRA
-from passes.lora import merge
+from passes import LoRA, LoRAMerge
 from passes.lora.adapter import LowRank
 from passes.lora.inject import inject
 
@@ -87,18 +87,24 @@ def arms(build: Callable[[], nn.Module], x: torch.Tensor, targets: list[str], ra
 
     torch.manual_seed(0)
     base = build().eval()
-    ours = capture(base, (x,)).module
-    inject(ours, LoRA(rank=rank, targets=tuple(targets)))
-    _randomize(ours)
-    merged = copy.deepcopy(ours)
-    merge(merged)
+    captured = capture(base, (x,))
+    inject(captured.module, LoRA(rank=rank, targets=tuple(targets)))
+    _randomize(captured.module)
+    ours = copy.deepcopy(captured.module)
+    run_passes(captured, [LoRAMerge()])
     plain = capture(base, (x,)).module.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     _randomize(theirs)
-    return {"base": base.requires_grad_(False), "graph": plain, "fxopt": ours, "peft": theirs, "merged": merged}
+    return {
+        "base": base.requires_grad_(False),
+        "graph": plain,
+        "fxopt": ours,
+        "peft": theirs,
+        "merged": captured.module,
+    }
 
 
 def _randomize(module: nn.Module) -> None:

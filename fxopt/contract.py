@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -116,3 +116,23 @@ class Rewrite(Pass, Generic[M]):
                 yield found
             elif found is not None:
                 yield self.rewrite(found, region)
+
+
+def fixed_point(
+    rewrite: Callable[[fx.Node, Region], Change | Skip | None], region: Region, *, backwards: bool = False
+) -> Iterator[Change | Skip]:
+    """Offer every node to `rewrite` until nothing changes any more: one fold brings the next up to a layer.
+
+    Skips are those of the last round, when all that could change has changed.
+    """
+    changed, skips = True, list[Skip]()
+    while changed:
+        changed, skips = False, []
+        for node in list(reversed(region.graph.nodes) if backwards else region.graph.nodes):
+            outcome = None if region.is_erased(node) or region.is_spared(node) else rewrite(node, region)
+            if isinstance(outcome, Skip):
+                skips.append(outcome)
+            elif outcome is not None:
+                changed = True
+                yield outcome
+    yield from skips

@@ -8,6 +8,7 @@ outputs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,7 +253,7 @@ def _difference(left: Outcome, right: Outcome, promise: Promise) -> Difference:
 
 def _is_rounding(gradient: torch.Tensor, largest: float) -> bool:
     """Whether a gradient is 0 but for rounding, beside the largest one: that of a bias before a batch norm is."""
-    return _largest(gradient) <= 16 * torch.finfo(gradient.dtype).eps * largest
+    return math.isfinite(largest) and _largest(gradient) <= 16 * torch.finfo(gradient.dtype).eps * largest
 
 
 def _largest(gradient: torch.Tensor) -> float:

@@ -14,10 +14,9 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.graph import Effects, Region
+from fxopt.graph.strides import READ_STRIDES, VIEWS, was_contiguous
 
-_READ_STRIDES = frozenset("as_strided stride storage_offset data_ptr is_contiguous untyped_storage set_".split())
-_VIEWS = frozenset({"view", "view_as"})
-_MAY_COPY = _VIEWS | frozenset("reshape reshape_as flatten ravel contiguous".split())
+_MAY_COPY = VIEWS.keys() | frozenset("reshape reshape_as flatten ravel contiguous".split())
 """What gives the memory of its argument or a copy, as its strides have it."""
 _FORGETTING = frozenset(
     "size dim numel len item new_zeros new_ones new_empty new_full new_tensor linear layer_norm embedding".split()
@@ -51,7 +50,7 @@ def _looking(region: Region) -> Iterator[tuple[fx.Node, str]]:
     writers = [(node, written) for node, written in writers if written]
     for node in region.graph.nodes:
         name = _name(node, region)
-        if name in _READ_STRIDES:
+        if name in READ_STRIDES:
             yield node, f"'{region.qualified(node)}' looks at strides"
         elif name in _MAY_COPY and any(
             writer > node and not aliases(node).isdisjoint(written) for writer, written in writers
@@ -79,18 +78,19 @@ def hide(region: Region) -> None:
     """Let views copy where they must, and give the strides of the module to its outputs and to unseen code."""
     effects = Effects(region)
     for node in list(region.graph.nodes):
-        if node.op == "call_method" and node.target in _VIEWS:
+        if node.op == "call_method" and node.target in VIEWS:
             if any(isinstance(argument, torch.dtype) for argument in (*node.args, *node.kwargs.values())):
                 _make_contiguous(node, region)
             else:
-                node.target = {"view": "reshape", "view_as": "reshape_as"}[str(node.target)]
+                node.target = VIEWS[str(node.target)]
         elif node.op == "output" or (node.op.startswith("call_") and not effects.is_known(node)):
             _make_contiguous(node, region)
 
 
 def _make_contiguous(node: fx.Node, region: Region) -> None:
     def contiguous(value: fx.Node) -> Any:
-        if not value.op.startswith("call_") or not _was_contiguous(value):
+        # With two axes or fewer there is no channels_last.
+        if not value.op.startswith("call_") or not was_contiguous(value) or len(value.meta["tensor_meta"].shape) < 3:
             return value
         with region.graph.inserting_before(node):
             made = region.graph.call_method("contiguous", (value,))
@@ -99,8 +99,3 @@ def _make_contiguous(node: fx.Node, region: Region) -> None:
 
     node.args = fx.node.map_arg(node.args, contiguous)
     node.kwargs = fx.node.map_arg(node.kwargs, contiguous)
-
-
-def _was_contiguous(value: fx.Node) -> bool:
-    meta = value.meta.get("tensor_meta")
-    return meta is not None and len(meta.shape) > 2 and meta.memory_format is torch.contiguous_format

@@ -14,8 +14,8 @@ import torch.fx as fx
 from fxopt.graph.effects import Effects
 from fxopt.graph.region import Region
 
-_READ_STRIDES = frozenset("as_strided stride storage_offset data_ptr is_contiguous untyped_storage set_".split())
-_VIEWS = {"view": "reshape", "view_as": "reshape_as"}
+READ_STRIDES = frozenset("as_strided stride storage_offset data_ptr is_contiguous untyped_storage set_".split())
+VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 
 
 def why_noticed(value: fx.Node, region: Region) -> str | None:
@@ -23,7 +23,7 @@ def why_noticed(value: fx.Node, region: Region) -> str | None:
     effects = Effects(region)
     for shared, user in _uses(value, effects):
         name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name in _READ_STRIDES and user.op.startswith("call_"):
+        if name in READ_STRIDES and user.op.startswith("call_"):
             return f"'{region.qualified(user)}' looks at its strides"
         if shared in effects.writes(user) and effects.is_known(user):
             return f"'{region.qualified(user)}' writes into it"
@@ -36,9 +36,9 @@ def hide_strides(value: fx.Node, region: Region) -> None:
     """Let views of `value` copy where they must, and give outputs and unseen code a contiguous tensor as before."""
     effects = Effects(region)
     for shared, user in list(_uses(value, effects)):
-        if user.op == "call_method" and user.target in _VIEWS:
-            user.target = _VIEWS[str(user.target)]
-        elif _is_unseen(user, effects) and _was_contiguous(shared):
+        if user.op == "call_method" and user.target in VIEWS:
+            user.target = VIEWS[str(user.target)]
+        elif _is_unseen(user, effects) and was_contiguous(shared):
             with region.graph.inserting_before(user):
                 made = region.graph.call_method("contiguous", (shared,))
             made.meta = dict(shared.meta)
@@ -61,6 +61,7 @@ def _is_unseen(user: fx.Node, effects: Effects) -> bool:
     return user.op == "output" or (user.op.startswith("call_") and not effects.is_known(user))
 
 
-def _was_contiguous(value: fx.Node) -> bool:
+def was_contiguous(value: fx.Node) -> bool:
+    """Whether a value was contiguous when the module was captured."""
     meta = value.meta.get("tensor_meta")
     return meta is not None and meta.memory_format is torch.contiguous_format

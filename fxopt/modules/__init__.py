@@ -25,6 +25,7 @@ from fxopt.modules.quantized import (
     quantized_weights,
 )
 from fxopt.modules.rebuild import rebuild
+from fxopt.modules.replaced import replaced
 
 __all__ = [
     "MASKED_FORMS",
@@ -51,5 +52,6 @@ __all__ = [
     "masked_form",
     "quantized_weights",
     "rebuild",
+    "replaced",
     "unmasked_form",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import nn
 
 from fxopt.modules.mask import SUFFIX, Mask
 from fxopt.modules.rebuild import rebuild
+from fxopt.modules.replaced import replaced
 
 
 class MaskedEmbedding(nn.Embedding):
@@ -35,7 +35,7 @@ class _Replacing:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""
         assert isinstance(self, nn.Module)
-        with _masks_applied(self):
+        with replaced(list(_masked_weights(self))):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -79,22 +79,9 @@ def unmasked_form(module: nn.Module) -> nn.Module:
     return made
 
 
-@contextmanager
-def _masks_applied(module: nn.Module) -> Iterator[None]:
-    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+def _masked_weights(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     for owner in module.modules():
         for name, child in owner._modules.items():
             if isinstance(child, Mask):
                 leaf = name.removesuffix(SUFFIX)
-                before.append((owner, leaf, cast("nn.Parameter", owner._parameters[leaf])))
-                owner._parameters[leaf] = child(owner._parameters[leaf])
-    flat = {owner: owner._flat_weights for owner, _, _ in before if isinstance(owner, nn.RNNBase)}
-    try:
-        for owner in flat:
-            owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
-        yield
-    finally:
-        for owner, leaf, weight in before:
-            owner._parameters[leaf] = weight
-        for owner, weights in flat.items():
-            owner.__dict__["_flat_weights"] = weights
+                yield owner, leaf, child(owner._parameters[leaf])

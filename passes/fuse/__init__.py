@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch.fx as fx
 
-from fxopt.contract import Change, Pass, Promise, Skip
+from fxopt.contract import Change, Pass, Promise, Skip, fixed_point
 from fxopt.graph import Affine, Norm, Region, is_norm, read_affine, read_norm, source_of
 from passes.fuse.fold import fold_before, fold_behind
 from passes.fuse.tail import fuse_tail
@@ -46,7 +46,7 @@ class Fuse(Pass):
             # A folded layer computes otherwise than the training graph expects, and no flag leads back.
             region.take_both_modes()
             yield Change("runs in both modes from now on, with batch norms folded", region.path or "evaluation graph")
-        yield from self._norms(region)
+        yield from fixed_point(self._norm, region)
         if not self.activations:
             return
         # Of two layers that meet in an addition the later one takes it: it need not move past the other.
@@ -66,22 +66,9 @@ class Fuse(Pass):
                 return True
         return False
 
-    def _norms(self, region: Region) -> Iterator[Change | Skip]:
-        changed, skips = True, list[Skip]()
-        while changed:  # a fold may bring the next batch norm up to a layer
-            changed, skips = False, []
-            for node in list(region.graph.nodes):
-                outcome = None
-                if not region.is_erased(node) and not region.is_spared(node) and is_norm(node, region):
-                    outcome = self._norm(node, region)
-                if isinstance(outcome, Skip):
-                    skips.append(outcome)
-                elif outcome is not None:
-                    changed = True
-                    yield outcome
-        yield from skips
-
     def _norm(self, node: fx.Node, region: Region) -> Change | Skip | None:
+        if not is_norm(node, region):
+            return None
         source = node.args[0] if node.args else node.kwargs.get("input")
         behind = self._layer(source, region) if isinstance(source, fx.Node) else None
         users = (self._layer(user, region) for user in node.users)

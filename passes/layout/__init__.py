@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch.fx as fx
-
-from fxopt.contract import Change, Pass, Promise, Skip
+from fxopt.contract import Change, Pass, Promise, Skip, fixed_point
 from fxopt.graph import Region
 from passes.layout.branches import Branches, find_branches, merge_branches
 from passes.layout.channels_last import run_channels_last
@@ -50,11 +48,11 @@ class Layout(Pass):
             region.take_both_modes()
             yield Change("runs in both modes from now on, with its layers folded", region.path or "evaluation graph")
         if self.pads:
-            yield from _each(fold_pad, region)
+            yield from fixed_point(fold_pad, region)
         if self.branches:
-            yield from _each(merge_branches, region, backwards=True)  # the whole sum before its parts
+            yield from fixed_point(merge_branches, region, backwards=True)  # the whole sum before its parts
         if self.scales:
-            yield from _each(fold_scale, region)
+            yield from fixed_point(fold_scale, region)
         if self.channels_last:
             yield from run_channels_last(region)
 
@@ -65,20 +63,3 @@ class Layout(Pass):
             if any(isinstance(one, (Branches, Scale)) for one in found):
                 return True
         return False
-
-
-def _each(
-    rewrite: Callable[[fx.Node, Region], Change | Skip | None], region: Region, *, backwards: bool = False
-) -> Iterator[Change | Skip]:
-    """Offer every node until nothing changes any more: one fold brings the next up to a layer."""
-    changed, skips = True, list[Skip]()
-    while changed:
-        changed, skips = False, []
-        for node in list(reversed(region.graph.nodes) if backwards else region.graph.nodes):
-            outcome = None if region.is_erased(node) or region.is_spared(node) else rewrite(node, region)
-            if isinstance(outcome, Skip):
-                skips.append(outcome)
-            elif outcome is not None:
-                changed = True
-                yield outcome
-    yield from skips

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxopt.modules import rebuild
+from fxopt.modules import rebuild, replaced
 from passes.lora.adapter import WeightAdapter
 
 HOLDER = "lora"
@@ -24,7 +23,7 @@ class Adapted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""
         assert isinstance(self, nn.Module)
-        with _replaced(self):
+        with replaced(list(_adapted_weights(self))):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -112,29 +111,12 @@ def weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
                 yield (f"{path}.{leaf}" if path else leaf), owner, parameter
 
 
-@contextmanager
-def _replaced(module: nn.Module) -> Iterator[None]:
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    recurrent: dict[nn.RNNBase, list[Any]] = {}
-    try:
-        for adapter in module.get_submodule(HOLDER).children():
-            assert isinstance(adapter, WeightAdapter)
-            path, _, leaf = adapter.inner.rpartition(".")
-            owner = module.get_submodule(path)
-            weight: torch.Tensor = owner._parameters[leaf]  # type: ignore[assignment]
-            found = adapter(weight)
-            if found is weight:
-                continue
-            before.append((owner._parameters, leaf, weight))
-            owner._parameters[leaf] = found
-            if isinstance(owner, nn.RNNBase):
-                recurrent.setdefault(owner, owner._flat_weights)
-        for owner in recurrent:
-            flat = [getattr(owner, name) for name in owner._flat_weights_names]
-            owner.__dict__["_flat_weights"] = flat
-        yield
-    finally:
-        for parameters, leaf, weight in before:
-            parameters[leaf] = weight
-        for owner, flat in recurrent.items():
-            owner.__dict__["_flat_weights"] = flat
+def _adapted_weights(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for adapter in module.get_submodule(HOLDER).children():
+        assert isinstance(adapter, WeightAdapter)
+        path, _, leaf = adapter.inner.rpartition(".")
+        owner = module.get_submodule(path)
+        weight: torch.Tensor = owner._parameters[leaf]  # type: ignore[assignment]
+        found = adapter(weight)
+        if found is not weight:
+            yield owner, leaf, found

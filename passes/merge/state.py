@@ -23,9 +23,10 @@ class FormerParameters:
     has_bias: bool
 
     def __call__(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Join what is there under the old names."""
-        if not all(any(prefix + name in state for name in weights) for weights, _ in self.parts):
-            return
+        """Join what is there under the old names, if all of it is."""
+        present = [names for part in self.parts for names in part if names]
+        if not all(any(prefix + name in state for name in names) for names in present):
+            return  # loading says which names are missing
         rows = [
             [[state.pop(prefix + name) for name in names if prefix + name in state] for names in part]
             for part in self.parts

@@ -143,6 +143,17 @@ def test_state_from_before_loads(name: str) -> None:
     assert list(merged.state_dict()) == keys
 
 
+def test_state_from_before_that_lacks_a_bias_is_refused_as_torch_refuses_it() -> None:
+    factory, _ = MERGES["q, k, v"]
+    model, x = factory().eval(), torch.randn(3, 5, 8)
+    merged = fxopt.optimize(model, x, [Merge()], devices=()).module
+    before = {key: value.clone() for key, value in merged.state_dict().items()}
+    state = {key: value + 1 for key, value in model.state_dict().items() if key != "k.bias"}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        merged.load_state_dict(state)
+    assert all(torch.equal(value, before[key]) for key, value in merged.state_dict().items())
+
+
 def test_both_graphs_call_the_merged_layer() -> None:
     model, x = TwoGraphs(heads).eval(), torch.randn(3, 5, 8)
     outcome = run(Merge(), model, (x,))
