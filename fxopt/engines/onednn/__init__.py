@@ -10,8 +10,10 @@ import torch
 
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine, Run
+from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
-from fxopt.engines.onednn.kernels import KERNELS
+from fxopt.engines.memory import hand_back
+from fxopt.engines.onednn.kernels import KERNELS, Kernel
 from fxopt.engines.onednn.tune import choose, fastest
 from fxopt.engines.strides import hide
 from fxopt.errors import EngineError
@@ -28,6 +30,8 @@ _DTYPES: Mapping[torch.dtype, Callable[[], bool]] = {
 _ROUNDS = 5
 _WHOLE_SECONDS = 0.3
 """Time for holding the whole graph against torch's, beside the first calls."""
+_LARGE_BYTES = 1 << 20
+"""Weights from which on the memory that packing one leaves behind is handed back at once, which takes a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,27 @@ class OneDNN(Engine):
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""
         propagate_shapes(module, inputs)
+        hand_back()
+        made: dict[str, Kernel] = {}
         if choices:
-            return _assemble(module, choices)
+            return _assemble(module, choices, made)
         found = Layers(module, _supported)
         noticed = found.noticed()
         layers = [layer for layer in found.layers if not (layer.spatial and layer in noticed)]
         names = choose(layers, self.tune_seconds) if self.tune_seconds else ["packed"] * len(layers)
+        hand_back()
         kernels = {found.key(layer): name for layer, name in zip(layers, names, strict=True)}
         if not any(layer.spatial for layer in layers):
-            return _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels})
-        ours = _assemble(module, {"layout": _CHANNELS_LAST, "why": "", "kernels": kernels})
+            return _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
+        ours = _assemble(module, {"layout": _CHANNELS_LAST, "why": "", "kernels": kernels}, made)
         if not self.tune_seconds:
             return ours
-        given = _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels})
+        given = _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
         times = _time({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs)
         if times[_CHANNELS_LAST] <= times[_AS_GIVEN]:
             return ours
         why = f"packed, the graph took {times[_CHANNELS_LAST] / times[_AS_GIVEN]:.2f}x as long"
-        return _assemble(module, {"layout": _AS_GIVEN, "why": why, "kernels": kernels})
+        return _assemble(module, {"layout": _AS_GIVEN, "why": why, "kernels": kernels}, made)
 
 
 def _supported(dtype: torch.dtype) -> str | None:
@@ -77,8 +84,8 @@ def _supported(dtype: torch.dtype) -> str | None:
     return None if supported is not None and supported() else f"oneDNN has no kernels for {dtype} here"
 
 
-def _assemble(module: GraphModule, choices: Mapping[str, Any]) -> Built:
-    """What was chosen, built."""
+def _assemble(module: GraphModule, choices: Mapping[str, Any], made: dict[str, Kernel]) -> Built:
+    """What was chosen, built; kernels by layer are taken from `made` and added to it."""
     found = Layers(module, _supported)
     reasons = found.reasons[::-1]
     channels_last = choices["layout"] == _CHANNELS_LAST
@@ -91,15 +98,23 @@ def _assemble(module: GraphModule, choices: Mapping[str, Any]) -> Built:
         if layer.spatial and (layer in noticed or not channels_last):
             reasons.append(found.skip(layer, f"it runs as torch runs it: {noticed.get(layer, choices['why'])}"))
             continue
-        make = KERNELS.get(choices["kernels"].get(key, ""))
-        kernel = make(layer) if make is not None else None
+        kernel = made.get(key) or _kernel(layer, choices["kernels"].get(key, ""))
         if kernel is None:
             raise EngineError(
                 f"engine 'onednn': there is no choice that fits layer '{key}': the choices are those of another "
                 "module, or of another machine; lower it without them"
             )
+        made[key] = kernel
         found.put(layer, kernel)
     return Built(bind(found.root), tuple(reasons), dict(choices))
+
+
+def _kernel(layer: Layer, name: str) -> Kernel | None:
+    make = KERNELS.get(name)
+    kernel = make(layer) if make is not None else None
+    if layer.weight.nbytes >= _LARGE_BYTES:
+        hand_back()
+    return kernel
 
 
 def _time(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:

@@ -1,0 +1,37 @@
+"""Freed memory goes back to the system, also from between what lives."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxopt.engines.memory import hand_back
+
+BLOCK = 64 << 10
+
+
+def resident_bytes() -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be asked to")
+def test_memory_freed_between_living_blocks_is_handed_back() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("this C library has no malloc_trim")
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    blocks = [libc.malloc(BLOCK) for _ in range(1024)]
+    for block in blocks:
+        libc.memset(block, 1, BLOCK)
+    for block in blocks[::2]:
+        libc.free(block)
+    before = resident_bytes()
+    hand_back()
+    freed = before - resident_bytes()
+    for block in blocks[1::2]:
+        libc.free(block)
+    assert freed > 0.8 * 512 * BLOCK
