@@ -47,13 +47,13 @@ def _made(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     whole = make()
     channels, height, width = whole.pretrained_cfg["input_size"]
     if whole.pretrained_cfg.get("fixed_input_size"):
-        for side in (112, 128):
+        for side in _SIDES:
             with suppress(Exception):  # whatever a constructor refuses
                 module = make(img_size=side)
                 if side < height and _runs(module, channels, side, side):
                     return module, (channels, side, side)
         return whole, (channels, height, width)
-    sizes = [(64, 64), (128, 128), (height, width)]
+    sizes = [(64, 64), (128, 128), (126, 126), (height, width)]
     height, width = next(size for size in sizes if size == sizes[-1] or _runs(whole, channels, *size))
     return whole, (channels, height, width)
 
@@ -76,4 +76,6 @@ def _smallest(names: tuple[str, ...]) -> str:
     return min(names, key=rank)
 
 
+# Sides that patches of 16, of 14, and of 3 by 3 patches of 14 divide.
+_SIDES = (112, 128, 126)
 _SMALL = "test pico atto femto nano xxt xxs tiny xs small mini 050 035 lite s0 b0 t0 0".split()
