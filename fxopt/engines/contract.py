@@ -51,8 +51,8 @@ class Engine(ABC):
 
     name: ClassVar[str]
     """What `fxopt.lower` and `--engine` call it."""
-    device: ClassVar[str] = "cpu"
-    """Type of the device that it runs on."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """Types of the devices that it runs on."""
     sizes: ClassVar[Sizes] = Sizes.ANY
     integers: ClassVar[bool] = False
     """Whether a quantised module runs on integers, whose sums may round to the neighbour of the simulated value."""

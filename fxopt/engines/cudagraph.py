@@ -27,7 +27,7 @@ class CudaGraph(Engine):
     """
 
     name: ClassVar[str] = "cudagraph"
-    device: ClassVar[str] = "cuda"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
     sizes: ClassVar[Sizes] = Sizes.FIXED
 
     around: Literal["eager", "cudnn", "inductor"] = field(

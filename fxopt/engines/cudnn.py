@@ -30,7 +30,7 @@ class CuDNN(Engine):
     """
 
     name: ClassVar[str] = "cudnn"
-    device: ClassVar[str] = "cuda"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
 
     tf32: bool = field(default=False, metadata={"help": "round the operands of float32 products to TF32"})
 

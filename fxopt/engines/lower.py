@@ -77,10 +77,12 @@ def prepare(engine: Engine, module: nn.Module, inputs: Inputs) -> GraphModule:
         raise EngineError(f"engine '{engine.name}': {where} is in training mode; call .eval() on the module first")
     tensors = [*module.parameters(), *module.buffers(), *inputs.tensors]
     places = sorted({str(tensor.device) for tensor in tensors})
-    if engine.name != "eager" and any(torch.device(place).type != engine.device for place in places):
+    types = {torch.device(place).type for place in places}
+    if engine.name != "eager" and (len(types) > 1 or not types <= {*engine.devices}):
+        devices = " or ".join(map(repr, engine.devices))
         raise EngineError(
-            f"engine '{engine.name}' runs on '{engine.device}', but the module and its inputs are on "
-            f"{', '.join(places)}: move them with .to('{engine.device}')"
+            f"engine '{engine.name}' runs on {devices}, but the module and its inputs are on "
+            f"{', '.join(places)}: move them with .to('{engine.devices[0]}')"
         )
     if isinstance(module, GraphModule):
         return cast(GraphModule, independent_copy(module))

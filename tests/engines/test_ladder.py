@@ -127,7 +127,6 @@ def test_what_the_platform_lacks_drops_out_with_what_would_bring_it(
     measured["eager"] = 1.0
     brings = {
         "onednn": "this torch has no oneDNN; `pip install torch`",
-        "sparse": "this torch has no MKL, whose sparse products it needs; `pip install torch`",
         "onnxruntime": "ONNX Runtime is not installed; `pip install onnxruntime onnxscript` brings it",
         "openvino": "OpenVINO is not installed; `pip install fxopt[openvino]` brings it",
         "inductor": "torch.compile needs a C++ compiler; `apt-get install g++` brings one",

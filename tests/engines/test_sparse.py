@@ -15,6 +15,7 @@ import fxopt
 from fxopt.capture import capture
 from fxopt.engines.lower import build
 from fxopt.engines.sparse import Indices, Sparse, place, sparse_linear
+from fxopt.engines.sparse.gate import plans
 from fxopt.engines.sparse.kernels import FIRST, LAST
 from fxopt.engines.sparse.layout import to_features_first, to_features_last
 from fxopt.errors import EngineError
@@ -172,6 +173,70 @@ def test_features_stay_first_through_a_region(monkeypatch: pytest.MonkeyPatch) -
     assert calls == ["to_features_first", "to_features_last"]
 
 
+class Activated(nn.Module):
+    """An activation whose argument is read again, one behind an Identity, and one that nothing else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+        self.same = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        same = self.same(y)
+        z = self.second(torch.relu(same)) + self.second(torch.tanh(y))
+        return self.second(torch.sigmoid(self.second(z))) + y
+
+
+def test_an_activation_takes_the_memory_of_its_argument_only_where_nothing_else_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    for function, plain in list(place._IN_PLACE.items()):
+        noted = lambda x, plain=plain: (calls.append(plain.__name__), plain(x))[1]  # noqa: E731
+        monkeypatch.setitem(place._IN_PLACE, function, noted)
+    model, x = zeroed(Activated(), 0.8), torch.randn(5, 16)
+    executable = lowered(model, x, "csr")
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(executable(x), model(x))
+    assert calls == ["sigmoid_"]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_weights_and_batches_may_be_empty(name: str) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16)).eval(), torch.randn(3, 32)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    executable = lowered(model, x, name)
+    for batch in (x, x[:0]):
+        torch.testing.assert_close(executable(batch), model(batch).detach())
+
+
+def test_without_mkl_there_are_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    model, x = zeroed(nn.Sequential(nn.Linear(64, 64)), 0.9), torch.randn(16, 64)
+    torch.testing.assert_close(lowered(model, x, "bags")(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(EngineError, match="the choice 'csr' does not fit"):
+        lowered(model, x, "csr")
+
+
+TIMES = {
+    "hidden": {"dense": 3.0, "csr": 2.9, "bags": 2.0, "borders": 1.5},
+    "head": {"dense": 1.0, "csr": 1.1, "borders": 0.1},
+    "stem": {"dense": 1.0},
+}
+
+
+def test_plans_are_those_that_may_be_fastest_each_once() -> None:
+    assert plans(TIMES) == {
+        "dense": {"hidden": "dense", "head": "dense", "stem": "dense"},
+        "within": {"hidden": "bags", "head": "dense", "stem": "dense"},
+        "csr": {"hidden": "csr", "head": "csr", "stem": "dense"},
+    }
+
+
 class Written(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +276,7 @@ def test_a_dense_model_runs_as_torch_runs_it_and_says_so() -> None:
 
 
 def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxopt.engines.sparse._time", lambda runs, inputs: {n: 1.0 + (n != "torch") for n in runs})
+    monkeypatch.setattr("fxopt.engines.sparse.run_times", lambda runs, _: {n: 1.0 + (n != "torch") for n in runs})
     executable = fxopt.lower(zeroed(nn.Sequential(nn.Linear(64, 64)), 0.9), (torch.randn(2, 64),), "sparse")
     assert not executable.choices["kernels"]
     assert "the graph took 1.00x as long as torch's" in executable.reasons[0].reason

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from fxopt.engines.sparse.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,8 @@ class Indices:
 
 def csr(starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: Any) -> torch.Tensor:
     """A CSR matrix from parts that are known to be right."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, columns, values, size=tuple(shape), check_invariants=False)
+    size = tuple(shape)
+    return quiet(lambda: torch.sparse_csr_tensor(starts, columns, values, size=size, check_invariants=False))
 
 
 def sparse_linear(

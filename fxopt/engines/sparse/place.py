@@ -20,6 +20,12 @@ _POINTWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, 
 _POINTWISE: frozenset[Any] = frozenset(
     {torch.relu, F.relu, F.gelu, F.silu, torch.tanh, F.tanh, torch.sigmoid, F.sigmoid, "relu", "tanh", "sigmoid"}
 )
+_IN_PLACE: Mapping[Any, Any] = {
+    **dict.fromkeys((nn.ReLU, torch.relu, F.relu, "relu"), torch.relu_),
+    **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh"), torch.tanh_),
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), torch.sigmoid_),
+}
+"""What computes the same in the memory of its argument."""
 
 
 def written_values(region: Region) -> set[fx.Node]:
@@ -57,6 +63,8 @@ class Placement:
         """Which node has the value of one that was replaced."""
         self._like: dict[fx.Node, fx.Node] = {}
         """The value with features last from which one with features first came."""
+        self._fresh: set[fx.Node] = set()
+        """Values with features first that were computed into memory of their own."""
 
     def run(self) -> None:
         """Replace all layers, and take out what nothing reads then."""
@@ -87,6 +95,7 @@ class Placement:
                 first = graph.call_function(
                     named(kernel, node.name), tuple(self._first_of(value, layer.last) for value in given)
                 )
+                self._fresh.add(first)
                 done = self._back(first, self._like.get(given[0], given[0]))
         self._replace(layer.last, done)
         if node is not layer.last:
@@ -95,8 +104,17 @@ class Placement:
 
     def _pointwise(self, node: fx.Node) -> fx.Node:
         value = node.all_input_nodes[0]
+        known = self._of[value]
+        kind = type(self._region.submodule(node)) if node.op == "call_module" else node.target
+        # What a kernel has just computed and nothing else reads needs no memory of its own.
+        may_write = known in self._fresh and len(value.users) == 1 and set(known.users) <= {value}
         with self._graph.inserting_before(node):
-            first = self._graph.node_copy(node, lambda _: self._of[value])
+            if may_write and kind in _IN_PLACE:
+                first = self._graph.call_function(_IN_PLACE[kind], (known,))
+            else:
+                first = self._graph.node_copy(node, lambda _: known)
+            if kind is not nn.Identity:
+                self._fresh.add(first)
             done = self._back(first, self._like[value])
         self._replace(node, done)
         return done
