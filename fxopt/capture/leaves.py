@@ -16,9 +16,10 @@ _INHERITABLE = frozenset(
 def is_leaf(module: nn.Module) -> bool:
     """Whether `module` runs torch's own forward: everything in torch.nn but containers and wrappers.
 
-    A subclass that changes nothing that torch's class does at run time counts as that class.
+    A subclass that changes nothing that torch's class does at run time counts as that class. Modules that passes put
+    into a graph say `stays_whole`, so that what is captured once more finds them again.
     """
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or getattr(type(module), "stays_whole", False):
         return True
     for cls in type(module).__mro__:
         origin = cls.__module__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,8 @@ class FakeQuantize(nn.Module):
         phase: buffer; the state, so that a state_dict holds it.
         ready: whether anything was observed.
     """
+
+    stays_whole: ClassVar[bool] = True
 
     scale: torch.Tensor
     zero_point: torch.Tensor

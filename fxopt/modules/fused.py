@@ -43,6 +43,8 @@ class Fused(nn.Module):
         weight_mask: what holds part of the weight at zero, or None.
     """
 
+    stays_whole: ClassVar[bool] = True
+
     activation: Activation | None
     adds: bool
     norm_frozen: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ class Mask(nn.Module):
         mask: a buffer of booleans in the shape of the weight.
         score: a parameter that only takes a gradient, or None.
     """
+
+    stays_whole: ClassVar[bool] = True
 
     mask: torch.Tensor
     score: nn.Parameter | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from fxopt.modules.replaced import replaced
 
 class MaskedEmbedding(nn.Embedding):
     """`torch.nn.Embedding` with a mask on its weight, which is looked up as the weight is."""
+
+    stays_whole: ClassVar[bool] = True
 
     weight_mask: Mask
 
@@ -31,6 +33,8 @@ class MaskedEmbedding(nn.Embedding):
 
 class _Replacing:
     """Runs the plain forward with masked weights in the place of the weights."""
+
+    stays_whole: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ def quantized_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
 class QuantizedEmbedding(nn.Embedding):
     """`torch.nn.Embedding` that looks up rows of a quantised weight."""
 
+    stays_whole: ClassVar[bool] = True
+
     weight_fake_quant: FakeQuantize
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -39,6 +41,8 @@ class QuantizedEmbedding(nn.Embedding):
 
 class _Replacing:
     """Runs the plain forward with quantised weights in the place of the weights."""
+
+    stays_whole: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""
@@ -69,6 +73,8 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
     `query_fake_quant`, `key_fake_quant` and `value_fake_quant`, each optional. Where query, key and value are one
     tensor, it is quantised once, as the query. It takes no `bias_k`, `bias_v` and `add_zero_attn`.
     """
+
+    stays_whole: ClassVar[bool] = True
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,8 @@ class Adapter(nn.Module):
         steps: in how many equal parts the update is added to a whole weight. Rounding tells one from two, and PEFT
             adds that of the output projection of an attention module twice.
     """
+
+    stays_whole: ClassVar[bool] = True
 
     steps = 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ class Adapted:
 
     The parameters keep their names; the adapters are the children of a child `lora`.
     """
+
+    stays_whole: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""
