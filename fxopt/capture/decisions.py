@@ -11,7 +11,7 @@ import torch.fx as fx
 from fxopt.capture.captured import Guard
 from fxopt.capture.describe import describe
 from fxopt.capture.frames import user_source
-from fxopt.capture.guards import guard, guard_tensor
+from fxopt.capture.guards import guard, guard_parts, guard_tensor, structure
 from fxopt.capture.objects import Objects
 from fxopt.capture.provenance import Depends
 from fxopt.capture.tensors import Value
@@ -78,6 +78,22 @@ class Decisions(Objects):
         expected = self.known(kept).node
         self.fixed.add(expected.target)
         self.emit("call_function", guard_tensor, (known.node, expected, assumption, location))
+
+    def counted(self, node: fx.Node, name: str, parts: tuple[torch.Tensor, ...]) -> None:
+        """Guard how many parts a function took a tensor into: Python code counts them unseen."""
+        by = "iteration or 'unbind'" if name == "unbind" else f"'{name}'"
+        self._guard_parts(node, len(parts), f"{len(parts)} parts by {by}")
+
+    def received(self, node: fx.Node, value: Any, path: str) -> None:
+        """Guard the structure of what an opaque module gave, where it is more than one tensor."""
+        expected = structure(value)
+        if expected is not None:
+            self._guard_parts(node, expected, f"the structure of what '{path}' gives")
+
+    def _guard_parts(self, node: fx.Node, expected: Any, assumption: str) -> None:
+        location = str(user_source() or "")
+        self.guards[Guard(assumption, location)] = None
+        self.emit("call_function", guard_parts, (node, expected, assumption, location))
 
     def _guard(self, node: fx.Node, relation: str, expected: Any, answer: bool, assumption: str) -> None:
         key = (node, relation, expected, answer)

@@ -66,6 +66,30 @@ def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:
         raise _broken(f"{name} has the keys {expected}", "an input", f"{list(actual)} here")
 
 
+def guard_parts(actual: Any, expected: Any, assumption: str, location: str) -> None:
+    """Check that what Python code goes through or unpacks has as many parts as when the module was captured.
+
+    Args:
+        actual: a tuple of tensors, or what an opaque module gave: nested tuples, lists and dicts.
+        expected: how many parts there were; or, nested, what `structure` said.
+
+    Raises:
+        GuardError: naming the assumption and the user's line that made it.
+    """
+    if _traced(guard_parts, actual, expected, assumption, location):
+        return
+    found = len(actual) if isinstance(expected, int) else structure(actual)
+    if found != expected:
+        raise _broken(assumption, location, f"{found} here" if isinstance(found, int) else "another structure here")
+
+
+def structure(value: Any) -> Any:
+    """The lists, tuples and dicts that a value is nested of, with None in the place of what they hold."""
+    if isinstance(value, dict):
+        return {key: structure(item) for key, item in value.items()}
+    return [structure(item) for item in value] if isinstance(value, (list, tuple)) else None
+
+
 def guard_rank(actual: Any, dimensions: int, name: str) -> None:
     """Check that an input is a tensor with as many dimensions as the one that was captured.
 
@@ -91,7 +115,6 @@ def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
 
 
 _MODES = {True: "training", False: "evaluation"}
-GUARDS = (guard, guard_tensor, guard_input, guard_items, guard_rank, guard_mode)
 
 
 def _traced(check: Callable[..., None], *args: Any) -> bool:

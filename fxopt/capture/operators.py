@@ -53,6 +53,9 @@ SHAPED_AS_FIRST = frozenset(
 )
 """Functions whose result has the shape of their first argument, whatever the others have."""
 
+TAKEN_APART = frozenset("unbind split chunk unsafe_split unsafe_chunk".split())
+"""Functions that give as many parts as a size of their argument makes. Iterating over a tensor calls the first."""
+
 HOOKS = frozenset("register_hook register_post_accumulate_grad_hook".split())
 """Methods that hang the user's code on a tensor's gradient."""
 

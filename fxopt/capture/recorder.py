@@ -7,10 +7,11 @@ values made of others, and decisions on numbers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -67,8 +68,6 @@ class Recorder(Decisions, TorchFunctionMode):
             return self._set_property(func, args)
         if name in operators.SHAPE_READS:
             return self._sizes_of(func, args, kwargs)
-        if name == "__iter__":
-            return self._iterate(args[0])
         result = func(*_plain(args), **_plain(kwargs))
         if result is NotImplemented or name in operators.SILENT:
             return result
@@ -96,7 +95,25 @@ class Recorder(Decisions, TorchFunctionMode):
         for written in (args[0] if args and operators.is_in_place(name) else None, kwargs.get("out")):
             if isinstance(written, torch.Tensor):
                 self.note_write(written, origin.values)
-        return self.adopt(node, result, origin)
+        adopted = self.adopt(node, result, origin)
+        if name in operators.TAKEN_APART and origin.shape is not Depends.CONSTANT:
+            self._take_apart(node, name, args, kwargs, result, origin.shape)
+        return adopted
+
+    def _take_apart(
+        self, node: fx.Node, name: str, args: Any, kwargs: Any, parts: tuple[torch.Tensor, ...], shape: Depends
+    ) -> None:
+        given = [*args, *kwargs.values()]
+        if any(isinstance(sizes, (list, tuple)) for sizes in given):
+            return  # `split` into a list of sizes gives a part for each
+        place = 1 if name == "unbind" else 2
+        dim = kwargs.get("dim", args[place] if len(args) > place else 0)
+        dims = next(value for value in given if isinstance(value, torch.Tensor)).dim()
+        # What is sized by values is so in its first dimensions: rows that were picked, not their features.
+        if shape is Depends.DATA and (dims == 1 or dim % dims != dims - 1):
+            self.block(f"it takes a tensor apart ('{name}') whose size depends on the values of the input")
+        else:
+            self.counted(node, name, parts)
 
     # Reading
 
@@ -150,14 +167,6 @@ class Recorder(Decisions, TorchFunctionMode):
         known = self.known(tensor)
         size = tensor.size(0)
         return size if known.shape is Depends.CONSTANT else self.size(known, 0, size)
-
-    def _iterate(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-        parts = torch.Tensor.unbind(tensor, 0)
-        known = self.known(tensor)
-        if known.shape is not Depends.CONSTANT:
-            self.compared("==", self.size(known, 0, len(parts)), len(parts), True)
-        result: tuple[torch.Tensor, ...] = self.record(torch.Tensor.unbind, (tensor, 0), {}, parts)
-        return iter(result)
 
     def _read(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         depends = self.origin(name, args, kwargs).values

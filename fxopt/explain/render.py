@@ -19,6 +19,7 @@ _HIDDEN = (
     "guard_rank",
     "guard_input",
     "guard_items",
+    "guard_parts",
     "guard_mode",
     "guard_tensor",
 )

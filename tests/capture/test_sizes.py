@@ -121,6 +121,82 @@ def test_inputs_with_more_or_fewer_items_are_refused(given, other, said):
         captured.module(other)
 
 
+class Calls(nn.Module):
+    """Calls a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+TAKEN_APART = {
+    "iteration": (lambda x: sum(row * 2 for row in x), "2 parts by iteration"),
+    "zip": (lambda x: sum(a + b for a, b in zip(x, x, strict=True)), "2 parts by iteration"),
+    "iteration over what was made": (lambda x: sum(a * 1.0 for a in torch.ones(x.shape[0], 4)), "2 parts by iteration"),
+    "unbind": (lambda x: sum(x.unbind(dim=0)), "2 parts by iteration or 'unbind'"),
+    "split": (lambda x: sum(part.sum() for part in x.split(1)), "2 parts by 'split'"),
+    "chunk": (lambda x: sum(part.sum() for part in torch.chunk(input=x, chunks=4)), "2 parts by 'chunk'"),
+    "unpacked": (lambda x: (lambda a, b: a + b)(*x), "x.shape\\[0\\] == 2|2 parts"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_as_many_parts_as_a_size_makes_are_guarded(name):
+    function, said = TAKEN_APART[name]
+    module = Calls(function)
+    captured = capture(module, (torch.randn(2, 3, 4),)).module
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(captured(x), module(x))
+    with pytest.raises(GuardError, match=rf"{said}.*test_sizes.py:\d+.* 3 here"):
+        captured(torch.randn(3, 3, 4))
+
+
+def test_parts_of_fixed_number_leave_sizes_free():
+    module = Calls(lambda x: sum(part.relu() for part in (x * x.shape[0]).chunk(2, dim=-1)))
+    captured = capture(module, (torch.randn(2, 4),)).module
+    for size in (1, 2, 5):
+        x = torch.randn(size, 4)
+        assert torch.equal(captured(x), module(x))
+
+
+def test_parts_of_what_values_size_are_opaque_but_not_those_of_its_features():
+    rows = capture(Calls(lambda x: sum(row.sum() for row in x[x[:, 0] > 0])), (torch.eye(3),))
+    assert "takes a tensor apart ('unbind') whose size depends on the values" in rows.opaque[0].reason
+    assert torch.equal(rows.module(torch.ones(3, 3)), torch.tensor(9.0))
+    features = capture(Calls(lambda x: sum(x[x[:, 0] > 0].chunk(2, dim=-1))), (torch.eye(4),))
+    assert not features.opaque
+    assert features.module(torch.ones(4, 4)).shape == (4, 2)
+
+
+class Picks(nn.Module):
+    """Gives as many parts as there are positive values: opaque."""
+
+    def forward(self, x):
+        return [row * 2 for row in x.tolist() if row > 0]
+
+
+class Adding(nn.Module):
+    """Adds up what an opaque module gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.picks = Picks()
+
+    def forward(self, x):
+        return x.sum() + sum(self.picks(x.long()))
+
+
+def test_another_structure_of_what_an_opaque_module_gives_is_refused():
+    captured = capture(Adding(), (torch.tensor([1.0, -1.0]),))
+    assert [part.path for part in captured.opaque] == ["picks"]
+    assert captured.module(torch.tensor([3.0, -1.0])) == 2 + 6
+    with pytest.raises(GuardError, match="the structure of what 'picks' gives"):
+        captured.module(torch.tensor([1.0, 1.0]))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_recapture_keeps_both(training):
     torch.manual_seed(0)
