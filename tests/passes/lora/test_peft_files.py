@@ -17,6 +17,14 @@ from passes.lora import load_adapter, merge, save_adapter, unmerge
 from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, MLPOnParameters, floats, ints
 
+ROUNDINGS = 8
+"""Sums of products taken in another order differ by that much. On most processors there is no difference at all."""
+
+
+def rounding(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in roundings of the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max() / torch.finfo(expected.dtype).eps).item()
+
 
 class Twice(MLP):
     """The layer behind the one whose weight is adapted as a whole has an adapter too."""
@@ -130,17 +138,17 @@ def test_both_ways(peft: Any, tmp_path: Path, model: str, config: dict[str, Any]
     with torch.no_grad():
         expected = wrapped(x)
         assert (expected - plain(x)).abs().max() > 1e-3
-        assert (captured(x) - expected).abs().max() == 0
+        assert rounding(captured(x), expected) <= ROUNDINGS
 
     save_adapter(captured, tmp_path / "ours")
     again = from_peft(peft, plain, tmp_path / "ours")
     with torch.no_grad():
-        assert (again(x) - expected).abs().max() == 0
+        assert rounding(again(x), expected) <= ROUNDINGS
         if "target_parameters" in config:
             merge(captured, (x,))
             assert torch.allclose(captured(x), expected, atol=1e-5)
             unmerge(captured)
-            assert (captured(x) - expected).abs().max() == 0
+            assert rounding(captured(x), expected) <= ROUNDINGS
 
 
 @pytest.mark.parametrize(("model", "config"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -171,6 +179,6 @@ def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) ->
     save_adapter(captured, tmp_path)
     with torch.no_grad():
         expected = captured(x)
-        error = (from_peft(peft, plain, tmp_path)(x) - expected).abs().max()
-        assert error <= (2e-5 if model in LOOSE else 0)
+        error = rounding(from_peft(peft, plain, tmp_path)(x), expected)
+        assert error <= ROUNDINGS * (20 if model in LOOSE else 1)
         merge(captured, (x,))
