@@ -61,13 +61,14 @@ def ci(
     Exit codes: 0 fine, 1 the tool failed, 2 wrong call, 3 regression, 4 inconclusive (with --strict), 5 nothing to
     compare with. In a GitHub workflow the report goes to the step summary and the failures become annotations.
     """
-    with progress(quiet) as stage, contextlib.redirect_stdout(sys.stderr):
-        from fxopt import gate, report, spec
-        from fxopt.gate.lock import FILE as LOCK
-        from fxopt.gate.lock import write as write_lock
-        from fxopt.gate.settings import FILE
+    from fxopt import gate, report, spec
+    from fxopt.gate.lock import FILE as LOCK
+    from fxopt.gate.lock import write as write_lock
+    from fxopt.gate.settings import FILE
 
-        with gate.stopping_cleanly():
+    # The launcher forks this process, so it comes before the progress, which has a thread.
+    with gate.stopping_cleanly(), gate.Launcher(fork=True) as launcher:
+        with progress(quiet) as stage, contextlib.redirect_stdout(sys.stderr):
             if target is None:
                 jobs = gate.read_jobs(Path(FILE))
             else:
@@ -85,7 +86,7 @@ def ci(
                     spec.parse(job.passes)
             python = None if base_python is None else str(base_python)
             plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause)
-            record = gate.run_gate(plan, stage)
+            record = gate.run_gate(plan, stage, launcher)
         if update_lock:
             write_lock(Path(LOCK), gate.lock_counts(record))
     if json_file is not None:

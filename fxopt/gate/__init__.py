@@ -1,12 +1,13 @@
 """A gate for CI: the working tree against a revision, on this machine, with verdicts and causes."""
 
 from fxopt.gate.gate import EXIT_CODES, Plan, exit_code, lock_counts, run_gate
-from fxopt.gate.processes import stopping_cleanly
+from fxopt.gate.processes import Launcher, stopping_cleanly
 from fxopt.gate.settings import Job, Limits, read_jobs, share
 
 __all__ = [
     "EXIT_CODES",
     "Job",
+    "Launcher",
     "Limits",
     "Plan",
     "exit_code",

@@ -6,20 +6,24 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from fxopt import errors
-from fxopt.errors import BaselineError, GateError, WorkerError
+from fxopt.errors import BaselineError, WorkerError
+from fxopt.gate.server import Server, forked, started
 
+_LOOK = 0.5
+"""Seconds between two looks whether a server still lives."""
 _LONGEST_START = 300.0
 """Seconds that a process may take to import torch before it counts as stuck."""
 
@@ -46,10 +50,18 @@ class Checkout:
 
 
 class Worker:
-    """A process that has built one side. Close it, or leave its context."""
+    """A process that has loaded one side. Close it, or leave its context.
 
-    def __init__(self, checkout: Checkout, connection: Connection, log: Path):
+    Attributes:
+        checkout: where its side lives.
+        order: what it was started with.
+        prepared: what it was asked to do since, as far as that makes it what it is.
+    """
+
+    def __init__(self, checkout: Checkout, order: Mapping[str, Any], connection: Connection, log: Path):
         self.checkout = checkout
+        self.order = order
+        self.prepared: list[dict[str, Any]] = []
         self._connection = connection
         self._log = log
 
@@ -60,8 +72,18 @@ class Worker:
             FxoptError: that it raised; in the base it is a `BaselineError`, whatever it was.
             WorkerError: where the process died, or fxopt failed in it.
         """
-        self._send(json.dumps({"do": do, **facts}).encode())
+        self.begin(do, **facts)
         return self.answer()
+
+    def prepare(self, do: str, **facts: Any) -> None:
+        """Let the process do something that its twins will have done, too."""
+        self.ask(do, **facts)
+        self.prepared.append({"do": do, **facts})
+
+    def begin(self, do: str, **facts: Any) -> None:
+        """Let the process do something; `answer` waits for what it gives."""
+        with contextlib.suppress(OSError):  # the answer tells of a process that is gone
+            self._connection.send_bytes(json.dumps({"do": do, **facts}).encode())
 
     def answer(self) -> Any:
         """Wait for the next answer."""
@@ -77,7 +99,7 @@ class Worker:
         if self.checkout.side == "base" and not issubclass(kind, BaselineError):
             raise BaselineError(
                 f"{self.checkout.label} has nothing to compare with: {found['error']}; a new target gets its first "
-                "comparison once it is in the base"
+                "comparison once it is in the base; for one that is broken there name an earlier revision by --base"
             )
         raise kind(f"{self.checkout.label}: {found['error']}" if kind is not BaselineError else found["error"])
 
@@ -91,71 +113,89 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _send(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # the answer tells of a process that is gone
-            self._connection.send_bytes(message)
-
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
         return f"; it said last: {lines[-1].strip()}" if lines else ""
 
 
 class Launcher:
-    """Starts workers: one process an environment imports torch, and forks for each worker. A context."""
+    """Starts workers: one server an environment imports torch, and forks for each worker. A context.
 
-    def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="fxopt-gate-")
-        self._servers: dict[str, subprocess.Popen[str]] = {}
-        self._logs: list[IO[str]] = []
+    Args:
+        fork: make the server of this environment out of this process, which has imported all that it needs. Sound only
+            where no thread runs yet and no user's code was loaded.
+    """
+
+    def __init__(self, *, fork: bool = False) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix=f"fxopt-gate-{os.getpid()}-")
+        self._servers: dict[str, Server] = {}
         self._count = 0
+        if fork and hasattr(os, "fork") and threading.active_count() == 1:
+            self._servers[sys.executable] = forked(self._log)
 
     @property
     def directory(self) -> Path:
         """For files that processes hand to each other; it goes with the launcher."""
         return Path(self._directory.name)
 
-    def start(self, checkout: Checkout, order: Mapping[str, Any]) -> Worker:
-        """A process that has loaded a target; `order` is what `fxopt.gate.side.Side` takes."""
-        self._count += 1
-        address = str(self.directory / f"{self._count}.socket")
-        line = {
-            **order,
-            "side": checkout.side,
-            "address": address,
-            "directory": str(checkout.directory),
-            "moved": [[str(source), str(target)] for source, target in checkout.moved],
-            "foreign": None if checkout.foreign is None else str(checkout.foreign),
-            "seed": self._count,
-        }
-        with Listener(address, family="AF_UNIX") as listener:
-            server = self._server(checkout.python)
-            assert server.stdin is not None
-            try:
-                server.stdin.write(json.dumps(line) + "\n")
-                server.stdin.flush()
-                connection = self._accepted(listener, server)
-            except OSError as error:
-                raise WorkerError(f"{checkout.label}: '{checkout.python}' does not start: {self._said()}") from error
-        worker = Worker(checkout, connection, self._log)
-        try:
-            worker.answer()
-        except BaseException:
-            worker.close()
-            raise
-        return worker
+    def start(self, *sides: tuple[Checkout, Mapping[str, Any]]) -> list[Worker]:
+        """Processes that have loaded a target, all at once; an order is what `fxopt.gate.side.Side` takes."""
+        found: list[Worker] = []
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as open_doors:
+            doors = [open_doors.enter_context(self._door()) for _ in sides]
+            for (checkout, order), door in zip(sides, doors, strict=True):
+                line = {
+                    **order,
+                    "side": checkout.side,
+                    "address": door.getsockname(),
+                    "directory": str(checkout.directory),
+                    "moved": [[str(source), str(target)] for source, target in checkout.moved],
+                    "foreign": None if checkout.foreign is None else str(checkout.foreign),
+                    "seed": self._count,
+                }
+                server = self._server(checkout.python)
+                try:
+                    server.orders.write(json.dumps(line) + "\n")
+                    server.orders.flush()
+                    connection = _accepted(door, server)
+                except OSError as error:
+                    raise WorkerError(
+                        f"{checkout.label}: '{checkout.python}' does not start: {self._said()}"
+                    ) from error
+                worker = Worker(checkout, order, connection, self._log)
+                found.append(worker)
+                stack.callback(worker.close)
+            for worker in found:
+                worker.answer()
+            stack.pop_all()
+        return found
+
+    def twin(self, worker: Worker) -> Worker:
+        """Another process that is as far as this one: a fork of it where that is sound, else one from the start."""
+        with self._door() as door:
+            forks = worker.ask("fork", address=door.getsockname(), seed=self._count)
+            if forks:
+                connection = _accepted(door, self._server(worker.checkout.python))
+        with contextlib.ExitStack() as stack:
+            if forks:
+                twin = Worker(worker.checkout, worker.order, connection, self._log)
+                stack.callback(twin.close)
+                twin.answer()
+                twin.prepared = list(worker.prepared)
+            else:
+                (twin,) = self.start((worker.checkout, worker.order))
+                stack.callback(twin.close)
+                for request in worker.prepared:
+                    twin.prepare(**request)
+            stack.pop_all()
+        return twin
 
     def __enter__(self) -> Launcher:
         return self
 
     def __exit__(self, *error: object) -> None:
         for server in self._servers.values():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-            assert server.stdin is not None
-            server.stdin.close()
-        for log in self._logs:
-            log.close()
+            server.end()
         self._directory.cleanup()
 
     @property
@@ -165,40 +205,32 @@ class Launcher:
     def _said(self) -> str:
         return self._log.read_text(errors="replace").strip()[-500:] or "it said nothing"
 
-    def _server(self, python: str) -> subprocess.Popen[str]:
-        server = self._servers.get(python)
-        if server is None:
-            log = self._log.open("a", encoding="utf-8")
-            self._logs.append(log)
-            # A session of its own: Ctrl-C reaches the gate alone, which then ends the whole group.
-            try:
-                server = self._servers[python] = subprocess.Popen(
-                    [python, "-m", "fxopt.gate.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    text=True,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise GateError(f"'{python}' does not start: {error.strerror}; name an interpreter") from error
-        return server
+    def _door(self) -> socket.socket:
+        """Where the next process connects."""
+        self._count += 1
+        door = socket.socket(socket.AF_UNIX)
+        door.bind(str(self.directory / f"{self._count}.socket"))
+        door.listen(1)
+        return door
 
-    def _accepted(self, listener: Listener, server: subprocess.Popen[str]) -> Connection:
-        """The worker's connection; a server that dies first closes the door."""
-        waiting = threading.Event()
+    def _server(self, python: str) -> Server:
+        if python not in self._servers:
+            self._servers[python] = started(python, self._log)
+        return self._servers[python]
 
-        def watch() -> None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(_LONGEST_START)
-            if not waiting.is_set():
-                listener.close()
 
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            return listener.accept()
-        finally:
-            waiting.set()
+def _accepted(door: socket.socket, server: Server) -> Connection:
+    """The connection of a process; OSError where its server dies first."""
+    door.settimeout(_LOOK)
+    until = time.monotonic() + _LONGEST_START
+    while time.monotonic() < until:
+        with contextlib.suppress(TimeoutError):
+            connected, _ = door.accept()
+            connected.setblocking(True)
+            return Connection(connected.detach())
+        if not server.alive:
+            break
+    raise OSError("nothing connects")
 
 
 @contextlib.contextmanager

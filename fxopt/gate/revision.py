@@ -14,6 +14,8 @@ from pathlib import Path
 from fxopt.errors import BaselineError, GateError
 
 _PREFIX = "fxopt-ci-"
+_PREFIXES = (_PREFIX, "fxopt-gate-")
+"""Of temporary directories, before the id of the process that made them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Repository:
         if done.returncode == 0:
             return done.stdout.strip()
         advice = "`git branch --all` and `git tag` list what there is"
-        if _git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+        remote, slash, branch = revision.partition("/")
+        if slash and remote in _git(self.root, "remote").stdout.split():
+            advice = f"`git fetch {remote} {branch}` gets it, if it is there"
+        elif _git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
             advice = "this clone is shallow: fetch the history first, by `git fetch --unshallow` or `fetch-depth: 0`"
         raise GateError(f"--base: there is no commit '{revision}' in '{self.root}'; {advice}")
 
@@ -68,6 +73,10 @@ class Repository:
     def status(self) -> list[str]:
         """What `git status --porcelain` lists."""
         return _git(self.root, "status", "--porcelain", "--untracked-files=normal").stdout.splitlines()
+
+    def uncommitted(self) -> list[str]:
+        """Files of the working tree that differ from its commit, and those that it lacks; a new folder as one."""
+        return [line[3:].rpartition(" -> ")[2].strip('"') for line in self.status()]
 
     def changed_files(self, base: str) -> list[str]:
         """Tracked files of the working tree that differ from a commit."""
@@ -118,10 +127,11 @@ def compare_with(repository: Repository, base: str) -> str:
 
 def _sweep(root: Path) -> None:
     """Remove what a run that was killed outright has left behind."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            _remove(root, directory)
+    for prefix in _PREFIXES:
+        for directory in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+            pid = directory.name.removeprefix(prefix).partition("-")[0]
+            if pid.isdigit() and not _alive(int(pid)):
+                _remove(root, directory)
 
 
 def _remove(root: Path, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -36,46 +37,84 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class Side:
-    """A target of one checkout. A context: surroundings are held still inside of it.
+    """A target of one checkout.
 
     Args:
-        order: `target`, `inputs`, `weights`, `passes`, `device`, `threads`, `seed`; `stages`, how many of the passes
-            to apply (None for all), and `changes`, how many changes of the last of these; `shared`, a file with
-            inputs to use; `foreign`, a directory from which no module may come.
+        order: `target`, `inputs`, `weights`, `passes`, `device`, `threads`, `seed`; `foreign`, a directory from which
+            no module may come.
     """
 
     def __init__(self, order: dict[str, Any]):
         torch.manual_seed(0)
-        self._held = ExitStack()
         self._order = order
+        # With more, torch would start threads here, and then no twin could be forked.
+        torch.set_num_threads(1)
         weights = None if order["weights"] is None else Path(order["weights"])
-        torch.set_num_threads(order["threads"])
         self._target = load(order["target"], inputs=order["inputs"], weights=weights)
         _refuse_foreign(order["foreign"])
         self._passes = spec.parse(order["passes"]) if order["passes"] else ()
         self._inputs = self._target.inputs
-        if order["shared"] is not None:
-            self._inputs = _shared_inputs(Path(order["shared"]), self._inputs)
         self._device = measurable(order["device"])
+        self._module: nn.Module = self._target.module
+        self._copies = True
+        self._held = ExitStack()
+        self._outputs: list[torch.Tensor] = []
         self._arm: Arm | None = None
         self._timer: Timer | None = None
 
-    def __enter__(self) -> Side:
-        self._held.enter_context(quiet(self._device, self._order["threads"]))
-        return self
+    @property
+    def forkable(self) -> bool:
+        """Whether a fork would be whole, and another process of the same speed.
 
-    def __exit__(self, *error: object) -> None:
-        self._held.close()
+        Threads and CUDA don't survive a fork. A twin times a copy of the module: what can't be copied would lie where
+        it lies in all of them.
+        """
+        tasks = Path("/proc/self/task")
+        alone = tasks.is_dir() and len(list(tasks.iterdir())) == 1
+        return alone and self._device.type == "cpu" and not torch.cuda.is_initialized() and self._copies
 
-    def warm(self) -> float:
-        """Build what is to be timed, and make its first two calls; seconds of the second."""
-        module = self._rewritten(self._target.module)
-        self._arm = Arm(self._order["side"], module, self._inputs, self._device)
+    def give_inputs(self, keep: str) -> None:
+        """Leave the inputs in a file, for the other side."""
+        torch.save(self._inputs, keep)
+
+    def take_inputs(self, kept: str) -> None:
+        """Use those of the other side.
+
+        Raises:
+            BaselineError: where they differ in shape or dtype from the target's own.
+        """
+        inputs, own = torch.load(kept, weights_only=False), self._inputs
+        assert isinstance(inputs, Inputs)
+        if inputs.describe() != own.describe():
+            raise BaselineError(
+                f"the inputs are {own.describe()}, in the base {inputs.describe()}: times of unequal work can't be "
+                "compared; give both the same by --input, or change the inputs in a commit of its own"
+            )
+        self._inputs = inputs
+
+    def build(self, stages: int | None = None, changes: int | None = None) -> None:
+        """Make what is to be timed.
+
+        Args:
+            stages: how many of the passes to apply; None for all.
+            changes: how many changes of the last of these.
+        """
+        with quiet(self._device, 1):
+            self._module = self._rewritten(stages, changes)
+        try:
+            copy.deepcopy(self._module)
+        except Exception:  # whatever the user's module raises; it is then timed itself
+            self._copies = False
+
+    def warm(self) -> None:
+        """Make the first two calls."""
+        self._hold_still()
+        self._arm = Arm(self._order["side"], self._module, self._inputs, self._device)
         self._timer = CudaTimer(self._device) if self._device.type == "cuda" else CpuTimer()
         self.time(1)
         if self._arm.writes_inputs:
             self._arm.keep_inputs(self._inputs)
-        return float(self.time(1)["seconds"])
+        self.time(1)
 
     def time(self, calls: int) -> dict[str, Any]:
         """Time so many calls together."""
@@ -87,17 +126,14 @@ class Side:
 
     def modules(self) -> list[dict[str, Any]]:
         """Where the time goes, by submodule."""
+        self._hold_still()
         found = profile(self._target.module, self._inputs, self._device, roofline=Roofline(1.0, 1.0, ""), threads=None)
         return [{"name": cost.name, "kind": cost.kind, "seconds": cost.seconds} for cost in found.modules]
 
-    def facts(self, keep: str, held: str | None) -> dict[str, Any]:
-        """Run and verify the passes, and find everything but the latency.
-
-        Args:
-            keep: file to leave inputs, weights and outputs in.
-            held: such a file of the other side, to compare the outputs with.
-        """
-        target, captured = self._target, None
+    def facts(self, keep: str) -> dict[str, Any]:
+        """Run and verify the passes, and find everything but the latency; leave weights and outputs in a file."""
+        self._hold_still()
+        target = self._target
         result: nn.Module = target.module
         facts: dict[str, Any] = {"inputs": self._inputs.describe(), "passes": [], "coverage": None}
         if self._passes:
@@ -118,15 +154,39 @@ class Side:
             facts["graph"] = _graph(captured.module)
         facts["metrics"] = plain(target.evaluate(result)) if target.evaluate is not None else None
         facts["size"] = asdict(measure_size(result, self._inputs, self._device))
-        outputs = _outputs(result, self._inputs)
-        state = {name: value for name, value in target.module.state_dict().items() if isinstance(value, torch.Tensor)}
-        torch.save({"inputs": self._inputs, "state": state, "outputs": outputs}, keep)
-        if held is not None:
-            facts["output_error"] = self._error(result, state, torch.load(held, weights_only=False))
+        self._outputs = _outputs(result, self._inputs)
+        torch.save({"state": _tensors(target.module), "outputs": self._outputs}, keep)
         return facts
 
-    def _rewritten(self, module: nn.Module) -> nn.Module:
-        stages, changes = self._order["stages"], self._order["changes"]
+    def output_error(self, kept: str) -> float | str:
+        """After `facts`: the largest difference of an output over the largest output, with the other side's weights.
+
+        Args:
+            kept: what `facts` has left there.
+
+        Returns:
+            The error, or why there is none.
+        """
+        other, state = torch.load(kept, weights_only=False), _tensors(self._target.module)
+        theirs = other["state"]
+        if theirs.keys() != state.keys() or any(theirs[name].shape != value.shape for name, value in state.items()):
+            return "parameters have other names or shapes than in the base, so equal weights can't be given to both"
+        outputs = self._outputs
+        if any(not torch.equal(theirs[name], value) for name, value in state.items()):
+            twin = copy.deepcopy(self._target.module)
+            twin.load_state_dict(theirs, strict=False)
+            outputs = _outputs(replay(twin, self._inputs, self._passes) if self._passes else twin, self._inputs)
+        if [one.shape for one in outputs] != [one.shape for one in other["outputs"]]:
+            return "the outputs have other shapes than in the base"
+        errors = [_relative(*pair) for pair in zip(outputs, other["outputs"], strict=True)]
+        return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+
+    def _hold_still(self) -> None:
+        """Until the process ends, as many threads as are asked for, and nothing that disturbs."""
+        self._held.enter_context(quiet(self._device, self._order["threads"]))
+
+    def _rewritten(self, stages: int | None, changes: int | None) -> nn.Module:
+        module = self._target.module
         passes: tuple[Pass, ...] = tuple(self._passes if stages is None else self._passes[:stages])
         if not passes:
             return module
@@ -142,37 +202,16 @@ class Side:
     def _batches(self) -> list[Inputs]:
         return [Inputs.of(batch) for batch in self._target.calibration_data or ()]
 
-    def _error(self, result: nn.Module, state: dict[str, torch.Tensor], other: dict[str, Any]) -> float | str:
-        """The largest difference of an output over the largest output, with the other side's weights; or why none."""
-        theirs = other["state"]
-        if theirs.keys() != state.keys() or any(theirs[name].shape != value.shape for name, value in state.items()):
-            return "parameters have other names or shapes than in the base, so equal weights can't be given to both"
-        outputs = None
-        if any(not torch.equal(theirs[name], value) for name, value in state.items()):
-            twin = copy.deepcopy(self._target.module)
-            twin.load_state_dict(theirs, strict=False)
-            result = replay(twin, self._inputs, self._passes) if self._passes else twin
-        outputs = _outputs(result, self._inputs)
-        if [one.shape for one in outputs] != [one.shape for one in other["outputs"]]:
-            return "the outputs have other shapes than in the base"
-        worst = 0.0
-        for mine, their in zip(outputs, other["outputs"], strict=True):
-            one, two = mine.double(), their.double()
-            scale = float(two.abs().max()) if two.numel() else 0.0
-            gap = float((one - two).abs().max()) if two.numel() else 0.0
-            worst = max(worst, gap / scale if scale else gap)
-        return worst
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-def _shared_inputs(path: Path, own: Inputs) -> Inputs:
-    inputs = torch.load(path, weights_only=False)["inputs"]
-    assert isinstance(inputs, Inputs)
-    if inputs.describe() != own.describe():
-        raise BaselineError(
-            f"the inputs are {own.describe()}, in the base {inputs.describe()}: times of unequal work can't be "
-            "compared; give both the same by --input, or change the inputs in a commit of its own"
-        )
-    return inputs
+def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    one, two = mine.double(), theirs.double()
+    scale = float(two.abs().max()) if two.numel() else 0.0
+    gap = float((one - two).abs().max()) if two.numel() else 0.0
+    return gap / scale if scale else gap
 
 
 def _outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -44,7 +45,7 @@ class Window:
     Attributes:
         rounds: each with processes of its own.
         calls: that each time is the mean of.
-        seconds: of the whole window.
+        seconds: of the whole window, starting its processes included.
         measuring: seconds of it in which a side ran what was timed.
     """
 
@@ -57,12 +58,12 @@ class Window:
         """Of "base", "head" or "again", in order."""
         return [one for taken in self.rounds for one in getattr(taken, name)]
 
-    @property
+    @functools.cached_property
     def effect(self) -> Interval:
         """Head over base."""
         return paired_interval(self.times("base"), self.times("head"))
 
-    @property
+    @functools.cached_property
     def noise(self) -> Interval:
         """Base over base."""
         return paired_interval(self.times("base"), self.times("again"))
@@ -88,13 +89,19 @@ def joined(windows: Sequence[Window]) -> Window:
     return Window(rounds, windows[0].calls, seconds, measuring)
 
 
+def is_tight(so_far: Window, tight: float) -> bool:
+    """Whether further rounds would tell nothing new: several processes were seen, and the intervals are narrow."""
+    enough = len(so_far.rounds) > 1 and len(so_far.rounds[-1].base) >= _ENOUGH
+    return enough and max(so_far.effect.width, so_far.noise.width) < tight / 2
+
+
 def take_window(
     starts: Mapping[str, Start], *, budget: float, tight: float, seed: int = 0, rounds: int = _ROUNDS
 ) -> Window:
     """Time the sides.
 
     Args:
-        starts: of "base" and "head": starts a process that has loaded that side.
+        starts: of "base" and "head": starts a process that has built that side.
         budget: seconds to spend on pairs. A few are taken even if they take longer.
         tight: a log-width of the interval below which no more pairs are taken.
         seed: of the order.
@@ -111,7 +118,11 @@ def take_window(
             order_of.shuffle(names)
             for name in names:
                 workers[name] = starts["base" if name == "again" else name]()
-            each = {name: float(worker.ask("warm")) for name, worker in workers.items()}
+            for worker in workers.values():
+                worker.begin("warm")
+            for worker in workers.values():
+                worker.answer()
+            each = {name: float(worker.ask("time", calls=1)["seconds"]) for name, worker in workers.items()}
             _refuse_slow(sum(each.values()) * (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
             if number == 0:
                 calls = max(1, math.ceil(_SHORTEST_SAMPLE / max(min(each.values()), 1e-9)))
@@ -122,9 +133,7 @@ def take_window(
         finally:
             for worker in workers.values():
                 worker.close()
-        so_far = Window(tuple(taken), calls, 0.0, 0.0)
-        enough = number and len(found.base) >= _ENOUGH
-        if enough and max(so_far.effect.width, so_far.noise.width) < tight / 2:
+        if is_tight(Window(tuple(taken), calls, 0.0, 0.0), tight):
             break
     return Window(tuple(taken), calls, time.perf_counter() - began, measuring)
 

@@ -1,7 +1,8 @@
 """The process that builds and runs one side.
 
-`python -m fxopt.gate.worker` imports torch and fxopt once, and then forks for each line on its stdin: a JSON object
-with the address to connect to. Each fork builds one side and answers requests until the connection ends.
+A server imports torch and fxopt once, and forks for each order it gets: a JSON object with the address to connect to.
+Each fork loads one side and answers requests until the connection ends; the request "fork" makes a twin of it, which
+has loaded and built all that it has. `python -m fxopt.gate.worker` is such a server, with its orders on stdin.
 """
 
 from __future__ import annotations
@@ -14,50 +15,87 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fxopt.errors import FxoptError
 from fxopt.gate.side import Side
 
 
-def main() -> None:
-    """Fork for each line on stdin, until it ends."""
-    children = hasattr(os, "fork")
-    for line in sys.stdin:
-        order = json.loads(line)
-        if not children:
-            serve(order)
+def listen(lines: Iterable[str]) -> None:
+    """Fork for each line, until they end; then end the group of processes that this one leads."""
+    if not hasattr(os, "fork"):
+        for line in lines:
+            serve(json.loads(line))
             return
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    # torch imports it at the first convolution that is watched: a second that each fork would spend anew.
+    import torch._dynamo  # noqa: F401
+
+    # fx makes progress bars, if only hidden ones; their monitor would be a thread, and so the end of forking.
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        tqdm.monitor_interval = 0
+    # A collection in a fork would walk, and so copy, all that was imported here.
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    for line in lines:
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             with contextlib.suppress(OSError):
                 os.close(0)
-            serve(order)
-            os._exit(0)
+            _serve_alone(json.loads(line))
+    # Nobody is there any more: the gate was killed. Forks that are busy would not notice for long.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
 
 
-def serve(order: dict[str, Any]) -> None:
-    """Connect, build what is asked for, and answer."""
+def serve(order: dict[str, Any], side: Side | None = None) -> None:
+    """Connect, load what is asked for, and answer; a twin comes with its side."""
     connection = Client(order["address"])
     try:
         with _answering(connection):
-            _move(Path(order["directory"]), order["moved"])
             # Where memory comes to lie changes speed by a percent or two: each process gets another layout.
             padding = [bytearray(size) for size in _sizes(order["seed"])]
-            side = Side(order)
+            if side is None:
+                _move(Path(order["directory"]), order["moved"])
+                side = Side(order)
             connection.send_bytes(json.dumps({"value": None}).encode())
-            with side:
-                while True:
-                    request = json.loads(connection.recv_bytes())
-                    value = getattr(side, request.pop("do"))(**request)
-                    connection.send_bytes(json.dumps({"value": value}).encode())
+            _answer(connection, side)
             del padding
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _answer(connection: Connection, side: Side) -> None:
+    while True:
+        request = json.loads(connection.recv_bytes())
+        do = request.pop("do")
+        value = _fork(connection, side, request) if do == "fork" else getattr(side, do)(**request)
+        connection.send_bytes(json.dumps({"value": value}).encode())
+
+
+def _fork(connection: Connection, side: Side, order: dict[str, Any]) -> bool:
+    """Make a twin, which connects to the address of the order; False where that is not sound here."""
+    if not side.forkable:
+        return False
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    if os.fork() == 0:
+        connection.close()
+        _serve_alone(order, side)
+    return True
+
+
+def _serve_alone(order: dict[str, Any], side: Side | None = None) -> NoReturn:
+    """In a fork: serve, and never come back to what the parent was about."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        serve(order, side)
+    finally:
+        os._exit(0)
 
 
 @contextlib.contextmanager
@@ -85,13 +123,14 @@ def _move(directory: Path, moved: list[list[str]]) -> None:
                 sys.path[index] = str(Path(target) / path.relative_to(source))
         sys.path.insert(0, target)
     sys.path.insert(0, str(directory))
-    gc.collect()
 
 
 def _sizes(seed: int) -> list[int]:
+    """Some for the heap, and some that malloc maps by themselves."""
     draw = random.Random(seed)
-    return [draw.randrange(1, 2**16) for _ in range(draw.randrange(1, 64))]
+    small = [draw.randrange(1, 2**16) for _ in range(draw.randrange(1, 64))]
+    return small + [draw.randrange(2**20, 2**23) for _ in range(draw.randrange(1, 4))]
 
 
 if __name__ == "__main__":
-    main()
+    listen(sys.stdin)

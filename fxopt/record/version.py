@@ -9,13 +9,14 @@ from typing import Any
 
 from fxopt.errors import ArtifactError
 
-SCHEMA = "1.3"
+SCHEMA = "1.4"
 """Version of the record: the first number changes when old readers can't read it any more."""
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a record."""
-    text = resources.files("fxopt").joinpath("record.schema.json").read_text(encoding="utf-8")
+def schema(kind: str = "run") -> dict[str, Any]:
+    """The JSON Schema of a record: of "run", or of the `kind` that it says, "bench", "ci" or "baseline"."""
+    name = "record.schema.json" if kind == "run" else f"record/{kind}.schema.json"
+    text = resources.files("fxopt").joinpath(name).read_text(encoding="utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded
 

@@ -8,16 +8,17 @@ from typing import Any
 from fxopt.report import words
 from fxopt.report.section import Section, Table
 
+_MOST_NAMED = 3
+
 
 def ci_sections(record: Mapping[str, Any]) -> list[Section]:
     """All sections of the report on a gate."""
     base, head = record["base"], record["head"]
-    with_changes = " with uncommitted changes" if head["dirty"] else ""
     rows = tuple(verdict_row(target) for target in record["targets"])
     headings = ("target", "verdict", "base", "head", "latency [95 % interval]", "noise floor", "allowed")
     facts = (
-        ("head", f"{head['commit'][:7]}{with_changes}"),
-        ("base", f"{base['commit'][:7]} ({base['revision']})"),
+        ("head", f"the working tree: {head['commit'][:7]}{_uncommitted(head)}"),
+        ("base", f"{base['commit'][:7]}, where HEAD left '{base['revision']}'{_same(base, head)}"),
         ("machine", words.machine(record["machine"])),
     )
     found = [Section("fxopt ci", facts, Table(headings, rows, (2, 3, 5, 6)))]
@@ -64,6 +65,21 @@ def cause(target: Mapping[str, Any]) -> str:
     return f"; caused by {by}: {found['what']}"
 
 
+def _uncommitted(head: Mapping[str, Any]) -> str:
+    if not head["dirty"]:
+        return ""
+    files = head["uncommitted"]
+    more = f" and {len(files) - _MOST_NAMED} more" if len(files) > _MOST_NAMED else ""
+    named = ", ".join(files[:_MOST_NAMED])
+    return f" with uncommitted changes in {words.number_of(len(files), 'file')}: {named}{more}"
+
+
+def _same(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
+    if base["commit"] != head["commit"]:
+        return ""
+    return "" if head["dirty"] else "; both are the same code: name the revision that the change started from by --base"
+
+
 def _target(target: Mapping[str, Any]) -> Iterator[Section]:
     facts = [("wrong", text) if not index else ("", text) for index, text in enumerate(failures(target))]
     latency = target["latency"]
@@ -73,6 +89,8 @@ def _target(target: Mapping[str, Any]) -> Iterator[Section]:
             f"{latency['pairs']} pairs in {latency['processes']} processes and {latency['windows']} windows{preempted}"
         )
         facts.append(("measured", took))
+        times = words.duration(1e3 * target["seconds"]), words.duration(1e3 * latency["measuring_seconds"])
+        facts.append(("took", f"{times[0]}, {times[1]} of it in the model's timed calls"))
     found = target["cause"]
     for index, rung in enumerate(found["ladder"] if found else []):
         facts.append(("" if index else "ladder", f"{words.change(rung['ratio'])} after {rung['after']}"))

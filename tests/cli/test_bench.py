@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
+
+from fxopt.record import schema
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,6 +30,7 @@ def test_json_holds_raw_times_and_what_is_not_measured_says_why(write):
     write("example_inputs = torch.randn(2, 3)")
     done = bench("model.py", "--format", "json", "--quiet", "--no-cold", "--batch", "1")
     record = json.loads(done.stdout)
+    jsonschema.validate(record, schema("bench"), cls=jsonschema.Draft202012Validator)
     assert record["kind"] == "bench" and record["cold_start"] == {"not_measured": "not asked for"}
     assert len(record["devices"]["cpu"]["latency"]["times"]) >= 6
     assert record["machine"]["threads"] >= 1

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from fxopt.gate import Job, Limits, Plan, exit_code, run_gate
 from fxopt.gate.processes import Launcher
+from fxopt.record import schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +86,9 @@ class Repo:
         jobs = (Job(str(target), str(target), budget=0.4, limits=limits, **settings),)
         self.patch.chdir(self.path)
         self.patch.setattr(tempfile, "tempdir", str(self.path.parent))
-        return run_gate(Plan(jobs, base, self.path, **plan), launcher=self.launcher)
+        record = run_gate(Plan(jobs, base, self.path, **plan), launcher=self.launcher)
+        jsonschema.validate(record, schema("ci"), cls=jsonschema.Draft202012Validator)
+        return record
 
     def only(self, *arguments: Any, code: int = 0, **settings: Any) -> dict[str, Any]:
         """The one target of a gate that ends so."""

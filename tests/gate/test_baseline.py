@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from fxopt.errors import BaselineError, GateError
 from fxopt.gate import baseline
 from fxopt.gate.baseline import BranchStore, FileStore
+from fxopt.record import schema
 from tests.gate.conftest import Repo
 
 MACHINE = {"cpu": "X", "cores": 2, "torch": "2.13", "threads": 1, "fxopt": "0.1"}
@@ -93,6 +95,8 @@ def test_save_compare_and_history(repo: Repo):
     path.write_text("".join(json.dumps(one) + "\n" for one in (kept | {"machine": {}}, kept, slower)))
     done = run("compare", *quick)
     assert done.returncode == 3 and "REGRESSION" in done.stdout and "fxopt ci" in done.stdout
+    shown = run("compare", *quick, "--format", "json")
+    jsonschema.validate(json.loads(shown.stdout), schema("baseline"), cls=jsonschema.Draft202012Validator)
     done = run("history", "model.py")
     assert done.returncode == 0 and "another machine" in done.stdout and "-99.0 %" in done.stdout
     repo.write(other="changed")

@@ -27,7 +27,8 @@ def test_table_and_markdown_say_the_verdict_the_cause_and_the_rest():
             "REGRESSION",
             "+22.0 % [+20.0 %, +24.0 %]",
             "origin/main",
-            "with uncommitted changes",
+            "the working tree: abcdef0 with uncommitted changes in 4 files: model.py, layers.py, a.py and 1 more",
+            "20.0 s, 8.50 s of it in the model's timed calls",
             "890.0 % more",
         ):
             assert said in text, (style, said)

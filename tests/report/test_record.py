@@ -17,6 +17,7 @@ from fxopt.bench.comparison import BeforeAfter
 from fxopt.errors import ArtifactError
 from fxopt.inputs import Inputs
 from fxopt.record import SCHEMA, build, check_version, number, of_comparison, of_entry, plain, schema
+from tests.report.ci_example import example as ci_example
 from tests.report.record_example import LedgerEntry, captured, comparison, example
 
 
@@ -24,8 +25,33 @@ def valid(record: Any) -> None:
     jsonschema.validate(record, schema(), cls=jsonschema.Draft202012Validator)
 
 
-def test_the_schema_is_one() -> None:
-    jsonschema.Draft202012Validator.check_schema(schema())
+@pytest.mark.parametrize("kind", ["run", "bench", "ci", "baseline"])
+def test_the_schemas_are_some(kind: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema(kind))
+    # What they say of a machine is the same.
+    assert schema(kind)["$defs"]["machine"] == schema()["$defs"]["machine"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kind"], "bench"),
+        (["head", "extra"], 1),
+        (["targets", 0, "verdict"], "SLOW"),
+        (["targets", 0, "latency", "times", "base", 0], 0),
+        (["targets", 0, "checks", 0, "status"], "maybe"),
+        (["targets", 0, "cause", "pass"], 1),
+    ],
+)
+def test_wrong_records_of_a_gate_are_refused(path: list[Any], value: object) -> None:
+    record: Any = ci_example()
+    jsonschema.validate(record, schema("ci"), cls=jsonschema.Draft202012Validator)
+    part = record
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(record, schema("ci"), cls=jsonschema.Draft202012Validator)
 
 
 def test_a_full_record_is_valid_and_survives_json() -> None:

@@ -1,0 +1,188 @@
+"""One job of a gate at work: its two sides, everything that is held against a limit, and the latency."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fxopt.bench.device import unavailable
+from fxopt.errors import BaselineError, FxoptError, GateError, VerifyError, WorkerError
+from fxopt.gate import lock
+from fxopt.gate.cause import find_cause
+from fxopt.gate.checks import all_checks
+from fxopt.gate.processes import Checkout, Launcher, Worker
+from fxopt.gate.settings import Job
+from fxopt.gate.verdict import GateVerdict, advice, judge_windows, wants_another
+from fxopt.gate.window import Window, joined, take_window
+
+_WINDOWS = 3
+_CAUSE_SHARE = 4
+"""A comparison that looks for the cause gets one part in so many of the budget."""
+_LEAST_FOR_CAUSE = 1.0
+"""Seconds."""
+
+
+class Contest:
+    """The head against the base: all that a job asks for."""
+
+    def __init__(
+        self,
+        job: Job,
+        launcher: Launcher,
+        base: Checkout,
+        head: Checkout,
+        files: Sequence[str],
+        locked: lock.Counts | None,
+    ):
+        self._job = job
+        self._launcher = launcher
+        self._checkouts = {"base": base, "head": head}
+        self._files = files
+        self._locked = locked
+        self._sides: dict[str, Worker] = {}
+
+    def run(self, find_causes: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+        """The part of the record on this job; errors become its verdict."""
+        began = time.perf_counter()
+        found: dict[str, Any] = {"name": self._job.name, "target": self._job.target, "device": self._job.device}
+        found |= {"spec": self._job.passes, "threads": self._job.threads, "threshold": self._job.limits.latency}
+        found |= {
+            "inputs": None,
+            "latency": None,
+            "checks": [],
+            "cause": None,
+            "passes": [],
+            "graphs": None,
+            "notes": [],
+        }
+        try:
+            found |= self._gated(find_causes, tell)
+        except FxoptError as error:
+            verdicts: dict[type[FxoptError], str] = {VerifyError: "REGRESSION", BaselineError: "not comparable"}
+            verdicts |= {WorkerError: "failed", FxoptError: "wrong call"}
+            found["verdict"] = next(name for kind, name in verdicts.items() if isinstance(error, kind))
+            found["notes"] = [str(error)]
+        finally:
+            for worker in self._sides.values():
+                worker.close()
+        return found | {"seconds": time.perf_counter() - began}
+
+    def _gated(self, find_causes: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+        job = self._job
+        reason = unavailable(job.device)
+        if reason is not None:
+            raise GateError(f"cannot measure on '{job.device}': {reason}")
+        tell("load base and head")
+        self._load()
+        tell("run and verify base and head")
+        facts = self._facts()
+        checks = all_checks(facts["base"], facts["head"], job.limits, self._locked)
+        failed = any(check.status == "failed" for check in checks)
+        found: dict[str, Any] = {
+            "verdict": "OK",
+            "inputs": facts["head"]["inputs"],
+            "checks": [asdict(check) for check in checks],
+            "passes": facts["head"]["passes"],
+            "graphs": {side: facts[side].get("graph") for side in facts},
+        }
+        if job.timed:
+            found |= self._timed(facts, find_causes, tell)
+        return found | ({"verdict": "REGRESSION"} if failed else {})
+
+    def _timed(self, facts: Mapping[str, Any], find_causes: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+        job = self._job
+        windows = self._windows(tell)
+        window = joined(windows)
+        verdict = judge_windows(windows, job.limits.latency)
+        notes = advice(window, job.limits.latency, job.threads) if verdict is GateVerdict.INCONCLUSIVE else []
+        cause = None
+        if verdict is GateVerdict.REGRESSION and find_causes:
+            cause = find_cause(
+                lambda side, stages, changes: functools.partial(self._start, side, stages, changes),
+                window.effect.ratio,
+                facts["base"]["passes"],
+                facts["head"]["passes"],
+                self._files,
+                max(job.budget / _CAUSE_SHARE, _LEAST_FOR_CAUSE),
+                tell,
+            )
+        latency = _latency(window, len(windows), verdict)
+        return {"verdict": str(verdict), "latency": latency, "cause": cause, "notes": notes}
+
+    def _windows(self, tell: Callable[[str], None]) -> list[Window]:
+        tell("build base and head")
+        for side in self._sides.values():
+            side.prepare("build")
+        starts = {side: functools.partial(self._start, side, None, None) for side in self._sides}
+        threshold, windows = self._job.limits.latency, list[Window]()
+        while not windows or wants_another(windows, threshold, _WINDOWS):
+            tell("time base and head in turns" if not windows else f"time them again: window {len(windows) + 1}")
+            seed, budget = len(windows), self._job.budget / _WINDOWS
+            windows.append(take_window(starts, budget=budget, tight=threshold, seed=seed))
+        return windows
+
+    def _load(self) -> None:
+        """Start a process of each side; all others are twins of these two."""
+        job = self._job
+        order = {
+            "target": job.target,
+            "inputs": list(job.inputs),
+            "weights": job.weights,
+            "passes": job.passes,
+            "device": job.device,
+            "threads": job.threads,
+        }
+        orders = [(checkout, order) for checkout in self._checkouts.values()]
+        self._sides = dict(zip(self._checkouts, self._launcher.start(*orders), strict=True))
+        inputs = str(self._launcher.directory / "inputs.pt")
+        self._sides["base"].ask("give_inputs", keep=inputs)
+        for side in self._sides.values():
+            side.prepare("take_inputs", kept=inputs)
+
+    def _facts(self) -> dict[str, dict[str, Any]]:
+        """What is known of each side but its latency, found by both at once."""
+        kept = {side: str(self._launcher.directory / f"{side}.pt") for side in self._sides}
+        with contextlib.ExitStack() as stack:
+            workers = {side: stack.enter_context(self._launcher.twin(one)) for side, one in self._sides.items()}
+            for side, worker in workers.items():
+                worker.begin("facts", keep=kept[side])
+            facts = {side: worker.answer() for side, worker in workers.items()}
+            facts["head"]["output_error"] = workers["head"].ask("output_error", kept=kept["base"])
+        return facts
+
+    def _start(self, side: str, stages: int | None, changes: int | None) -> Worker:
+        worker = self._launcher.twin(self._sides[side])
+        if (stages, changes) != (None, None):
+            try:
+                worker.prepare("build", stages=stages, changes=changes)
+            except BaseException:
+                worker.close()
+                raise
+        return worker
+
+
+def _latency(window: Window, windows: int, verdict: GateVerdict) -> dict[str, Any]:
+    effect, noise = window.effect, window.noise
+    times = {side: [round(time, 9) for time in window.times(side)] for side in ("base", "head", "again")}
+    return {
+        "verdict": str(verdict),
+        "base_ms": 1e3 * sorted(times["base"])[len(times["base"]) // 2],
+        "head_ms": 1e3 * sorted(times["head"])[len(times["head"]) // 2],
+        "ratio": effect.ratio,
+        "low": effect.low,
+        "high": effect.high,
+        "noise_floor": noise.reach,
+        "pairs": len(times["base"]),
+        "windows": windows,
+        "processes": 3 * len(window.rounds),
+        "calls": window.calls,
+        "preempted": window.preempted,
+        "clocks_mhz": window.clocks,
+        "seconds": window.seconds,
+        "measuring_seconds": window.measuring,
+        "times": times,
+    }
