@@ -18,7 +18,7 @@ def ci_sections(record: Mapping[str, Any]) -> list[Section]:
     headings = ("target", "verdict", "base", "head", "latency [95 % interval]", "noise floor", "allowed")
     facts = (
         ("head", f"the working tree: {head['commit'][:7]}{_uncommitted(head)}"),
-        ("base", f"{base['commit'][:7]}, where HEAD left '{base['revision']}'{_same(base, head)}"),
+        ("base", _base(base, head)),
         ("machine", words.machine(record["machine"])),
     )
     found = [Section("fxopt ci", facts, Table(headings, rows, (2, 3, 5, 6)))]
@@ -74,10 +74,12 @@ def _uncommitted(head: Mapping[str, Any]) -> str:
     return f" with uncommitted changes in {words.number_of(len(files), 'file')}: {named}{more}"
 
 
-def _same(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
+def _base(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
+    commit = base["commit"][:7]
     if base["commit"] != head["commit"]:
-        return ""
-    return "" if head["dirty"] else "; both are the same code: name the revision that the change started from by --base"
+        return f"{commit}, where HEAD left '{base['revision']}'"
+    same = "" if head["dirty"] else "; both are the same code: name the revision that the change started from by --base"
+    return f"{commit} ({base['revision']}){same}"
 
 
 def _target(target: Mapping[str, Any]) -> Iterator[Section]:

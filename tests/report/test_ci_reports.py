@@ -37,6 +37,20 @@ def test_table_and_markdown_say_the_verdict_the_cause_and_the_rest():
         assert "+0.1 % after the model itself" in text
 
 
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({}, "1234567, where HEAD left 'origin/main'"),
+        ({"commit": "1234567890"}, "1234567 (origin/main) machine"),
+        ({"commit": "1234567890", "dirty": False}, "(origin/main); both are the same code: name the revision"),
+    ],
+)
+def test_what_was_compared_is_said(head, said):
+    record = example()
+    record["head"] |= head
+    assert said in " ".join(render(record).split())
+
+
 def test_junit_has_a_case_a_check():
     top = ElementTree.fromstring(junit(example()))
     assert [suite.get("name") for suite in top] == ["digits & letters", "new", "noisy"]
