@@ -14,7 +14,7 @@ from fxopt.errors import BaselineError, FxoptError, GateError, VerifyError, Work
 from fxopt.gate import lock
 from fxopt.gate.cause import find_cause
 from fxopt.gate.checks import all_checks
-from fxopt.gate.processes import Checkout, Launcher, Worker
+from fxopt.gate.processes import Checkout, Launcher, Worker, prepare_all
 from fxopt.gate.settings import Job
 from fxopt.gate.verdict import GateVerdict, advice, judge_windows, wants_another
 from fxopt.gate.window import Window, joined, take_window
@@ -115,8 +115,7 @@ class Contest:
 
     def _windows(self, tell: Callable[[str], None]) -> list[Window]:
         tell("build base and head")
-        for side in self._sides.values():
-            side.prepare("build")
+        prepare_all(self._sides.values(), "build")
         starts = {side: functools.partial(self._start, side, None, None) for side in self._sides}
         threshold, windows = self._job.limits.latency, list[Window]()
         while not windows or wants_another(windows, threshold, _WINDOWS):
@@ -140,8 +139,7 @@ class Contest:
         self._sides = dict(zip(self._checkouts, self._launcher.start(*orders), strict=True))
         inputs = str(self._launcher.directory / "inputs.pt")
         self._sides["base"].ask("give_inputs", keep=inputs)
-        for side in self._sides.values():
-            side.prepare("take_inputs", kept=inputs)
+        prepare_all(self._sides.values(), "take_inputs", kept=inputs)
 
     def _facts(self) -> dict[str, dict[str, Any]]:
         """What is known of each side but its latency, found by both at once."""

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,8 +77,7 @@ class Worker:
 
     def prepare(self, do: str, **facts: Any) -> None:
         """Let the process do something that its twins will have done, too."""
-        self.ask(do, **facts)
-        self.prepared.append({"do": do, **facts})
+        prepare_all([self], do, **facts)
 
     def begin(self, do: str, **facts: Any) -> None:
         """Let the process do something; `answer` waits for what it gives."""
@@ -116,6 +115,15 @@ class Worker:
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
         return f"; it said last: {lines[-1].strip()}" if lines else ""
+
+
+def prepare_all(workers: Collection[Worker], do: str, **facts: Any) -> None:
+    """`Worker.prepare` for several at once."""
+    for worker in workers:
+        worker.begin(do, **facts)
+    for worker in workers:
+        worker.answer()
+        worker.prepared.append({"do": do, **facts})
 
 
 class Launcher:

@@ -171,5 +171,6 @@ def _refuse_slow(needed: float, budget: float) -> None:
     if needed > 3 * budget:
         raise GateError(
             f"the model is too slow for the budget: the fewest pairs that say anything take {needed:.0f} s, and "
-            f"{budget:.0f} s are left for them; raise --budget, or give a smaller input"
+            f"{budget:.1f} s are left for them; give --budget {math.ceil(needed / budget)} times as much, or a smaller "
+            "input"
         )

@@ -45,6 +45,25 @@ def test_equal_code_is_no_regression(repo: Repo):
     assert target["latency"]["measuring_seconds"] <= target["latency"]["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("more", "loads"),
+    [
+        pytest.param("", 2, id="once a side"),
+        pytest.param(
+            "\nimport threading, time\nthreading.Thread(target=time.sleep, args=(1e5,), daemon=True).start()\n",
+            2 + 2 + 9,
+            id="once a process where a thread runs, which no fork would have",
+        ),
+    ],
+)
+def test_what_is_timed_is_a_fork_where_that_is_sound(repo: Repo, tmp_path, more, loads):
+    log = tmp_path / "loads"
+    repo.commit(model=f"{MODEL}\nopen({str(log)!r}, 'a').write('x')\n{more}")
+    target = repo.only(passes="clean,fuse", latency=9.0)
+    assert target["latency"]["processes"] == 9
+    assert len(log.read_text()) == loads
+
+
 def test_equal_code_passes_every_other_check(repo: Repo):
     target = repo.only(passes="clean,fuse", output_error=1e-3, timed=False)
     assert target["verdict"] == "OK" and target["latency"] is None
