@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from fxopt.capture.frames import user_source
 from fxopt.capture.guards import guard, guard_parts, guard_tensor, structure
 from fxopt.capture.objects import Objects
 from fxopt.capture.provenance import Depends
+from fxopt.capture.sums import Sum, result_of, sum_of
 from fxopt.capture.tensors import Value
 from fxopt.capture.traced import Traced, traced
 
@@ -26,6 +28,7 @@ class Decisions(Objects):
     def __init__(self, tensors: Mapping[int, str]) -> None:
         super().__init__(tensors)
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._sums: dict[fx.Node, Sum] = {}
         self._compared: set[Any] = set()
 
     def size(self, known: Value, dim: int, size: int) -> Any:
@@ -41,16 +44,27 @@ class Decisions(Objects):
         self._devices = {key: kept for key, kept in self._devices.items() if kept[1].graph is not graph}
 
     def arithmetic(self, function: Callable[..., Any], operands: tuple[Any, ...], result: Any) -> Any:
-        """Record an operation on numbers and return the traced result."""
+        """Record an operation on numbers and return the traced result; where sizes cancel out, a plain number."""
         if not self.active:
+            return result
+        found = self._sum(function, operands)
+        if found is not None and not found.keys() - {None}:
             return result
         depends = max(value.depends for value in operands if isinstance(value, Traced))
         node = self.emit("call_function", function, tuple(self.argument(value) for value in operands))
+        if found is not None:
+            self._sums[node] = found
         return traced(result, node, depends, self)
+
+    def _sum(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Sum | None:
+        if not all(isinstance(value, int) for value in operands):
+            return None
+        return result_of(function, tuple(sum_of(self.argument(value), self._sums) for value in operands))
 
     def compared(self, relation: str, left: Traced, right: Any, answer: bool) -> None:
         """Guard the answer of a comparison of traced numbers, unless it depends on the values of the input."""
-        if self.done or (isinstance(right, Traced) and right.trace is self and right.node is left.node):
+        distance = self._sum(operator.sub, (left, right))
+        if self.done or (distance is not None and not distance.keys() - {None}):
             return
         depends = max(left.depends, right.depends) if isinstance(right, Traced) else left.depends
         negated = relation if answer else _NEGATION[relation]

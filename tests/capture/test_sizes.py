@@ -132,6 +132,32 @@ class Calls(nn.Module):
         return self.function(x)
 
 
+ALWAYS = {
+    "cancelled": lambda x, n: x * 2 if (n + 0) - n <= 0 else x,
+    "larger by one": lambda x, n: x * 2 if n + 1 > n else x,
+    "twice less once": lambda x, n: x * 2 if 2 * n - n == n else x,
+    "negated": lambda x, n: x.expand(3 + (-n + n), *x.shape),
+    "of what values size": lambda x, n: x * 2 if (m := x[x > 0].shape[0]) + 2 - m == 2 else x,
+}
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_what_holds_for_all_sizes_needs_no_guard(name):
+    module = Calls(lambda x: ALWAYS[name](x, x.shape[0]))
+    captured = capture(module, (torch.randn(2, 4),))
+    assert not captured.guards
+    assert not captured.opaque
+    x = torch.randn(5, 4)
+    assert torch.equal(captured.module(x), module(x))
+
+
+@pytest.mark.parametrize(
+    "decides", [lambda n: n + n > 3, lambda n: n * n >= n, lambda n: 3 - n == 1, lambda n: n * 1.0 > n - 1]
+)
+def test_what_holds_for_some_sizes_is_guarded(decides):
+    assert len(capture(Calls(lambda x: x * 2 if decides(x.shape[0]) else x), (torch.randn(2, 4),)).guards) == 1
+
+
 TAKEN_APART = {
     "iteration": (lambda x: sum(row * 2 for row in x), "2 parts by iteration"),
     "zip": (lambda x: sum(a + b for a, b in zip(x, x, strict=True)), "2 parts by iteration"),
