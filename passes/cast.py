@@ -16,7 +16,7 @@ from fxopt import bench
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import SpecError
 from fxopt.graph import Affine, Effects, Region, inherit, read_affine, source_of
-from fxopt.modules import rebuild
+from fxopt.modules import Mask, rebuild
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FAST = {"bf16": {"amx_bf16", "avx512_bf16", "bf16"}, "fp16": {"amx_fp16", "avx512_fp16", "fphp"}}
@@ -119,7 +119,7 @@ class _Casting:
             reason = "it is called, or its parameters are read, at more than one place"
         elif not _is_float32(affine.input):
             reason = "its input is not float32"
-        elif list(module.children()):
+        elif any(not isinstance(child, Mask) for child in module.children()):
             reason = "it holds a batch norm or a fake quantiser"
         if module is None or reason is not None:
             return Skip(where, reason or "", line)

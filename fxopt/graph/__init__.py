@@ -5,7 +5,7 @@ from fxopt.graph.effects import Effects, eliminate_dead
 from fxopt.graph.module import GraphModule
 from fxopt.graph.norm import BatchNorm, Norm, is_norm, rank_of, read_norm
 from fxopt.graph.observe import observe
-from fxopt.graph.product import Product, read_parameter, read_product
+from fxopt.graph.product import Product, behind_mask, read_parameter, read_product
 from fxopt.graph.region import Program, Region
 from fxopt.graph.sharing import also_used, why_called_elsewhere, why_shared
 from fxopt.graph.source import Source, inherit, source_of
@@ -23,6 +23,7 @@ __all__ = [
     "Region",
     "Source",
     "also_used",
+    "behind_mask",
     "eliminate_dead",
     "hide_strides",
     "inherit",

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxopt.contract import Skip
-from fxopt.graph.product import read_parameter
+from fxopt.graph.product import behind_mask, read_parameter
 from fxopt.graph.region import Region
 from fxopt.graph.source import source_of
-from fxopt.modules import FakeQuantize, Fused, fused_call
+from fxopt.modules import MASKED_FORMS, FakeQuantize, Fused, fused_call
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -48,7 +48,7 @@ class Affine:
         module: the module that is called, or None where it is a function.
         options: `stride`, `padding`, `dilation`, `groups`, `output_padding`, `padding_mode`, as far as the kind
             has them; `other` and `output_size` where the call gives them.
-        weight_node: the `get_attr` node of the weight, where it is a function.
+        weight_node: the `get_attr` node of the weight, where it is a function, or the call of its mask.
         bias_node: that of the bias.
         is_bare: whether the output is the affine map itself, with nothing fused behind it.
     """
@@ -85,12 +85,15 @@ class Affine:
         return int(self.weight.shape[self.channel_axis]) * (self.groups if self.is_transposed else 1)
 
 
-def read_affine(node: fx.Node, region: Region) -> Affine | Skip | None:
-    """The layer that `node` calls; None where it calls none, a `Skip` where it is one that must stay as it is."""
+def read_affine(node: fx.Node, region: Region, *, masked: bool = False) -> Affine | Skip | None:
+    """The layer that `node` calls; None where it calls none, a `Skip` where it is one that must stay as it is.
+
+    The masked weight of a function is computed, and so is refused, but where it is asked for by `masked`.
+    """
     if node.op == "call_module":
         return _read_module(node, region)
     if node.op == "call_function" and (node.target in _FUNCTIONS or node.target is fused_call):
-        return _read_function(node, region)
+        return _read_function(node, region, masked)
     return None
 
 
@@ -102,6 +105,8 @@ def why_not_plain(module: nn.Module, base: type[nn.Module]) -> str | None:
     for kind in ("forward", "forward_pre", "backward", "backward_pre"):
         if getattr(module, f"_{kind}_hooks"):
             return f"it has a {kind.replace('_', '-')} hook, which may see or change its values"
+    if type(module) in MASKED_FORMS.values() and type(module) is not base:
+        return "it holds masks, which would be lost; 'sparsify-bake' writes them into its weights"
     own = Fused if isinstance(module, Fused) else base
     changed = [n for n in _FORWARD if inspect.getattr_static(type(module), n, None)
                is not inspect.getattr_static(own, n, None) and not isinstance(module, Fused)]  # fmt: skip
@@ -140,7 +145,7 @@ def _read_module(node: fx.Node, region: Region) -> Affine | Skip | None:
     )
 
 
-def _read_function(node: fx.Node, region: Region) -> Affine | Skip | None:
+def _read_function(node: fx.Node, region: Region, masked: bool) -> Affine | Skip | None:
     bare = node.target is not fused_call
     kind = _FUNCTIONS[node.target] if bare else str(node.kwargs["kind"])
     names = ("input", "weight", "bias") if kind == "linear" else _TRANSPOSE if "transpose" in kind else _CONV
@@ -153,7 +158,8 @@ def _read_function(node: fx.Node, region: Region) -> Affine | Skip | None:
     called = isinstance(weight, fx.Node) and weight.op == "call_module"
     if called and isinstance(region.submodule(weight), FakeQuantize):
         return Skip(region.qualified(node), "its weight is fake-quantised already", source_of(node))
-    values = [read_parameter(weight, region), None if bias is None else read_parameter(bias, region)]
+    read = behind_mask(weight, region) if masked else weight
+    values = [read_parameter(read, region), None if bias is None else read_parameter(bias, region)]
     if values[0] is None or (bias is not None and values[1] is None):
         return Skip(region.qualified(node), "its weight or bias is computed, not a parameter", source_of(node))
     options = {key: value for key, value in given.items() if key not in _TAIL}

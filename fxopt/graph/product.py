@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.graph.region import Region
+from fxopt.modules import Mask
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.mm)
 _METHODS = ("matmul", "mm", "__matmul__")
@@ -56,6 +57,13 @@ def read_parameter(node: Any, region: Region) -> nn.Parameter | None:
         return None
     value = region.attribute(node)
     return value if isinstance(value, nn.Parameter) and value.is_floating_point() else None
+
+
+def behind_mask(node: Any, region: Region) -> Any:
+    """The read of a parameter whose masked value `node` is; `node` itself where it is none."""
+    if isinstance(node, fx.Node) and node.op == "call_module" and isinstance(region.submodule(node), Mask):
+        return node.args[0]
+    return node
 
 
 def _look_up(node: fx.Node, region: Region) -> Product | None:

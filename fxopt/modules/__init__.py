@@ -13,7 +13,7 @@ from fxopt.modules.fused import (
     FusedConvTranspose3d,
     FusedLinear,
 )
-from fxopt.modules.mask import Mask
+from fxopt.modules.mask import Mask, held_weight
 from fxopt.modules.masked import MASKED_FORMS, masked_form, unmasked_form
 from fxopt.modules.onnx_quantize import for_onnx
 from fxopt.modules.quantized import (
@@ -49,6 +49,7 @@ __all__ = [
     "State",
     "for_onnx",
     "fused_call",
+    "held_weight",
     "masked_form",
     "quantized_weights",
     "rebuild",

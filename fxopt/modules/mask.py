@@ -50,6 +50,13 @@ class Mask(nn.Module):
         return f"{'x'.join(map(str, self.mask.shape))}, {self.sparsity:.1%} zeros"
 
 
+def held_weight(module: nn.Module, leaf: str) -> torch.Tensor:
+    """The parameter `leaf` of a module, with zeros where it has a mask that says so."""
+    mask = module._modules.get(leaf + SUFFIX)
+    weight = module.get_parameter(leaf)
+    return mask(weight) if isinstance(mask, Mask) else weight
+
+
 class _MaskedWeight(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -1,4 +1,7 @@
-"""Layers of torch.nn that use their weights as a whole, with fake quantisers on these and on what is multiplied."""
+"""Layers of torch.nn that use their weights as a whole, with fake quantisers on these and on what is multiplied.
+
+Masks on the weights come before the quantisers, which keep zeros as they are.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.modules.fake_quantize import FakeQuantize
+from fxopt.modules.mask import held_weight
 from fxopt.modules.replaced import replaced
 
 SUFFIX = "_fake_quant"
@@ -35,7 +39,7 @@ class QuantizedEmbedding(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of Q(W)."""
-        weight = self.weight_fake_quant(self.weight)
+        weight = self.weight_fake_quant(held_weight(self, "weight"))
         return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
@@ -47,8 +51,8 @@ class _Replacing:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""
         assert isinstance(self, nn.Module)
-        fakes = {name.removesuffix(SUFFIX): child for name, child in self.named_children()}
-        with replaced([(self, leaf, fake(self.get_parameter(leaf))) for leaf, fake in fakes.items()]):
+        found = quantized_weights(self)
+        with replaced([(owner, leaf, fake(held_weight(owner, leaf))) for _, owner, leaf, fake in found]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -121,17 +125,17 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         z = x if value is query else y if value is key else self._quantized("value", value)
         bias = self.in_proj_bias
         if self.in_proj_weight is not None:
-            weight = self._quantized("in_proj_weight", self.in_proj_weight)
+            weight = self._quantized("in_proj_weight", held_weight(self, "in_proj_weight"))
             if x is y is z:
                 return F.linear(x, weight, bias).chunk(3, -1)
             weights = weight.chunk(3)
         else:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-            weights = tuple(self._quantized(name, self._parameters[name]) for name in names)
+            weights = tuple(self._quantized(name, held_weight(self, name)) for name in names)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(F.linear(*each) for each in zip((x, y, z), weights, biases, strict=True))
 
-    def _quantized(self, name: str, value: torch.Tensor | None) -> torch.Tensor:
+    def _quantized(self, name: str, value: torch.Tensor) -> torch.Tensor:
         fake = self._modules.get(f"{name}{SUFFIX}")
         return cast(torch.Tensor, value if fake is None else fake(value))
 

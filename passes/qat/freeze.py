@@ -12,9 +12,9 @@ from torch import nn
 
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError
-from fxopt.graph import GraphModule, Region, source_of
+from fxopt.graph import GraphModule, Region, behind_mask, source_of
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, Fused, State, quantized_weights, rebuild
+from fxopt.modules import FakeQuantize, Fused, State, held_weight, quantized_weights, rebuild
 
 _NO_RANGE = "it never observed anything, so it has no range: what it stood for stays a float"
 
@@ -100,7 +100,7 @@ def _weights(owner: nn.Module) -> list[tuple[str, FakeQuantize]]:
 
 
 def _on_the_grid(owner: nn.Module, leaf: str, fake: FakeQuantize) -> torch.Tensor:
-    weight = owner.scaled_weight() if isinstance(owner, Fused) else owner.get_parameter(leaf)
+    weight = owner.scaled_weight() if isinstance(owner, Fused) else held_weight(owner, leaf)
     found: torch.Tensor = fake.eval()(weight)
     return found
 
@@ -125,7 +125,8 @@ def _freeze_value(node: fx.Node, fake: FakeQuantize, region: Region) -> Iterator
     if fake.state is not State.FROZEN:
         if not fake.symmetric and bool((fake.minimum == fake.maximum).all()):
             yield Skip(where, f"all that it observed was {float(fake.minimum):.3g}: is its calibration data right?")
-        weight = source if source.op == "get_attr" else None
+        read = behind_mask(source, region)
+        weight = read if read.op == "get_attr" else None
         region.program.replace_module(fake, _frozen(fake))
         yield Change(f"range frozen at {fake.bits} bits", where)
         if weight is not None and isinstance(region.attribute(weight), nn.Parameter):

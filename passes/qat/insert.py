@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.fx as fx
 
-from fxopt.graph import Affine, Effects, Region, inherit
+from fxopt.graph import Affine, Effects, Region, behind_mask, inherit
 from fxopt.modules import FakeQuantize, Fused
 
 Make = Callable[[torch.Tensor], FakeQuantize]
@@ -33,9 +33,9 @@ def quantize_weight(affine: Affine, make: MakeWeight, region: Region) -> bool:
 
 
 def quantize_parameter(source: fx.Node, reader: fx.Node, axis: int | None, make: MakeWeight, region: Region) -> None:
-    """Let `reader` read the parameter that `source` reads through a quantiser, the same one for each axis."""
+    """Let `reader` read what `source` reads, or masks, through a quantiser, the same one for each axis."""
     hint = f"weight_fake_quant.{_flat(str(source.target))}"
-    made = make(axis, region.attribute(source).detach())
+    made = make(axis, region.attribute(behind_mask(source, region)).detach())
     known = next((str(user.target) for user in source.users if _quantizes_along(user, made.axis, region)), None)
     reader.replace_input_with(source, _call(reader, hint, made, source, region, known))
 

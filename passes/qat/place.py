@@ -79,7 +79,7 @@ class _Placing:
             yield from self._whole(node)
         if not self._named(name):
             return
-        layer = read_affine(node, region)
+        layer = read_affine(node, region, masked=True)
         if isinstance(layer, Affine):
             yield from self._layer(layer)
         elif layer is not None:

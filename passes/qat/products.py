@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from fxopt.graph import Region, read_parameter
+from fxopt.graph import Region, behind_mask, read_parameter
 from passes.qat.insert import calls_fake_quantize
 
 _PAIR = ((0, "input"), (1, "mat2"))
@@ -33,7 +33,8 @@ class Factor:
         node: the value.
         index: its place among the arguments.
         name: its name there.
-        read: for a parameter, the read of it, maybe some transpositions before `node`; else None.
+        read: for a parameter, the read of it or the call of its mask, maybe some transpositions before `node`; else
+            None.
         reader: what uses that read.
         axis: the dimension of that parameter which counts outputs; None where it has more than two.
     """
@@ -64,7 +65,7 @@ def factors(node: fx.Node, region: Region) -> tuple[Factor, ...]:
         read = chain[-1]
         if calls_fake_quantize(read, region):
             continue
-        parameter = read_parameter(read, region)
+        parameter = read_parameter(behind_mask(read, region), region)
         if parameter is None:
             found.append(Factor(value, index, name))
             continue

@@ -10,6 +10,7 @@ from torch import nn
 from fxopt.contract import Change, Skip
 from fxopt.graph import why_not_plain
 from fxopt.modules import (
+    MASKED_FORMS,
     Fused,
     QuantizedEmbedding,
     QuantizedGRU,
@@ -56,7 +57,8 @@ def quantized_form(
     held = isinstance(module, Fused) and module.weight_fake_quant is not None
     if isinstance(module, _QUANTIZED) or held or not named(name):
         return module, []
-    plain = next(kind for kind in (*_FORMS, nn.Linear) if isinstance(module, kind))
+    is_masked = type(module) in MASKED_FORMS.values()
+    plain = type(module) if is_masked else next(kind for kind in (*_FORMS, nn.Linear) if isinstance(module, kind))
     reason = why_not_plain(module, plain) or _why_not(module)
     if reason is not None:
         return module, [Skip(name, reason, source)]

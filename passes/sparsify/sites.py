@@ -34,6 +34,7 @@ _PLAIN = (
     nn.ConvTranspose3d,
 )
 _RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+_QUANTIZED = "it is fake-quantised; put sparsify before qat"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -91,6 +92,8 @@ def _why_not(module: nn.Module, base: type[nn.Module]) -> str | None:
     if base in _PLAIN:
         return why_not_plain(module, base)
     if type(module) is not base:
+        if any(isinstance(child, FakeQuantize) for child in module.modules()):
+            return _QUANTIZED
         # The form that holds masks is a subclass too: it has been here before.
         held = type(module) in MASKED_FORMS.values()
         return "it has masks already" if held else f"its class '{type(module).__name__}' is not {base.__name__} itself"
@@ -124,7 +127,7 @@ def reads(region: Region) -> Iterator[tuple[fx.Node, Site | Skip]]:
 def _use(user: fx.Node, weight: fx.Node, region: Region) -> tuple[int, int] | str | None:
     """The axis of outputs and the groups by which `user` takes a weight; a reason where it must be left alone."""
     if user.op == "call_module" and isinstance(region.submodule(user), FakeQuantize):
-        return "it is fake-quantised; put sparsify before qat"
+        return _QUANTIZED
     layer = read_affine(user, region)
     if isinstance(layer, Affine):
         return (layer.channel_axis, layer.groups) if layer.weight_node is weight else None

@@ -12,11 +12,13 @@ from torch import nn
 import fxopt
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule
-from fxopt.modules import Fused, FusedConv2d
+from fxopt.modules import FakeQuantize, Fused, FusedConv2d
+from fxopt.rewriting import run_pass
+from fxopt.spec import parse
 from passes import lora, sparsify
 from passes.sparsify import SparsityScheduler
 from tests.models import settle
-from tests.passes.sparsify.test_masks import Functional, run
+from tests.passes.sparsify.test_masks import MODELS, build, masked, run
 
 
 def network() -> nn.Module:
@@ -119,14 +121,97 @@ def test_a_baked_weight_merges_as_any_other() -> None:
     torch.testing.assert_close(module(x), before)
 
 
-def test_qat_says_that_the_weight_of_a_function_is_masked() -> None:
-    _, ledger = run(Functional().eval(), (torch.randn(4, 8),), "sparsify,qat", [(torch.randn(4, 8),)])
-    assert {skip.reason for skip in ledger.entries[1].skips} == {"its weight or bias is computed, not a parameter"}
+def quantised_weights(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What goes into each quantiser in one forward, and what comes out."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    fakes = [child for child in module.modules() if isinstance(child, FakeQuantize)]
+    hooks = [fake.register_forward_hook(lambda _, args, out: seen.append((args[0], out))) for fake in fakes]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return [(given.detach(), found.detach()) for given, found in seen]
 
 
-def test_sparsify_refuses_functions_whose_weight_is_quantised() -> None:
-    _, ledger = run(Functional().eval(), (torch.randn(4, 8),), "qat,sparsify", [(torch.randn(4, 8),)])
-    assert "it is fake-quantised; put sparsify before qat" in {skip.reason for skip in ledger.entries[1].skips}
+@pytest.mark.parametrize("spec", ["sparsify{amount=0.75},qat", "fuse,sparsify{amount=0.75},ptq{weights=int4}"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_masked_weight_is_quantised_and_its_zeros_stay_zero_through_training(name: str, spec: str) -> None:
+    model, x = build(name)
+    module, ledger = run(model.train("qat" in spec), (x,), spec, [(x,)])
+    assert not ledger.entries[-1].skips
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    scheduler = SparsityScheduler(module, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    seen = quantised_weights(module.eval(), x)
+    for each in sparsify.masked_weights(module):
+        zeros = ~each.mask.mask
+        found = [out for given, out in seen if given.shape == zeros.shape and not given[zeros].any()]
+        assert found, each.name
+        assert not any(out[zeros].any() for out in found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_masked_and_quantised_is_frozen_and_baked_as_it_is(name: str) -> None:
+    model, x = build(name)
+    module, _ = run(model, (x,), "sparsify{amount=0.75},qat", [(x,)])
+    found = sparsify.masked_weights(module)
+    zeros = [~each.mask.mask for each in found]
+    before = module(x)
+    for spec in ("quantize-freeze", "sparsify-bake"):
+        for each in parse(spec):
+            run_pass(each, module, ())
+        torch.testing.assert_close(module(x), before)
+    assert not sparsify.masked_weights(module)
+    for each, where in zip(found, zeros, strict=True):
+        parameter = each.name if each.leaf != "weight" else f"{each.name}.weight"
+        assert not module.get_parameter(parameter)[where].any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_are_quantised_get_no_mask_behind_the_quantiser(name: str) -> None:
+    model, x = build(name)
+    module, ledger = run(model, (x,), "qat,sparsify", [(x,)])
+    reasons = {skip.reason for skip in ledger.entries[1].skips}
+    assert reasons <= {"it is fake-quantised; put sparsify before qat"}
+    assert reasons or all(isinstance(each.owner, Fused) for each in sparsify.masked_weights(module))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_masks_stay_while_layers_are_cast(name: str) -> None:
+    model, x = build(name)
+    module, ledger = run(model, (x,), "sparsify{amount=0.75},cast{dtype=bf16}")
+    assert not [skip for skip in ledger.entries[1].skips if skip.where != "(the machine)"]
+    for each in sparsify.masked_weights(module):
+        assert each.weight.dtype is torch.bfloat16
+        assert torch.equal(each.weight != 0, each.mask.mask)
+    plain = masked(model, (x,), "sparsify{amount=0.75}")
+    torch.testing.assert_close(module(x), plain(x), rtol=0.1, atol=0.1)
+    before = module(x)
+    sparsify.bake(module)
+    torch.testing.assert_close(module(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_an_adapter_is_not_put_over_the_masks_of_recurrent_layers(name: str) -> None:
+    model, x = build(name)
+    with pytest.raises(PassError, match="no layer that an adapter could go on"):
+        run(model, (x,), "sparsify,lora{rank=2,targets=[recurrent]}")
+    module, _ = run(model, (x,), "sparsify,sparsify-bake,lora{rank=2,targets=[recurrent]}")
+    before = module(x)
+    lora.merge(module)
+    torch.testing.assert_close(module(x), before)
+
+
+@pytest.mark.parametrize("engine", ["eager", "onednn", "sparse", "onnxruntime"])
+@pytest.mark.parametrize("name", ["lstm", "functional"])
+def test_engines_run_masks(name: str, engine: str) -> None:
+    model, x = build(name)
+    module = masked(model, (x,), "sparsify{amount=0.75}")
+    with torch.no_grad():
+        torch.testing.assert_close(fxopt.lower(module, (x,), engine)(x), module(x))
 
 
 @pytest.mark.filterwarnings("ignore")
