@@ -142,8 +142,7 @@ LAST: Mapping[str, Make] = {
     "bfloat16": bfloat16,
 }
 """With features last, by the name that a saved choice has."""
-SPARSE: Mapping[str, Make] = {"csr": csr, "bags": bags, "bsr": bsr}
-FIRST: Mapping[str, Make] = {"dense-first": dense_first, **SPARSE}
+FIRST: Mapping[str, Make] = {"dense-first": dense_first, "csr": csr, "bags": bags, "bsr": bsr}
 """With features first."""
 CUDA: Mapping[str, Make] = {
     "dense": plain,
