@@ -262,14 +262,17 @@ def test_two_processes_have_equal_masks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_example_prints_its_table() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "sparse_digits.py"), "--width", "64", "--epochs", "3"]
+def test_the_example_prints_its_table_and_writes_it(tmp_path: Path) -> None:
+    written = tmp_path / "digits.md"
+    options = ["--width", "64", "--epochs", "3", "--out", str(written)]
+    command = [sys.executable, str(ROOT / "examples" / "sparse_digits.py"), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     zeros = [row[-5] for row in rows if row and row[-1].endswith("x")]
     assert zeros == ["70.0%", "90.0%", "95.0%", "50.0%", "87.5%"]  # of 16 blocks 14
+    assert sum("%" in line for line in written.read_text().splitlines()) == 1 + len(zeros)
 
 
 def test_options_of_the_pass_become_a_plan() -> None:
