@@ -1,7 +1,8 @@
 """Quantise a small network that reads digits: after training, in training, and as an integer file that runs.
 
-    python examples/qat_digits.py                 # five seeds: about ten minutes on two cores
+    python examples/qat_digits.py                 # five seeds: about ten minutes on one core
     python examples/qat_digits.py --seeds 1
+    python examples/qat_digits.py --choose        # how the learning rates below were chosen
 
 For each seed a depthwise network learns half of scikit-learn's digits; the other half is held out. Then, for each width
 of weights and activations: post-training quantisation of a network that was given the same further epochs as floats,
@@ -17,11 +18,13 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,8 +34,9 @@ from passes import PTQ, QAT, Fuse, QuantizeFreeze
 
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A4": (3, 4)}
 EPOCHS, FURTHER = 60, 20
-# What serves each better: floats learn no more by 3e-3, and the rounded net needs larger steps to leave its grid.
-FLOAT_RATE, QUANTIZED_RATE = 1e-3, 5e-3
+RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+FLOAT_RATE, QUANTIZED_RATE = 2e-3, 1e-2
+"""By `--choose`, which sees the training half alone."""
 
 
 class Depthwise(nn.Module):
@@ -85,6 +89,37 @@ def accuracy(module: nn.Module | fxopt.Executable, images: Tensor, labels: Tenso
     return float((module(images).argmax(1) == labels).float().mean())
 
 
+def quantized_in_training(base: nn.Module, images: Tensor, labels: Tensor, rate: float, **options: str) -> nn.Module:
+    qat = [Fuse(), QAT(**options, learned="lsq")]  # type: ignore[arg-type]
+    batches = list(images[:512].split(64))
+    module = fxopt.optimize(base, images[:64], qat, devices=(), calibration_data=batches).module
+    train(module, images, labels, FURTHER, rate)
+    return fxopt.optimize(module, images[:64], [QuantizeFreeze()], devices=()).module
+
+
+def options_of(name: str) -> dict[str, str]:
+    weights, activations = WIDTHS[name]
+    return {"weights": f"int{weights}", "activations": f"uint{activations}", "target": "onnxruntime"}
+
+
+def choose(seeds: int) -> None:
+    """Print the accuracy of each learning rate on a quarter of the training half, trained on the rest of it."""
+    images, labels, _, _ = digits()
+    found: dict[tuple[float, str], list[float]] = defaultdict(list)
+    for seed in range(100, 100 + seeds):
+        torch.manual_seed(seed)
+        out, left = torch.randperm(len(images)).tensor_split([len(images) // 4])
+        base = train(Depthwise(), images[left], labels[left], EPOCHS, 1e-2)
+        for rate in RATES:
+            floats = train(copy.deepcopy(base), images[left], labels[left], FURTHER, rate)
+            found[rate, "float"].append(accuracy(floats, images[out], labels[out]))
+            for name in ("W4A8", "W3A4"):
+                module = quantized_in_training(base, images[left], labels[left], rate, **options_of(name))
+                found[rate, f"{name} QAT"].append(accuracy(module, images[out], labels[out]))
+    for (rate, name), values in found.items():
+        print(f"{name:8} at {rate:g}: {100 * statistics.mean(values):.1f}")
+
+
 def one_seed(seed: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(seed)
     images, labels, held_images, held_labels = digits()
@@ -92,14 +127,11 @@ def one_seed(seed: int) -> dict[str, dict[str, float]]:
     control = train(copy.deepcopy(base), images, labels, FURTHER, FLOAT_RATE)
     found = {"float": {"simulated": accuracy(control, held_images, held_labels)}}
     batches = list(images[:512].split(64))
-    for name, (weights, activations) in WIDTHS.items():
-        options = {"weights": f"int{weights}", "activations": f"uint{activations}", "target": "onnxruntime"}
+    for name in WIDTHS:
+        options = options_of(name)
         ptq = [Fuse(), PTQ(**options), QuantizeFreeze()]  # type: ignore[arg-type]
-        qat = [Fuse(), QAT(**options, learned="lsq")]  # type: ignore[arg-type]
         after = fxopt.optimize(control, images[:64], ptq, devices=(), calibration_data=batches).module
-        during = fxopt.optimize(base, images[:64], qat, devices=(), calibration_data=batches).module
-        train(during, images, labels, FURTHER, QUANTIZED_RATE)
-        during = fxopt.optimize(during, images[:64], [QuantizeFreeze()], devices=()).module
+        during = quantized_in_training(base, images, labels, QUANTIZED_RATE, **options)
         for kind, module in (("PTQ", after), ("QAT", during)):
             found[f"{name} {kind}"] = row = {"simulated": accuracy(module, held_images, held_labels)}
             for engine in ("onnxruntime", "openvino"):
@@ -119,29 +151,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record here, as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record to FILE.json and FILE.md")
+    parser.add_argument("--choose", action="store_true", help="compare learning rates on a split of the training half")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small
+    if options.choose:
+        choose(options.seeds)
+        return
     runs = []
     for seed in range(options.first, options.first + options.seeds):
         start = time.perf_counter()
         runs.append(one_seed(seed))
+        if options.out is not None:
+            options.out.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    for name in runs[0]:
-        cells = []
-        for key in dict.fromkeys(key for run in runs for key in run[name]):
-            values = [100 * run[name][key] for run in runs if key in run[name]]
-            missing = "" if len(values) == len(runs) else f", {len(values)} of {len(runs)} seeds"
-            cells.append(f"{key} {statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}{missing})")
-        print(f"{name:10} " + ", ".join(cells))
-    for width in WIDTHS:
-        for key in ("simulated", "onnxruntime", "openvino"):
-            # A PTQ file that its engine refuses has its simulation's accuracy; a QAT file that is refused has none.
-            pairs = [(run[f"{width} QAT"], run[f"{width} PTQ"]) for run in runs]
-            ahead = sum(qat.get(key, 0.0) > ptq.get(key, ptq["simulated"]) for qat, ptq in pairs)
-            print(f"{width}, {key}: QAT ahead of PTQ with {ahead} of {len(runs)} seeds")
+    print(render(runs))
     if options.out is not None:
-        options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+        options.out.with_suffix(".md").write_text(render(runs), encoding="utf-8")
+
+
+def render(runs: list[dict[str, dict[str, float]]]) -> str:
+    """A Markdown table: means over the seeds with the lowest and highest, and how often QAT is ahead of PTQ."""
+    columns = list(dict.fromkeys(key for run in runs for row in run.values() for key in row))
+    table = [[name, *(_spread(key, [run[name] for run in runs]) for key in columns)] for name in runs[0]]
+    ahead = [
+        [f"{width}: seeds with QAT ahead", *(_ahead(key, width, runs) if "equal" not in key else "" for key in columns)]
+        for width in WIDTHS
+    ]
+    return (
+        f"# Digits, {len(runs)} seeds\n\nAccuracy on the held-out half in %, the mean with the lowest and highest; PTQ "
+        "was given the same further epochs as floats (`python examples/qat_digits.py`).\n\n"
+        + tabulate([*table, *ahead], ["", *columns], tablefmt="github", disable_numparse=True)
+        + "\n"
+    )
+
+
+def _spread(key: str, rows: list[dict[str, float]]) -> str:
+    values = [100 * row[key] for row in rows if key in row]
+    if not values:
+        return "-"
+    missing = "" if len(values) == len(rows) else f", {len(values)} of {len(rows)} seeds"
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}{missing})"
+
+
+def _ahead(key: str, width: str, runs: list[dict[str, dict[str, float]]]) -> str:
+    pairs = [(run[f"{width} QAT"].get(key), run[f"{width} PTQ"].get(key)) for run in runs]
+    both = [(qat, ptq) for qat, ptq in pairs if qat is not None and ptq is not None]
+    return f"{sum(qat > ptq for qat, ptq in both)} of {len(both)}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
@@ -18,10 +20,11 @@ from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize
+from fxopt.modules import FakeQuantize, without_rounding
+from fxopt.verify import relative_error
 
 _ROUNDING = 0.1
-"""20 dB: steps of a few values, seen at the outputs."""
+"""20 dB: steps of a few values, seen at the outputs, whatever the model's own rounding costs."""
 
 
 class Executable(nn.Module):
@@ -56,6 +59,7 @@ class Executable(nn.Module):
         self._choices = dict(choices or {})
         self._built: Built | None = None
         self._build_seconds = 0.0
+        self._rounding: float | None = None
 
     @property
     def built(self) -> Built:
@@ -87,10 +91,26 @@ class Executable(nn.Module):
     def rounding(self) -> float:
         """The relative error by which a quantised module may differ from itself computed otherwise; else 0.
 
-        On integers, or in another precision, a value between two steps may round to the other one.
+        On integers, or in another precision, a value between two steps may round to the other one. Where steps are
+        few and wide, that is far to go: both are roundings of one model, each at most as far from it as the other.
         """
-        quantised = any(isinstance(child, FakeQuantize) for child in self.module.modules())
-        return _ROUNDING if quantised else 0.0
+        if self._rounding is None:
+            self._rounding = 0.0
+            if any(isinstance(child, FakeQuantize) for child in self.module.modules()):
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    rounded = self._outputs()
+                    with without_rounding(self.module):
+                        exact = self._outputs()
+                far = [relative_error(*pair) for pair in zip(rounded, exact, strict=True)]
+                self._rounding = max(_ROUNDING, *(2 * each for each in far if each != math.inf))
+        return self._rounding
+
+    def _outputs(self) -> list[torch.Tensor]:
+        """The module's tensors for the example."""
+        torch.manual_seed(0)
+        given = self._inputs.map(lambda tensor: tensor.detach().clone())
+        found = pytree.tree_leaves(self.module(*given.args, **given.kwargs))
+        return [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
 
     @property
     def dtypes(self) -> set[torch.dtype]:

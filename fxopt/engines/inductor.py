@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
+from torch import nn
+from torch._inductor import config
 
 from fxopt.capture.independent import same_tensors_copy
+from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
+from fxopt.engines.inductor_integers import CountIntegers
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize, for_inductor
 
 
 @dataclass(frozen=True)
 class Inductor(Engine):
     """Compiles the graph by TorchInductor; weights become constants where `freezing` says so.
 
-    The first call with other sizes compiles once more.
+    The first call with other sizes compiles once more. Layers of a quantised module run on integers if weights are
+    constants.
     """
 
     name: ClassVar[str] = "inductor"
+    integers: ClassVar[bool] = True
 
     freezing: bool = field(default=True, metadata={"help": "treat weights as constants: fold and pack them"})
     max_autotune: bool = field(default=False, metadata={"help": "try more kernels, for a longer build"})
 
     def unavailable(self) -> str | None:
         """It needs a C++ compiler."""
-        from torch._inductor import config
-
         names = [name for name in (*_listed(config.cpp.cxx), "g++", "clang++", "cl") if name]
         if any(shutil.which(name) for name in names):
             return None
@@ -40,19 +46,44 @@ class Inductor(Engine):
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; the first call compiles, and is made here."""
-        copy = cast(GraphModule, same_tensors_copy(module))
-        options: dict[str, Any] = {"freezing": self.freezing, "max_autotune": self.max_autotune}
+        copy: nn.Module = cast(GraphModule, same_tensors_copy(module))
+        options: dict[str, Any] = {"max_autotune": self.max_autotune}
+        reasons: list[Skip] = []
+        if any(isinstance(child, FakeQuantize) for child in module.modules()):
+            try:
+                copy = for_inductor(copy)
+                options["post_grad_custom_pre_pass"] = CountIntegers(reasons)
+            except EngineError as error:
+                reasons.append(Skip("", f"the rounding is simulated in floats: {error}"))
+        with _quiet():
+            compiled = torch.compile(copy, options=options)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # As an option of torch.compile it would not reach Dynamo, which hands weights on as inputs then.
+            before = config.freezing
+            config.freezing = self.freezing
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                config.freezing = before
+
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the compiler says of its own deprecated parts
-                compiled = torch.compile(copy, options=options)
+            with torch.no_grad(), _quiet():
                 given = inputs.map(lambda tensor: tensor.detach().clone())
-                compiled(*given.args, **given.kwargs)
+                run(*given.args, **given.kwargs)
         except Exception as error:  # whatever a compiler raises
             raise EngineError(
                 f"engine 'inductor' cannot compile the module: {type(error).__name__}: {_first_line(error)}"
             ) from error
-        return Built(compiled)
+        return Built(run, tuple(reasons))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the compiler says of its own deprecated parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _listed(names: Any) -> list[str]:

@@ -27,7 +27,7 @@ def left_floats(path: Path) -> tuple[Skip, ...]:
     """
     graph = onnx.load(path, load_external_data=False).graph
     made = {output: node for node in graph.node for output in node.output}
-    skips = [_counted(Counter(node.op_type for node in graph.node if node.op_type in _INTEGER))]
+    skips = [counted(Counter(node.op_type for node in graph.node if node.op_type in _INTEGER))]
     for node in graph.node:
         if node.op_type not in _FLOAT:
             continue
@@ -66,9 +66,10 @@ def left_floats_by_openvino(compiled: Any) -> tuple[Skip, ...]:
                 f"{kind} runs in floats ({primitive}): not all that it multiplies is quantised, or it has no integer"
             )
             skips.append(Skip(operator.get_friendly_name(), f"{reason} kernel"))
-    return (_counted(counts), *skips)
+    return (counted(counts), *skips)
 
 
-def _counted(counts: Counter[str]) -> Skip:
+def counted(counts: Counter[str]) -> Skip:
+    """The line that says how many operators run on integers."""
     listed = ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "none"
     return Skip("", f"operators on integers: {listed}")

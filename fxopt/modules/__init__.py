@@ -1,7 +1,7 @@
 """Modules that passes put into a graph and that other passes and the engines recognise again."""
 
 from fxopt.modules.activation import Activation
-from fxopt.modules.fake_quantize import FakeQuantize, Observer, State
+from fxopt.modules.fake_quantize import FakeQuantize, Observer, State, without_rounding
 from fxopt.modules.functional import fused_call
 from fxopt.modules.fused import (
     Fused,
@@ -13,6 +13,7 @@ from fxopt.modules.fused import (
     FusedConvTranspose3d,
     FusedLinear,
 )
+from fxopt.modules.inductor_quantize import for_inductor
 from fxopt.modules.mask import Mask, held_weight
 from fxopt.modules.masked import MASKED_FORMS, masked_form, unmasked_form
 from fxopt.modules.onnx_quantize import for_onnx
@@ -47,6 +48,7 @@ __all__ = [
     "QuantizedMultiheadAttention",
     "QuantizedRNN",
     "State",
+    "for_inductor",
     "for_onnx",
     "fused_call",
     "held_weight",
@@ -55,4 +57,5 @@ __all__ = [
     "rebuild",
     "replaced",
     "unmasked_form",
+    "without_rounding",
 ]

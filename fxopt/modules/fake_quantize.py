@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -253,3 +254,18 @@ class FakeQuantize(nn.Module):
         state = self.state.value if self.ready else f"{self.state.value}, nothing observed yet"
         learned = ", learned" if self.learned else ""
         return f"bits={self.bits}, {kind}, {where}, observer={self.observer!r}{learned}, {state}"
+
+
+@contextmanager
+def without_rounding(module: nn.Module) -> Iterator[None]:
+    """Let all quantisers in `module` pass on what they are given, and observe nothing."""
+    quantizers = [child for child in module.modules() if isinstance(child, FakeQuantize)]
+    ready = [quantizer.ready for quantizer in quantizers]
+    for quantizer in quantizers:
+        assert quantizer.state is not State.OBSERVE
+        quantizer.ready = False
+    try:
+        yield
+    finally:
+        for quantizer, was in zip(quantizers, ready, strict=True):
+            quantizer.ready = was

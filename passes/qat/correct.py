@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, Fused, State
+from fxopt.modules import Fused, without_rounding
 
 _Seen = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -34,7 +34,6 @@ def correct_biases(module: nn.Module, batches: Sequence[Inputs]) -> tuple[str, .
         if isinstance(child, Fused) and child.weight_fake_quant is not None and child.bn is None
     }
     layers = {name: layer for name, layer in layers.items() if layer.bias is not None}
-    quantizers = [child for child in module.modules() if isinstance(child, FakeQuantize)]
     wanted: dict[str, list[torch.Tensor]] = defaultdict(list)
     moved: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -53,7 +52,7 @@ def correct_biases(module: nn.Module, batches: Sequence[Inputs]) -> tuple[str, .
 
     calls: dict[str, int] = {}
     with torch.no_grad():
-        with _unquantised(quantizers), _seen(layers, note):
+        with without_rounding(module), _seen(layers, note):
             _run(module, batches)
         with _seen(layers, move):
             _run(module, batches)
@@ -81,20 +80,6 @@ def _shape(out: torch.Tensor, layer: Fused) -> list[int]:
     shape = [1] * out.dim()
     shape[_channels(out, layer)] = -1
     return shape
-
-
-@contextmanager
-def _unquantised(quantizers: Sequence[FakeQuantize]) -> Iterator[None]:
-    """Let all quantisers pass on what they are given, and observe nothing."""
-    ready = [quantizer.ready for quantizer in quantizers]
-    for quantizer in quantizers:
-        assert quantizer.state is not State.OBSERVE
-        quantizer.ready = False
-    try:
-        yield
-    finally:
-        for quantizer, was in zip(quantizers, ready, strict=True):
-            quantizer.ready = was
 
 
 @contextmanager

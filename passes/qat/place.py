@@ -20,6 +20,7 @@ from passes.qat.targets import (
     before_what_passes_on,
     is_pooling,
     why_float,
+    why_layer_float,
     why_product_float,
     why_recurrent_float,
 )
@@ -80,7 +81,9 @@ class _Placing:
         if not self._named(name):
             return
         layer = read_affine(node, region, masked=True)
-        if isinstance(layer, Affine):
+        if isinstance(layer, Affine) and (why := why_layer_float(layer.kind, self._target)):
+            yield Skip(name, why, source_of(node))
+        elif isinstance(layer, Affine):
             yield from self._layer(layer)
         elif layer is not None:
             yield layer

@@ -62,6 +62,13 @@ def why_product_float(node: fx.Node, target: Target) -> str:
     return reasons.get(target, "")
 
 
+def why_layer_float(kind: str, target: Target) -> str:
+    """Why a convolution or linear layer stays a float; "" where it does not."""
+    if target == "inductor" and kind not in ("linear", "conv1d", "conv2d"):
+        return f"TorchInductor has no integer kernel for {kind}"
+    return ""
+
+
 def why_recurrent_float(target: Target) -> str:
     """Why the input of a recurrent layer stays a float; "" where it does not."""
     return _NO_RECURRENT.get(target, "")

@@ -11,11 +11,14 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import fxopt
 from fxopt import Inputs
 from fxopt.engines import ENGINES
 from fxopt.errors import EngineError
+from fxopt.modules import without_rounding
+from fxopt.verify import relative_error
 from passes import PTQ, Fuse, QuantizeFreeze
 from tests.engines.test_contract import REFUSED_CALLS, agree
 from tests.models import DYNAMIC, STATIC
@@ -176,8 +179,9 @@ def test_inductor_compiles() -> None:
     needs("inductor")
     case = STATIC["simple_net"]
     model, (x,) = case.build(), case.example()
-    executable = fxopt.lower(model, x, "inductor")
+    executable, code = run_and_get_code(fxopt.lower, model, x, "inductor")
     assert executable.build_seconds > 0
+    assert "frozen_param" in code[0] or "constant" in code[0], "weights are handed on as inputs"
     with torch.no_grad():
         agree(executable(x), model(x))
     with pytest.raises(EngineError, match="requires a gradient"):
@@ -211,12 +215,12 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestIntegers:
     """A frozen model runs on integers, and says what does not."""
 
-    def frozen(self, target: str) -> tuple[nn.Module, torch.Tensor]:
+    def frozen(self, target: str, bits: int = 8) -> tuple[nn.Module, torch.Tensor]:
         torch.manual_seed(0)
         body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
         model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
         x = torch.randn(4, 3, 10, 10)
-        passes = [Fuse(), PTQ(target=target), QuantizeFreeze()]  # type: ignore[arg-type]
+        passes = [Fuse(), PTQ(target=target, bits=bits), QuantizeFreeze()]  # type: ignore[arg-type]
         return fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module, x
 
     @pytest.mark.parametrize("engine", EXPORTING)
@@ -238,6 +242,35 @@ class TestIntegers:
         assert any(
             "Conv runs in floats: its input and weight are integers, but its output is not" in r for r in reasons
         )
+
+    def test_narrow_integers_are_judged_by_the_models_own_rounding_and_stay_integers(self) -> None:
+        module, x = self.frozen("onnxruntime", bits=3)
+        executable = fxopt.lower(module, x, "onnxruntime")
+        assert executable.reasons[0].reason.startswith("operators on integers: 2 QLinearConv")
+        with torch.no_grad():
+            wanted = module(x)
+            with without_rounding(module):
+                exact = module(x)
+        assert executable.rounding == max(0.1, 2 * relative_error(wanted, exact)) > 0.1
+        # Steps of the bias are those of 8 bits, so hardly any value meets the other one of two steps.
+        assert (executable(x) - wanted).norm() < 0.05 * wanted.norm()
+
+    def test_inductor_multiplies_integers_and_names_what_it_does_not(self) -> None:
+        needs("inductor")
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 6, 2, 2))
+        model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+        x = torch.randn(4, 3, 8, 8)
+        passes = [Fuse(), PTQ(), QuantizeFreeze()]
+        module = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
+        executable = fxopt.lower(module, x, "inductor")
+        first, *left = executable.reasons
+        assert first.reason == "operators on integers: 2 qconv, 1 qlinear"
+        assert [skip.where for skip in left] == ["0.3"]
+        assert "no integer kernel" in left[0].reason
+        with torch.no_grad():
+            wanted = module(x)
+        assert (executable(x) - wanted).norm() < 0.05 * wanted.norm()
 
     def test_the_saved_file_holds_integers(self, tmp_path: Path) -> None:
         module, x = self.frozen("onnxruntime")

@@ -45,6 +45,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "recurrent": (lambda: Calls(lambda m, x: m.a(m.gru(x)[0]), **linear(gru=nn.GRU(16, 16))), TOKENS),
     "gelu": (lambda: Calls(lambda m, x: m.b(F.gelu(m.a(x))), **linear()), TOKENS),
     "norm": (lambda: Calls(lambda m, x: m.a(m.norm(x)), **linear(norm=nn.LayerNorm(16))), TOKENS),
+    "transposed": (
+        lambda: Calls(lambda m, x: m.b(m.a(x)), a=nn.Conv1d(6, 4, 1), b=nn.ConvTranspose1d(4, 2, 2)),
+        TOKENS,
+    ),
     "pools": (
         lambda: Calls(
             lambda m, x: m.b(F.avg_pool2d(F.max_pool2d(F.relu(m.a(x)), 2), 2)),
@@ -68,6 +72,8 @@ PLACED: dict[tuple[str, str], tuple[list[str], str]] = {
     ("gelu", "onnxruntime"): (["a", "b"], "gelu stays a float: onnxruntime has no integer kernel for it"),
     ("gelu", "openvino"): (["a", "b"], ""),
     ("norm", "openvino"): (["a"], "norm: LayerNorm stays a float: openvino has no integer kernel for it"),
+    ("transposed", "generic"): (["a", "b"], ""),
+    ("transposed", "inductor"): (["a"], "b: TorchInductor has no integer kernel for conv_transpose1d"),
     ("pools", "generic"): (["a", "b"], ""),
     ("pools", "openvino"): (["a", "avg_pool2d", "b"], ""),
 }
