@@ -85,9 +85,7 @@ def main() -> int:
         results.append(result | {"commit": commit})
         print(_line(result), flush=True)
         if options.out is not None:
-            write(
-                options.out, sorted(results, key=lambda r: (list(LIBRARIES).index(r["library"]), r["kind"], r["name"]))
-            )
+            write(options.out, sorted(results, key=_place))
     print("\n" + summary(results))
     return 1 if any(result["status"] in ("failed", "differs", "timeout") for result in results) else 0
 

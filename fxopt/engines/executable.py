@@ -125,7 +125,7 @@ class Executable(nn.Module):
                 require a gradient, or under autocast.
         """
         self._signature.check(args, kwargs)
-        if any(map(torch.is_autocast_enabled, self.engine.devices)):
+        if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(
                 f"engine '{self.engine.name}' has its precision built in, and autocast would change nothing: call it "
                 "outside of autocast, and cast by a pass before lowering"

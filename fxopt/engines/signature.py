@@ -20,12 +20,16 @@ class Signature:
         engine: its name, for messages.
         inputs: the example.
         sizes: which sizes may differ.
+
+    Attributes:
+        devices: types of the devices that the inputs are on.
     """
 
     def __init__(self, engine: str, inputs: Inputs, sizes: Sizes):
         self._engine = engine
         self._sizes = sizes
         self._batch = inputs.batch_size
+        self.devices = {tensor.device.type for tensor in inputs.tensors}
         leaves, self._structure = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
         self._leaves = [leaf if not isinstance(leaf, torch.Tensor) else _Tensor(leaf) for leaf in leaves]
         self._flat = not inputs.kwargs and all(isinstance(value, torch.Tensor) for value in inputs.args)
