@@ -35,6 +35,8 @@ def capture(
     as small as possible, and its children are captured as graphs of their own. The module itself, its mode
     and the random state are as before; the result shares nothing with it that is ever written.
 
+    What Python code decides on sizes is guarded. One way is out of sight: a size that indexes a plain list or tuple.
+
     Args:
         module: any module, in the mode that is to be captured first; the other mode comes along.
         args: positional arguments of an example call; a single tensor stands for itself.

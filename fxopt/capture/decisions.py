@@ -98,11 +98,16 @@ class Decisions(Objects):
         by = "iteration or 'unbind'" if name == "unbind" else f"'{name}'"
         self._guard_parts(node, len(parts), f"{len(parts)} parts by {by}")
 
-    def received(self, node: fx.Node, value: Any, path: str) -> None:
-        """Guard the structure of what an opaque module gave, where it is more than one tensor."""
+    def ranked(self, node: fx.Node, name: str, result: torch.Tensor) -> None:
+        """Guard how many dimensions a function leaves: Python code reads them unseen."""
+        dims = result.dim()
+        self._guard(self.emit("call_method", "dim", (node,)), "==", dims, True, f"{dims} dimensions after '{name}'")
+
+    def received(self, node: fx.Node, value: Any, giver: str) -> None:
+        """Guard the structure of what an opaque module or `tolist` gave, where it is more than one tensor or number."""
         expected = structure(value)
         if expected is not None:
-            self._guard_parts(node, expected, f"the structure of what '{path}' gives")
+            self._guard_parts(node, expected, f"the structure of what {giver} gives")
 
     def _guard_parts(self, node: fx.Node, expected: Any, assumption: str) -> None:
         location = str(user_source() or "")

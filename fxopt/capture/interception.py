@@ -7,6 +7,7 @@ happens.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -95,7 +96,7 @@ def _mode_flag(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
 
 @contextmanager
 def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
-    """`range`, `len` and `operator.index` read numbers past the methods that a traced number has."""
+    """`range`, `len`, `operator.index` and parts of `math` read numbers past the methods that a traced number has."""
     original_range, original_len, original_index = builtins.range, builtins.len, operator.index
 
     class RangeType(type):
@@ -127,7 +128,13 @@ def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[
         stack.enter_context(replaced(builtins, "range", Range))
         stack.enter_context(replaced(builtins, "len", length))
         stack.enter_context(replaced(operator, "index", index))
+        for name in ("comb", "factorial", "gcd", "isqrt", "lcm", "perm"):
+            stack.enter_context(replaced(math, name, _reading(getattr(math, name))))
         yield
+
+
+def _reading(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *numbers: function(*map(concrete, numbers))
 
 
 @contextmanager

@@ -56,6 +56,9 @@ SHAPED_AS_FIRST = frozenset(
 TAKEN_APART = frozenset("unbind split chunk unsafe_split unsafe_chunk".split())
 """Functions that give as many parts as a size of their argument makes. Iterating over a tensor calls the first."""
 
+RANKED_BY_SIZE = frozenset("squeeze squeeze_".split())
+"""Functions whose result has fewer dimensions where sizes are 1."""
+
 HOOKS = frozenset("register_hook register_post_accumulate_grad_hook".split())
 """Methods that hang the user's code on a tensor's gradient."""
 

@@ -116,7 +116,7 @@ class _Run:
                 recorder.take_up_changes((args, kwargs))
                 if any(isinstance(leaf, bool) for leaf in pytree.tree_leaves(result)):
                     recorder.block(f"'{path}', which is opaque, returns a flag that it may decide on")
-                recorder.received(node, result, path)
+                recorder.received(node, result, f"'{path}'")
             return recorder.adopt(node, result, origin)
 
     def _observed(self, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -96,24 +96,30 @@ class Recorder(Decisions, TorchFunctionMode):
             if isinstance(written, torch.Tensor):
                 self.note_write(written, origin.values)
         adopted = self.adopt(node, result, origin)
-        if name in operators.TAKEN_APART and origin.shape is not Depends.CONSTANT:
-            self._take_apart(node, name, args, kwargs, result, origin.shape)
+        if origin.shape is not Depends.CONSTANT:
+            if name in operators.TAKEN_APART:
+                self._count_parts(node, name, [*args, *kwargs.values()], kwargs, adopted, origin.shape)
+            elif name in operators.RANKED_BY_SIZE:
+                self._fix_rank(node, name, [*args, *kwargs.values()], adopted, origin.shape)
         return adopted
 
-    def _take_apart(
-        self, node: fx.Node, name: str, args: Any, kwargs: Any, parts: tuple[torch.Tensor, ...], shape: Depends
+    def _count_parts(
+        self, node: fx.Node, name: str, given: list[Any], kwargs: Any, parts: tuple[Any, ...], shape: Depends
     ) -> None:
-        given = [*args, *kwargs.values()]
         if any(isinstance(sizes, (list, tuple)) for sizes in given):
             return  # `split` into a list of sizes gives a part for each
         place = 1 if name == "unbind" else 2
-        dim = kwargs.get("dim", args[place] if len(args) > place else 0)
-        dims = next(value for value in given if isinstance(value, torch.Tensor)).dim()
-        # What is sized by values is so in its first dimensions: rows that were picked, not their features.
-        if shape is Depends.DATA and (dims == 1 or dim % dims != dims - 1):
+        dim = kwargs.get("dim", given[place] if len(given) > place else 0)
+        if shape is Depends.DATA and not _is_last(given, dim):
             self.block(f"it takes a tensor apart ('{name}') whose size depends on the values of the input")
         else:
             self.counted(node, name, parts)
+
+    def _fix_rank(self, node: fx.Node, name: str, given: list[Any], result: torch.Tensor, shape: Depends) -> None:
+        if shape is Depends.DATA and not (len(given) > 1 and _is_last(given, given[1])):
+            self.block(f"it takes dimensions away ('{name}') whose size depends on the values of the input")
+        else:
+            self.ranked(node, name, result)
 
     # Reading
 
@@ -180,6 +186,8 @@ class Recorder(Decisions, TorchFunctionMode):
             if isinstance(result, bool):
                 self.decided(node, result, depends, f"'{name}()'")
                 return result
+            if isinstance(result, list) and self.known(tensor).shape is not Depends.CONSTANT:
+                self.received(node, result, "'tolist()'")
             return self.adopt(node, result, Origin(depends, depends, depends))
         if isinstance(result, bool):
             op, target, call_args = operators.as_call(func, args, kwargs)
@@ -205,6 +213,12 @@ class Recorder(Decisions, TorchFunctionMode):
             is_sum = node.op == "call_function" and node.target in _FREE and not is_tensor(node)
             if not node.users and (is_read or is_sum or node.target is operator.getitem or node.target is getattr):
                 self.graph.erase_node(node)
+
+
+def _is_last(given: list[Any], dim: Any) -> bool:
+    """Whether `dim` is the last of the tensor's: what values size is so in its first ones, as rows that are picked."""
+    dims = next(value for value in given if isinstance(value, torch.Tensor)).dim()
+    return dims > 1 and isinstance(dim, int) and plain(dim) % dims == dims - 1
 
 
 def _plain(value: Any) -> Any:

@@ -150,11 +150,11 @@ def _comparison(base: type, relation: str) -> Callable[[Any, Any], Any]:
     return method
 
 
-def _concretion(base: type, name: str) -> Callable[[Any], Any]:
+def _concretion(base: type, name: str) -> Callable[..., Any]:
     compute = getattr(base, name)
 
-    def method(self: Any) -> Any:
-        return compute(concrete(self))
+    def method(self: Any, *rest: Any) -> Any:
+        return compute(concrete(self), *rest)
 
     return method
 
@@ -185,9 +185,13 @@ def _install(cls: Any, base: Any) -> None:
             setattr(cls, name, _concretion(base, name))
     cls.__bool__ = _truth
     setattr(cls, "__divmod__", _divmod)  # noqa: B010  mypy takes the assignment for a call of divmod
-    for name in ("__repr__", "__str__"):
-        setattr(cls, name, lambda self: repr(plain(self)))
-    cls.__format__ = lambda self, spec: format(plain(self), spec)
+    # Text may be a key or an attribute's name.
+    for name in ("__repr__", "__str__", "__format__", "bit_length", "bit_count", "to_bytes", "as_integer_ratio"):
+        if hasattr(base, name):
+            setattr(cls, name, _concretion(base, name))
+    for name in ("real", "numerator") if base is int else ("real",):
+        setattr(cls, name, property(lambda self: self))
+    cls.conjugate = lambda self: self
     # A number that outlives capture, say as an attribute of the module, is a plain one when it is copied.
     cls.__reduce__ = lambda self: (base, (plain(self),))
     cls.__copy__ = plain

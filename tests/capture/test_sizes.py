@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from pathlib import Path
 
@@ -178,6 +179,42 @@ def test_as_many_parts_as_a_size_makes_are_guarded(name):
     assert torch.equal(captured(x), module(x))
     with pytest.raises(GuardError, match=rf"{said}.*test_sizes.py:\d+.* 3 here"):
         captured(torch.randn(3, 3, 4))
+
+
+SEEN = {
+    "numbers of a tensor": lambda x: x * len(torch.arange(x.shape[0]).tolist()),
+    "rank after squeeze": lambda x: x * x.squeeze().dim(),
+    "shape after squeeze": lambda x: x * len(x.squeeze(dim=0).shape),
+    "text": lambda x: x * {"2": 5}.get(str(x.shape[0]), 7),
+    "formatted": lambda x: x * {"n2": 5}.get(f"n{x.shape[0]}", 7),
+    "bits": lambda x: x * x.shape[0].bit_length(),
+    "divisor": lambda x: x * math.gcd(x.shape[0], 6),
+    "root": lambda x: x * math.isqrt(4 * x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_python_reads_of_sizes_is_guarded(name):
+    module = Calls(SEEN[name])
+    captured = capture(module, (torch.randn(2, 3),)).module
+    x = torch.randn(2, 4)
+    assert torch.equal(captured(x), module(x))
+    with pytest.raises(GuardError, match=r"test_sizes\.py"):
+        captured(torch.randn(1, 3))
+
+
+def test_numbers_of_sizes_go_on():
+    module = Calls(lambda x: x * x.shape[0].real + x.shape[0].conjugate())
+    captured = capture(module, (torch.randn(2, 3),)).module
+    x = torch.randn(5, 3)
+    assert torch.equal(captured(x), module(x))
+
+
+def test_dimensions_that_values_size_are_opaque_unless_they_are_the_last():
+    rows = capture(Calls(lambda x: x * x.nonzero()[:, :1].squeeze().dim()), (torch.eye(2),))
+    assert "takes dimensions away ('squeeze') whose size depends on the values" in rows.opaque[0].reason
+    assert torch.equal(rows.module(torch.diag(torch.tensor([1.0, 0.0]))), torch.zeros(2, 2))
+    assert not capture(Calls(lambda x: x.nonzero()[:, :1].squeeze(-1)), (torch.eye(2),)).opaque
 
 
 def test_parts_of_fixed_number_leave_sizes_free():
