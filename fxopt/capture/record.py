@@ -113,10 +113,10 @@ class _Run:
             result = call(module, *without_numbers(args), **without_numbers(kwargs))
             node = recorder.emit("call_module", path, node_args, node_kwargs)
             if path in self.opaque:
+                recorder.received(node, result, f"'{path}'")
                 recorder.take_up_changes((args, kwargs))
                 if any(isinstance(leaf, bool) for leaf in pytree.tree_leaves(result)):
                     recorder.block(f"'{path}', which is opaque, returns a flag that it may decide on")
-                recorder.received(node, result, f"'{path}'")
             return recorder.adopt(node, result, origin)
 
     def _observed(self, call: Callable[..., Any]) -> Callable[..., Any]:

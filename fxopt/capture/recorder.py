@@ -95,13 +95,12 @@ class Recorder(Decisions, TorchFunctionMode):
         for written in (args[0] if args and operators.is_in_place(name) else None, kwargs.get("out")):
             if isinstance(written, torch.Tensor):
                 self.note_write(written, origin.values)
-        adopted = self.adopt(node, result, origin)
         if origin.shape is not Depends.CONSTANT:
             if name in operators.TAKEN_APART:
-                self._count_parts(node, name, [*args, *kwargs.values()], kwargs, adopted, origin.shape)
+                self._count_parts(node, name, [*args, *kwargs.values()], kwargs, result, origin.shape)
             elif name in operators.RANKED_BY_SIZE:
-                self._fix_rank(node, name, [*args, *kwargs.values()], adopted, origin.shape)
-        return adopted
+                self._fix_rank(node, name, [*args, *kwargs.values()], result, origin.shape)
+        return self.adopt(node, result, origin)
 
     def _count_parts(
         self, node: fx.Node, name: str, given: list[Any], kwargs: Any, parts: tuple[Any, ...], shape: Depends

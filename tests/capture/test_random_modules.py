@@ -84,6 +84,18 @@ class Random(nn.Module):
         batch, width = x.shape
         return x.view(batch, 2, width // 2).transpose(1, 2).reshape(len(x), -1)
 
+    def _each(self, x, others, number):
+        return torch.stack([row + number * index for index, row in enumerate(x)])
+
+    def _parts(self, x, others, number):
+        return x + sum(part.mean() for part in x.split(2 + number)) + len(x.chunk(4))
+
+    def _squeezed(self, x, others, number):
+        return x + x[:, : x.shape[0] - 2].squeeze().dim()
+
+    def _numbers(self, x, others, number):
+        return x + len(torch.arange(x.shape[0]).tolist()) + {"4": 2}.get(str(len(x)), number)
+
     def _mask(self, x, others, number):
         return x.masked_fill(x > 0.5 * number, 0.0)
 
