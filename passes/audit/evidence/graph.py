@@ -69,11 +69,16 @@ def look_at_graph(subject: Subject) -> Graph:
     for region in Program(captured.module).regions:
         if region.mode is True:
             continue
-        guards += [_spot(node, region, str(node.args[4])) for node in region.graph.nodes if node.target is guard]
+        guards += [_spot(node, region, str(node.args[4])) for node in region.graph.nodes if _is_decision(node)]
         idle += _idle(region)
         repeated += _repeated(region)
     opaque = [_opaque(part.path, part.reason, part.location) for part in captured.opaque]
     return Graph(tuple(idle), tuple(repeated), tuple(guards), tuple(opaque))
+
+
+def _is_decision(node: fx.Node) -> bool:
+    """Whether the user decided something there; how many dimensions `squeeze` leaves is no decision."""
+    return node.target is guard and not (isinstance(node.args[0], fx.Node) and node.args[0].target == "dim")
 
 
 def _idle(region: Region) -> list[Spot]:
