@@ -55,8 +55,15 @@ class Inductor(Engine):
                 options["post_grad_custom_pre_pass"] = CountIntegers(reasons)
             except EngineError as error:
                 reasons.append(Skip("", f"the rounding is simulated in floats: {error}"))
-        with _quiet():
-            compiled = torch.compile(copy, options=options)
+
+        def compiler(graph: torch.fx.GraphModule, given: list[torch.Tensor]) -> Any:
+            # Here and not around the first call alone, since other sizes are compiled whenever they come.
+            with _quiet():
+                from torch._inductor.compile_fx import compile_fx
+
+                return compile_fx(graph, given, config_patches=options)
+
+        compiled = torch.compile(copy, backend=compiler)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             # As an option of torch.compile it would not reach Dynamo, which hands weights on as inputs then.

@@ -268,9 +268,11 @@ class TestIntegers:
         assert first.reason == "operators on integers: 2 qconv, 1 qlinear"
         assert [skip.where for skip in left] == ["0.3"]
         assert "no integer kernel" in left[0].reason
-        with torch.no_grad():
-            wanted = module(x)
-        assert (executable(x) - wanted).norm() < 0.05 * wanted.norm()
+        # The compiler warns of itself whenever it meets other sizes, and warnings are errors here.
+        for given in (x, torch.randn(6, 3, 8, 8)):
+            with torch.no_grad():
+                wanted = module(given)
+            assert (executable(given) - wanted).norm() < 0.05 * wanted.norm()
 
     def test_the_saved_file_holds_integers(self, tmp_path: Path) -> None:
         module, x = self.frozen("onnxruntime")

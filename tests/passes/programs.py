@@ -48,7 +48,7 @@ def rewrite(pass_: Pass, module: GraphModule) -> Outcome:
             (outcome.changes if isinstance(item, Change) else outcome.skips).append(item)
         eliminate_dead(region)
         region.graph.lint()
-    module.recompile()
+        region.module.recompile()
     return outcome
 
 
