@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from torch._inductor import config
+from torch.utils import _pytree as pytree
 
 from fxopt.capture.independent import same_tensors_copy
 from fxopt.contract import Skip
@@ -49,10 +50,12 @@ class Inductor(Engine):
         copy: nn.Module = cast(GraphModule, same_tensors_copy(module))
         options: dict[str, Any] = {"max_autotune": self.max_autotune}
         reasons: list[Skip] = []
+        integers = False
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             try:
                 copy = for_inductor(copy)
                 options["post_grad_custom_pre_pass"] = CountIntegers(reasons)
+                integers = True
             except EngineError as error:
                 reasons.append(Skip("", f"the rounding is simulated in floats: {error}"))
 
@@ -70,6 +73,9 @@ class Inductor(Engine):
             before = config.freezing
             config.freezing = self.freezing
             try:
+                if integers:
+                    # Its integer kernels add into what a layer is added to, even where that is the caller's input.
+                    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
                 return compiled(*args, **kwargs)
             finally:
                 config.freezing = before

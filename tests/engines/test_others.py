@@ -274,6 +274,28 @@ class TestIntegers:
                 wanted = module(given)
             assert (executable(given) - wanted).norm() < 0.05 * wanted.norm()
 
+    def test_inductor_leaves_an_input_that_a_layer_is_added_to(self) -> None:
+        needs("inductor")
+
+        class Residual(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 8)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x + self.fc(x)
+
+        torch.manual_seed(0)
+        model, x = Residual().eval(), torch.randn(4, 8)
+        passes = [Fuse(), PTQ(target="inductor"), QuantizeFreeze()]
+        module = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
+        executable, kept = fxopt.lower(module, x, "inductor"), x.clone()
+        assert executable.reasons[0].reason == "operators on integers: 1 qlinear"
+        for _ in range(2):
+            with torch.no_grad():
+                agree(executable(x), module(x))
+            assert torch.equal(x, kept)
+
     def test_the_saved_file_holds_integers(self, tmp_path: Path) -> None:
         module, x = self.frozen("onnxruntime")
         fxopt.lower(module, x, "onnxruntime").save(tmp_path)
