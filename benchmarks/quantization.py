@@ -1,18 +1,19 @@
-"""What integers gain: latency, size and faithfulness of int8 models, beside float32 in the same runtimes.
+"""What integers gain and what they cost: latency, size and faithfulness of int8 models, and training towards them.
 
-    python benchmarks/quantization.py [--out benchmarks/results] [--budget 20] [MODEL ...]
+    python benchmarks/quantization.py [--out benchmarks/results] [--budget 4] [--forms FORM ...] [MODEL ...]
 
-Each model is quantised after training (random weights, random calibration images: the speed and the parity of
-the file do not depend on them, accuracy does) and frozen, then run by onnxruntime and, where it is installed, by
-OpenVINO. Every row is compared with eager float32 in interleaved pairs. SQNR is that of the file's outputs: against
-the float model, and against the simulation in torch. Rows are kept as they come: what is in the record is not
-measured again.
+Each model is quantised after training (random weights, random calibration data: the speed and the parity of the file do
+not depend on them, accuracy does) and frozen, then run by each engine that is installed. Every row is compared with
+eager float32 in interleaved pairs. SQNR is that of the outputs: against the float model, and against the simulation in
+torch. Of bert-base only the file is weighed. Training steps and the time for insertion follow; all of it takes about
+ten minutes on two cores. The record is written after each row, and what is in it is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import tempfile
 import time
@@ -21,142 +22,170 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from quantization_models import BERT, MODELS
 from tabulate import tabulate
 from torch import nn
 
 import fxopt
 from fxopt import bench
 from fxopt.errors import EngineError
-from fxopt.torchvision_operators import declare_missing
-from passes import PTQ, Clean, Fuse, QuantizeFreeze
+from passes import PTQ, QAT, Clean, Fuse, QuantizeFreeze
 
-
-def torchvision_model(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A model of torchvision and one image."""
-    declare_missing()
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 224, 224)
-
-
-def vit_tiny() -> tuple[nn.Module, torch.Tensor]:
-    """timm's smallest vision transformer and one image."""
-    declare_missing()
-    import timm
-
-    return timm.create_model("vit_tiny_patch16_224"), torch.randn(1, 3, 224, 224)
-
-
-class Layer(nn.Module):
-    """A transformer layer whose projections are layers of their own, as most models write them."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.before, self.behind = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens of (batch, tokens, width) to the same."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.before(x)).reshape(batch, tokens, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        fed: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.behind(x))))
-        return fed
-
-
-def encoder() -> tuple[nn.Module, torch.Tensor]:
-    """Six layers of 384, and 128 embedded tokens."""
-    return nn.Sequential(*(Layer(384, 6) for _ in range(6))), torch.randn(1, 128, 384)
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
-    "resnet18": lambda: torchvision_model("resnet18"),
-    "resnet50": lambda: torchvision_model("resnet50"),
-    "mobilenet_v2": lambda: torchvision_model("mobilenet_v2"),
-    "mobilenet_v3_large": lambda: torchvision_model("mobilenet_v3_large"),
-    "vit_tiny": vit_tiny,
-    "encoder, 6 layers of 384, 128 tokens": encoder,
-}
-_MODEL_FILES = (".onnx", ".data", ".bin")
+Row = dict[str, Any]
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onednn, float32": ("onednn", "float", {}),
     "onnxruntime, float32": ("onnxruntime", "float", {}),
     "onnxruntime, int8": ("onnxruntime", "onnxruntime", {}),
     "openvino, float32": ("openvino", "float", {}),
+    "openvino, bf16": ("openvino", "float", {"precision": "bf16"}),
     "openvino, int8": ("openvino", "openvino", {}),
+    "inductor, int8": ("inductor", "inductor", {}),
 }
+_MODEL_FILES = (".onnx", ".data", ".bin")
+_WEIGHED = "onnxruntime, int8"
+_TRAINING = {
+    "qat, batch norms train": "fuse,qat",
+    "qat, batch norms folded": "clean,fuse,qat",
+}
+_TRAINED, _INSERTED = "resnet18", "resnet50"
+_STEPS = 8
+"""Times the budget of a row: a step is long."""
 
 
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="those named alone, and neither of the costs")
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, metavar="FORM")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each comparison")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each comparison")
+    parser.add_argument("--costs", action="store_true", help="measure training and inserting, whatever is named")
     options = parser.parse_args()
     path = options.out / "quantization.json"
-    record = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    record = json.loads(path.read_text()) if path.exists() else {"models": {}, "costs": {}}
     record["machine"] = dataclasses.asdict(bench.fingerprint())
-    for name in options.models:
-        if name not in record["models"]:
-            record["models"][name] = measure(name, options.budget)
-            options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
-            (options.out / "quantization.md").write_text(render(record["models"]))
-    print(render(record["models"]))
+
+    def add(section: Row, name: str, measured: Callable[[], Row]) -> None:
+        if "not_measured" not in section.get(name, {"not_measured": "yet"}):
+            return
+        section[name] = measured()
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (options.out / "quantization.md").write_text(render(record), encoding="utf-8")
+        print(section[name].get("model", ""), name, json.dumps(section[name]), flush=True)
+
+    for name in options.models or MODELS:
+        model = functools.cache(functools.partial(Subject, name))
+        rows = record["models"].setdefault(name, {})
+        for form in [_WEIGHED] if name == BERT else options.forms:
+            add(rows, form, lambda form=form, model=model: model().row(form, options.budget))  # type: ignore[misc]
+    if options.costs or not options.models:
+        for name, spec in _TRAINING.items():
+            add(record["costs"], name, lambda spec=spec: training(spec, options.budget * _STEPS))  # type: ignore[misc]
+        add(record["costs"], "insertion", insertion)
+    print(render(record))
 
 
-def measure(name: str, budget: float) -> dict[str, Any]:
-    """All rows of one model: {form: {ratio, low, high, …} or {"not_measured": reason}}."""
-    torch.manual_seed(0)
-    model, inputs = MODELS[name]()
-    model.eval()
-    batches = [torch.randn(4, *inputs.shape[1:]) for _ in range(4)]
-    graphs: dict[str, nn.Module] = {}
-    rows: dict[str, Any] = {"float bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
-    with torch.no_grad():
-        wanted = model(inputs)
-    for form, (engine, target, engine_options) in FORMS.items():
-        try:
-            if target not in graphs:
-                graphs[target] = prepared(model, inputs, target, batches)
-            began = time.perf_counter()
-            executable = fxopt.lower(graphs[target], inputs, engine=engine, **engine_options)
-            built = time.perf_counter() - began
-        except EngineError as error:
-            rows[form] = {"not_measured": str(error)}
-            continue
-        found = fxopt.compare(model, executable, inputs, budget_seconds=budget)
+class Subject:
+    """A model with its graphs, which several rows share."""
+
+    def __init__(self, name: str):
+        torch.manual_seed(0)
+        self.name = name
+        self.model, self.inputs = MODELS[name]()
+        self.model.eval()
+        self.graph = functools.cache(self._graph)
         with torch.no_grad():
-            deployed, simulated = executable(inputs), graphs[target](inputs)
-        rows[form] = {
-            "before_ms": found.before_ms,
-            "after_ms": found.after_ms,
-            "ratio": found.ratio,
-            "low": found.low,
-            "high": found.high,
-            "verdict": str(found.verdict),
-            "noise_floor": found.noise_floor,
-            "pairs": found.pairs,
+            self.wanted = first(self.model(self.inputs))
+
+    def _graph(self, target: str) -> nn.Module:
+        """What goes to the engine: fused, and quantised for it unless it is the float one."""
+        passes: list[fxopt.contract.Pass] = [Clean(), Fuse()]
+        if target != "float":
+            passes += [PTQ(target=target), QuantizeFreeze()]  # type: ignore[arg-type]
+        return fxopt.optimize(self.model, self.inputs, passes, devices=(), calibration_data=self._batches()).module
+
+    def _batches(self) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        shape = (4, *self.inputs.shape[1:])
+        if self.inputs.is_floating_point():
+            return [torch.randn(shape) for _ in range(4)]
+        return [torch.randint(0, 30000, shape) for _ in range(2)]
+
+    def row(self, form: str, budget: float) -> Row:
+        """One form of the model beside eager float32."""
+        engine, target, engine_options = FORMS[form]
+        try:
+            executable = fxopt.lower(self.graph(target), self.inputs, engine=engine, **engine_options)
+            built = executable.build_seconds
+        except EngineError as error:
+            return {"not_measured": str(error)}
+        with torch.no_grad():
+            deployed, simulated = first(executable(self.inputs)), first(self.graph(target)(self.inputs))
+        found = {
+            "model": self.name,
             "build_seconds": built,
-            "sqnr_db": sqnr(deployed, wanted),
+            "sqnr_db": sqnr(deployed, self.wanted),
             "sqnr_to_simulation_db": sqnr(deployed, simulated),
-            "file_bytes": size(executable) if engine != "onednn" else None,
+            "float_bytes": sum(each.numel() * each.element_size() for each in self.model.parameters()),
+            "file_bytes": size(executable) or None,
+            "reasons": [f"{skip.where}: {skip.reason}" for skip in executable.reasons[:1]],
         }
-        print(name, form, f"{found.speedup:.2f}x", flush=True)
-    return rows
+        if self.name != BERT:
+            found |= times(fxopt.compare(self.model, executable, self.inputs, budget_seconds=budget))
+        return found
 
 
-def prepared(model: nn.Module, inputs: torch.Tensor, target: str, batches: list[torch.Tensor]) -> nn.Module:
-    """The graph that goes to the runtime: fused, and quantised for it unless it is the float one."""
-    passes: list[fxopt.contract.Pass] = [Clean(), Fuse()]
-    if target != "float":
-        passes += [PTQ(target="onnxruntime" if target == "onnxruntime" else "openvino"), QuantizeFreeze()]
-    return fxopt.optimize(model, inputs, passes, devices=(), calibration_data=batches).module
+def training(spec: str, budget: float) -> Row:
+    """A training step of the quantised model over one of the float model: forward, backward, SGD."""
+    torch.manual_seed(0)
+    model, image = MODELS[_TRAINED]()
+    images, labels = torch.randn(8, *image.shape[1:]), torch.randint(0, 1000, (8,))
+    model.train(spec == _TRAINING["qat, batch norms train"])
+    quantised = fxopt.optimize(model, images, spec, devices=(), calibration_data=[images]).module
+    found = fxopt.compare(step(model, labels), step(quantised, labels), images, budget_seconds=budget)
+    return {"model": _TRAINED, **times(found)}
+
+
+def step(module: nn.Module, labels: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A training step, as a function of the images."""
+    module.train()
+    optimizer = torch.optim.SGD(module.parameters(), 1e-3)
+
+    def run(images: torch.Tensor) -> None:
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            F.cross_entropy(module(images), labels).backward()
+            optimizer.step()
+
+    return run
+
+
+def insertion(repeats: int = 5) -> Row:
+    """Seconds that inserting quantisers takes, least of several: the pass alone, and all from the module on."""
+    model, image = MODELS[_INSERTED]()
+    model.eval()
+    seconds: dict[str, list[float]] = {"seconds": [], "seconds_with_capture": [], "seconds_verified": []}
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = fxopt.optimize(model, image, [Fuse(), QAT()], devices=())
+        seconds["seconds_verified"].append(time.perf_counter() - began)
+        fused, inserted = result.ledger.entries
+        seconds["seconds"].append(inserted.seconds)
+        seconds["seconds_with_capture"].append(result.captured.seconds + fused.seconds + inserted.seconds)
+    return {"model": _INSERTED, **{name: min(each) for name, each in seconds.items()}}
+
+
+def first(outputs: Any) -> torch.Tensor:
+    """The first tensor of nested outputs."""
+    return next(leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+
+
+def times(found: bench.Comparison) -> Row:
+    """What a comparison found, for the record."""
+    names = ("before_ms", "after_ms", "ratio", "low", "high", "noise_floor", "pairs")
+    return {**{name: getattr(found, name) for name in names}, "verdict": str(found.verdict)}
 
 
 def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -166,35 +195,58 @@ def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def size(executable: fxopt.Executable) -> int:
-    """Bytes of the files that the runtime's own form of the model takes."""
+    """Bytes of the files that the runtime's own form of the model takes; 0 where it has none."""
     with tempfile.TemporaryDirectory() as directory:
         executable.save(Path(directory) / "model")
         files = [file for file in Path(directory).rglob("*") if file.suffix in _MODEL_FILES]
         return sum(file.stat().st_size for file in files)
 
 
-def render(models: dict[str, Any]) -> str:
-    """A Markdown table: speed-up over eager with its interval, SQNR, and how much smaller."""
-    table = []
-    for form in FORMS:
-        cells = [form]
-        for rows in models.values():
-            row = rows[form]
-            if "not_measured" in row:
-                cells.append("-")
-                continue
-            text = f"{1 / row['ratio']:.2f} [{1 / row['high']:.2f}, {1 / row['low']:.2f}]"
-            if form.endswith("int8"):
-                text += f", {row['sqnr_db']:.0f} dB"
-                text += f", {rows['float bytes'] / row['file_bytes']:.1f}x smaller" if row["file_bytes"] else ""
-            cells.append(text)
-        table.append(cells)
-    return (
-        "# What integers gain\n\nSpeed-up over eager float32 at batch 1 with its 95 % interval, SQNR against it, and "
-        "the file against the float weights (`python benchmarks/quantization.py`). Random weights.\n\n"
-        + tabulate(table, ["", *models], tablefmt="github", disable_numparse=True)
-        + "\n"
-    )
+def render(record: Row) -> str:
+    """Markdown: speed-ups over eager with their intervals, SQNR, how much smaller, and the costs."""
+    models, costs, machine = record["models"], record["costs"], record["machine"]
+    table = [[form, *(cell(rows.get(form), form) for rows in models.values())] for form in FORMS]
+    lines = [
+        "# What integers gain",
+        "",
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['os']}: `python benchmarks/quantization.py`. Random weights.",
+        "",
+        "Speed-up over eager float32 at batch 1 with its 95 % interval, SQNR against it (and against the simulation), "
+        "and the runtime's file against the float weights.",
+        "",
+        tabulate(table, ["", *models], tablefmt="github", disable_numparse=True),
+        "",
+        "# What training towards them costs",
+        "",
+    ]
+    for name in [name for name in _TRAINING if name in costs]:
+        row = costs[name]
+        lines.append(
+            f"- {row['model']}, {name}: a training step takes {row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] "
+            f"of a float32 step ({row['before_ms']:.0f} ms, 8 images)"
+        )
+    if "insertion" in costs:
+        row = costs["insertion"]
+        lines.append(
+            f"- {row['model']}: inserting takes {row['seconds']:.2f} s, {row['seconds_with_capture']:.2f} s with "
+            f"capture and fusing, {row['seconds_verified']:.2f} s with all that verifies them"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cell(row: Row | None, form: str) -> str:
+    """One row of the record in the table."""
+    if row is None or "not_measured" in row:
+        return "-"
+    parts = []
+    if "ratio" in row:
+        parts.append(f"{1 / row['ratio']:.2f} [{1 / row['high']:.2f}, {1 / row['low']:.2f}]")
+    if not form.endswith("float32"):
+        parts.append(f"{row['sqnr_db']:.0f} ({row['sqnr_to_simulation_db']:.0f}) dB")
+    if form.endswith("int8") and row["file_bytes"]:
+        parts.append(f"{row['float_bytes'] / row['file_bytes']:.2f}x smaller")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":
