@@ -56,6 +56,7 @@ def encoder() -> tuple[nn.Module, torch.Tensor]:
 
 def bert_base() -> tuple[nn.Module, torch.Tensor]:
     """BERT's base configuration, and 128 tokens."""
+    declare_missing()
     import transformers
 
     config = transformers.BertConfig()
