@@ -203,6 +203,16 @@ def test_what_python_reads_of_sizes_is_guarded(name):
         captured(torch.randn(1, 3))
 
 
+@pytest.mark.parametrize("rounded", [round, math.floor, math.ceil])
+def test_rounding_what_depends_on_values_is_opaque(rounded):
+    module = Calls(lambda x: x * [5, 6, 7, 8][rounded(x.max().item())])
+    captured = capture(module, (torch.tensor([0.4]),))
+    assert "rounds a number that depends on the values" in captured.opaque[0].reason
+    for value in (0.4, 1.4, 2.6):
+        x = torch.tensor([value])
+        assert torch.equal(captured.module(x), module(x))
+
+
 def test_numbers_of_sizes_go_on():
     module = Calls(lambda x: x * x.shape[0].real + x.shape[0].conjugate())
     captured = capture(module, (torch.randn(2, 3),)).module
