@@ -43,7 +43,7 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     if count == 0:
         raise PassError(
             "sparsify: criterion 'wanda' needs the inputs of the layers and there is no calibration data; give some "
-            "by optimize(..., calibration=batches) or take criterion=magnitude"
+            "by `calibration_data` in the model's file, or of fxopt.optimize, or take criterion=magnitude"
         )
     if unseen:
         raise PassError(f"sparsify: no calibration batch reached '{unseen[0]}'; leave it out by exclude=[{unseen[0]}]")
