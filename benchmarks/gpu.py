@@ -24,7 +24,7 @@ from torch import nn
 
 import fxopt
 from fxopt import Inputs, bench, record, spec
-from fxopt.pipeline import replay
+from fxopt.pipeline import replay, run_passes
 from fxopt.torchvision_operators import declare_missing
 from fxopt.verify import relative_error
 
@@ -128,6 +128,13 @@ def _lowered(engine: str, **options: Any) -> Callable[[nn.Module, Inputs], Run]:
     return arm
 
 
+def _integers(model: nn.Module, inputs: Inputs) -> Run:
+    """Calibrated on the inputs alone, which its speed does not depend on."""
+    captured = fxopt.capture(model, inputs.args, inputs.kwargs)
+    run_passes(captured, spec.parse("clean,fuse,ptq"), None, [inputs])
+    return fxopt.lower(captured.module, inputs, "cublas").forward
+
+
 def _compiled(mode: str | None) -> Callable[[nn.Module, Inputs], Run]:
     def arm(model: nn.Module, inputs: Inputs) -> Run:
         compiled = torch.compile(copy.deepcopy(model), mode=mode)
@@ -137,7 +144,7 @@ def _compiled(mode: str | None) -> Callable[[nn.Module, Inputs], Run]:
 
 
 def _quantized(config: str) -> Callable[[nn.Module, Inputs], Run]:
-    """By torchao, where it is installed: the passes of fxopt quantise for CPU runtimes."""
+    """By torchao, where it is installed."""
 
     def arm(model: nn.Module, inputs: Inputs) -> Run:
         from torchao import quantization  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -160,8 +167,10 @@ ARMS: Mapping[str, Callable[[nn.Module, Inputs], Run]] = {
     "cudagraph around cudnn": _lowered("cudagraph"),
     "torch.compile": _compiled(None),
     "torch.compile, reduce-overhead": _compiled("reduce-overhead"),
-    "int8": _quantized("Int8DynamicActivationInt8WeightConfig"),
-    "fp8": _quantized("Float8DynamicActivationFloat8WeightConfig"),
+    "cublas, int8": _integers,
+    "cublas, fp8": _lowered("cublas", precision="fp8"),
+    "torchao, int8": _quantized("Int8DynamicActivationInt8WeightConfig"),
+    "torchao, fp8": _quantized("Float8DynamicActivationFloat8WeightConfig"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine
+from fxopt.engines.gpu import why_no_gpu
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
 from fxopt.engines.strides import hide
@@ -36,11 +37,9 @@ class CuDNN(Engine):
 
     def unavailable(self) -> str | None:
         """It needs a GPU, and a torch with cuDNN."""
-        if not torch.cuda.is_available():
-            return "there is no CUDA device; on a machine with one, `pip install torch` brings a build for it"
-        if not torch.backends.cudnn.is_available():
+        if torch.cuda.is_available() and not torch.backends.cudnn.is_available():
             return "this torch has no cuDNN; `pip install torch` brings a build that has"
-        return None
+        return why_no_gpu()
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """That of TF32 where it is asked for."""

@@ -31,7 +31,7 @@ def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any
         module: in evaluation mode; captured where it is not yet. It is not changed, and shares nothing with the result.
         inputs: an example: a tensor, a tuple of positional or a dict of keyword arguments.
         engine: its name: `onednn`, `eager`, `inductor`, `onnxruntime`, `openvino`, `sparse`, `cudnn`,
-            `cudagraph`.
+            `cublas`, `cudagraph`.
         options: of the engine.
 
     Raises:

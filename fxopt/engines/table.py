@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fxopt.engines.contract import Engine
+from fxopt.engines.cublas import Cublas
 from fxopt.engines.cudagraph import CudaGraph
 from fxopt.engines.cudnn import CuDNN
 from fxopt.engines.eager import Eager
@@ -19,7 +20,7 @@ from fxopt.engines.openvino import OpenVINO
 from fxopt.engines.sparse import Sparse
 from fxopt.errors import EngineError
 
-_KINDS: tuple[type[Engine], ...] = (Eager, OneDNN, Inductor, OnnxRuntime, OpenVINO, Sparse, CuDNN, CudaGraph)
+_KINDS: tuple[type[Engine], ...] = (Eager, OneDNN, Inductor, OnnxRuntime, OpenVINO, Sparse, CuDNN, Cublas, CudaGraph)
 ENGINES: Mapping[str, type[Engine]] = MappingProxyType({kind.name: kind for kind in _KINDS})
 """Engines by the name that `fxopt.lower` and `--engine` take."""
 

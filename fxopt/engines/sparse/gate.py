@@ -10,12 +10,12 @@ import torch
 
 from fxopt.engines.contract import Run
 from fxopt.engines.layer import Layer
+from fxopt.engines.shortest import shortest
 from fxopt.engines.sparse.found import Found, zeros
 from fxopt.engines.sparse.kernels import FIRST, Make, tables
 from fxopt.engines.sparse.layout import to_features_first, to_features_last
 from fxopt.inputs import Inputs
 
-_ROUNDS = 15
 _LAYER_SECONDS, _WHOLE_SECONDS = 0.2, 2.0
 _FAR = 1.5
 Plan = dict[str, str]
@@ -74,7 +74,7 @@ def run_times(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:
         given = inputs.map(lambda tensor: tensor.detach().clone())
         return lambda: run(*given.args, **given.kwargs)
 
-    return _shortest({name: caller(run) for name, run in runs.items()}, _WHOLE_SECONDS)
+    return shortest({name: caller(run) for name, run in runs.items()}, _WHOLE_SECONDS)
 
 
 def _times(layer: Layer, using: Sequence[Mapping[str, Make]], without: Sequence[str]) -> dict[str, float]:
@@ -92,7 +92,7 @@ def _times(layer: Layer, using: Sequence[Mapping[str, Make]], without: Sequence[
                 calls[name] = lambda kernel=kernel, arguments=arguments: kernel(*arguments)  # type: ignore[misc]
     first = to_features_first(out)
     calls["borders"] = lambda: (to_features_first(x), to_features_last(first, x))
-    return _shortest(calls, _LAYER_SECONDS)
+    return shortest(calls, _LAYER_SECONDS)
 
 
 def _least(times: Mapping[str, float], among: Callable[[str], bool] = lambda name: True) -> str:
@@ -106,29 +106,3 @@ def _sum(plan: Plan, times: Times) -> float:
 def _with_borders(times: Mapping[str, float]) -> dict[str, float]:
     borders = times.get("borders", 0.0)
     return {name: seconds + (borders if name in FIRST else 0.0) for name, seconds in times.items()}
-
-
-def _shortest(calls: Mapping[str, Callable[[], object]], budget_seconds: float) -> dict[str, float]:
-    """The shortest time of each in seconds, taken in turns: three rounds at least, since one may be disturbed."""
-    # One thread is measured by its own time, in which no other process has a part.
-    clock = time.thread_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
-    _wait()
-    began = time.perf_counter()
-    for number in range(_ROUNDS):
-        if number >= 3 and time.perf_counter() - began > budget_seconds:
-            break
-        for name, call in calls.items():
-            start = clock()
-            call()
-            _wait()
-            best[name] = min(best[name], clock() - start)
-    return best
-
-
-def _wait() -> None:
-    """For what a GPU has still to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
