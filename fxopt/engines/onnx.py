@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.errors import EngineError
-from fxopt.graph import GraphModule
+from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 from fxopt.modules import for_onnx
 
@@ -51,7 +52,7 @@ def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx
         return _export(module, inputs, None), (Skip("", f"the batch size is fixed: {reason}"),)
     except Exception as error:
         raise EngineError(
-            f"engine '{engine}' needs an ONNX model, and torch cannot export one: {_first_line(error)}"
+            f"engine '{engine}' needs an ONNX model, and torch cannot export one: {_first_line(error)}{_opaque(module)}"
         ) from error
 
 
@@ -116,6 +117,16 @@ def _by_parameter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     return dict(bound.arguments)
+
+
+def _opaque(module: GraphModule) -> str:
+    """Where no graph shows what runs, which is then the likely reason."""
+    regions = Program(module).regions
+    paths = {region.path for region in regions if any(node.target is run_shell for node in region.graph.nodes)}
+    if not paths:
+        return ""
+    where = ", ".join(f"'{path}'" if path else "the module itself" for path in sorted(paths))
+    return f"; Python code that no graph holds runs in {where}: `fxopt run` names the lines that are why"
 
 
 def _first_line(error: Exception) -> str:

@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]
     "depends on values": (
         lambda: DYNAMIC["router"].build(),
         DYNAMIC["router"].example(),
-        "needs an ONNX model, and torch cannot export one: GuardOnDataDependent",
+        "needs an ONNX model, and torch cannot export one: GuardOnDataDependent.*holds runs in the module itself",
     ),
     "gives numbers": (
         lambda: DYNAMIC["early_exit"].build(),
