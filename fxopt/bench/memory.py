@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.bench.cuda import cuda_peak_memory
 from fxopt.bench.surroundings import visible_operators
+from fxopt.bench.watching import Watch
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
@@ -30,11 +30,11 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     return int(live.peak)
 
 
-class _LiveStorages(TorchDispatchMode):
+class _LiveStorages(Watch):
     """Adds up the storages that operators return, for as long as each is alive."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._held = 0
         self._alive: dict[int, weakref.ref[Any]] = {}

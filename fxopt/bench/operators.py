@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
-from fxopt.bench.size import attention_on_cpu
+from fxopt.bench.watching import Watch
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,10 @@ class Operator:
     bytes: int
 
 
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""Torch has a formula for attention on CUDA, and none for this."""
+
+
 def operators_of(call: Callable[[], object]) -> list[Operator]:
     """Make one call and list its operators."""
     listing = _Listing()
@@ -37,20 +40,29 @@ def operators_of(call: Callable[[], object]) -> list[Operator]:
     return listing.found
 
 
-class _Listing(TorchDispatchMode):
+class _Listing(Watch):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: list[Operator] = []
-        attention = {packet: shape_wrapper(formula) for packet, formula in attention_on_cpu().items()}
-        self._formulas = {**flop_registry, **attention}
+        self._formulas = {**flop_registry, _ATTENTION: shape_wrapper(_attention_flops)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
+        if formula is None and torch.is_inference_mode_enabled():
+            # Here operators that are made of others come whole.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
         flops = None if formula is None else int(formula(*args, **kwargs, out_val=result))
         self.found.append(Operator(func._schema.name, flops, _traffic(func, (args, kwargs), result)))
         return result
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+    return sdpa_flop_count(query, key, value)
 
 
 def _traffic(func: Any, given: Any, result: Any) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from fxopt.bench.arm import Arm
 from fxopt.bench.device import measurable
 from fxopt.bench.memory import peak_memory
+from fxopt.bench.operators import operators_of
 from fxopt.bench.surroundings import quiet, visible_operators
 from fxopt.inputs import Inputs
 
@@ -96,19 +97,6 @@ def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.detach()]
 
 
-def attention_on_cpu() -> dict[Any, Any]:
-    """The formula that torch has for attention on CUDA, for its CPU operator, which has none."""
-    from torch.utils.flop_counter import sdpa_flop_count
-
-    def formula(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return sdpa_flop_count(query, key, value)
-
-    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: formula}
-
-
 def _flops(call: Callable[[], object]) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with visible_operators(), FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter:
-        call()
-    return int(counter.get_total_flops())
+    with visible_operators():
+        return sum(one.flops or 0 for one in operators_of(call))

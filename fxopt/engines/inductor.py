@@ -11,13 +11,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from torch._inductor import config
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.independent import same_tensors_copy
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
-from fxopt.engines.inductor_integers import CountIntegers
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -40,6 +38,8 @@ class Inductor(Engine):
 
     def unavailable(self) -> str | None:
         """It needs a C++ compiler."""
+        from torch._inductor import config  # it takes as long to import as torch itself
+
         names = [name for name in (*_listed(config.cpp.cxx), "g++", "clang++", "cl") if name]
         if any(shutil.which(name) for name in names):
             return None
@@ -47,6 +47,11 @@ class Inductor(Engine):
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; the first call compiles, and is made here."""
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+        from fxopt.engines.inductor_integers import CountIntegers
+
         copy: nn.Module = cast(GraphModule, same_tensors_copy(module))
         options: dict[str, Any] = {"max_autotune": self.max_autotune}
         reasons: list[Skip] = []
@@ -62,8 +67,6 @@ class Inductor(Engine):
         def compiler(graph: torch.fx.GraphModule, given: list[torch.Tensor]) -> Any:
             # Here and not around the first call alone, since other sizes are compiled whenever they come.
             with _quiet():
-                from torch._inductor.compile_fx import compile_fx
-
                 return compile_fx(graph, given, config_patches=options)
 
         compiled = torch.compile(copy, backend=compiler)

@@ -30,9 +30,6 @@ def listen(lines: Iterable[str]) -> None:
         for line in lines:
             serve(json.loads(line))
             return
-    # torch imports it at the first convolution that is watched: a second that each fork would spend anew.
-    import torch._dynamo  # noqa: F401
-
     # fx makes progress bars, if only hidden ones; their monitor would be a thread, and so the end of forking.
     with contextlib.suppress(ImportError):
         from tqdm import tqdm  # type: ignore[import-untyped]

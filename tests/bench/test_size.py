@@ -97,3 +97,16 @@ class Shy(nn.Module):
 def test_what_refuses_to_be_watched_has_no_numbers() -> None:
     assert measure_size(Shy(), torch.zeros(1)) == Size(0, 0, 0, None, None)
     assert compare(Shy(), Shy(), torch.zeros(1), pairs=2, budget_seconds=0.01).peak_memory.before is None
+
+
+def test_flops_are_the_same_in_inference_mode() -> None:
+    class Inference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        @torch.inference_mode()
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.matmul(self.layer(x).mT, x)
+
+    assert measure_size(Inference(), torch.ones(2, 4, 4)).flops == 2 * (2 * 4 * 4 * 3 + 2 * 4 * 3 * 4)
