@@ -38,6 +38,7 @@ from zoo_models.memory import begin_peak, peak
 
 import fxopt
 from fxopt import Inputs, bench, spec
+from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer
 from fxopt.engines import climb
@@ -349,6 +350,7 @@ def _in_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]
         else:
             drawn.shuffle(order)
         for name in order:
+            wait_until_idle()  # threads of the arm before spin for a while
             times[name].append(timer.time(runs[name], 1).seconds)
         rounds += 1
     return times

@@ -15,16 +15,15 @@ from fxopt.bench.clocks import Clocks, median_clocks
 from fxopt.bench.comparison import BeforeAfter, Comparison, Times
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
+from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.memory import peak_memory
 from fxopt.bench.statistics import FEWEST_PAIRS, hold_clocks, judge, paired_interval
 from fxopt.bench.surroundings import quiet
-from fxopt.bench.timer import CpuTimer, Sample, Timer
+from fxopt.bench.timer import SHORTEST_SAMPLE, CpuTimer, Sample, Timer
 from fxopt.inputs import Inputs
 
 _ENOUGH_PAIRS = 30
 _MOST_PAIRS = 1000
-_SHORTEST_SAMPLE = 1e-3
-"""Seconds: shorter calls are timed several at once, or the clock would be part of the result."""
 _WARM_UP = 0.1
 """Share of the budget."""
 
@@ -52,7 +51,8 @@ def compare(
 
     Each round times both, and a copy of the first, in an order drawn at random and then in the reverse one, so
     that drift, warm caches and periodic disturbances hit all alike. The copy tells how large a difference noise
-    alone makes here, and no smaller one is called a difference. Copies run, in the mode that each module is in;
+    alone makes here, and no smaller one is called a difference. Each begins while no thread of the process runs that
+    another has left. Copies run, in the mode that each module is in;
     the modules themselves, random states and threads stay as they are.
 
     Args:
@@ -128,7 +128,7 @@ def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float,
         shortest = min(shortest, *(_sample(arm, timer, 1).seconds for arm in arms.values()))
         if timer.now() - start > _WARM_UP * budget:
             break
-    return max(1, min(math.ceil(_SHORTEST_SAMPLE / max(shortest, 1e-9)), most))
+    return max(1, min(math.ceil(SHORTEST_SAMPLE / max(shortest, 1e-9)), most))
 
 
 def _take_pairs(
@@ -145,13 +145,14 @@ def _take_pairs(
     order_of = random.Random(seed)
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     order = list(arms)
-    count, next_look = 0, _ENOUGH_PAIRS
+    count, next_look, rests = 0, _ENOUGH_PAIRS, True
     while True:
         if count % 2:
             order.reverse()
         else:
             order_of.shuffle(order)
         for name in order:
+            rests = rests and wait_until_idle()
             samples[name].append(_sample(arms[name], timer, calls))
         count += 1
         spent = (timer.now() - start) / budget

@@ -15,6 +15,11 @@ except ImportError:  # Windows has none.
     resource = None  # type: ignore[assignment]
 
 
+SHORTEST_SAMPLE = 4e-3
+"""Seconds: shorter calls are timed several at once. The clock takes a moment, and threads that are woken up another,
+which must not be most of what is timed."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """The time of one call.

@@ -66,21 +66,23 @@ def ci(
     from fxopt.gate.lock import write as write_lock
     from fxopt.gate.settings import FILE
 
-    # The launcher forks this process, so it comes before the progress, which has a thread.
-    with gate.stopping_cleanly(), gate.Launcher(fork=True) as launcher:
+    if target is None:
+        jobs = gate.read_jobs(Path(FILE))
+    else:
+        named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
+        named |= {"size": ("--max-size-growth", size), "metrics": ("--max-metric-drop", metrics)}
+        named |= {"coverage": ("--max-coverage-drop", coverage)}
+        named |= {} if output_error is None else {"output_error": ("--max-output-error", output_error)}
+        limits = gate.Limits(**{key: gate.share(text, flag) for key, (flag, text) in named.items()})
+        kept = None if weights is None else str(weights.resolve())
+        rest: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "limits": limits}
+        rest |= {"timed": latency}
+        jobs = (gate.Job(target, target, tuple(inputs or ()), passes, weights=kept, **rest),)
+    # A fork saves the import of torch, but its threads spin for long. The launcher forks this process, so it comes
+    # before the progress, which has a thread.
+    fork = all(job.threads == 1 for job in jobs)
+    with gate.stopping_cleanly(), gate.Launcher(fork=fork) as launcher:
         with progress(quiet) as stage, contextlib.redirect_stdout(sys.stderr):
-            if target is None:
-                jobs = gate.read_jobs(Path(FILE))
-            else:
-                named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
-                named |= {"size": ("--max-size-growth", size), "metrics": ("--max-metric-drop", metrics)}
-                named |= {"coverage": ("--max-coverage-drop", coverage)}
-                named |= {} if output_error is None else {"output_error": ("--max-output-error", output_error)}
-                limits = gate.Limits(**{key: gate.share(text, flag) for key, (flag, text) in named.items()})
-                kept = None if weights is None else str(weights.resolve())
-                rest: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "limits": limits}
-                rest |= {"timed": latency}
-                jobs = (gate.Job(target, target, tuple(inputs or ()), passes, weights=kept, **rest),)
             for job in jobs:
                 if job.passes:
                     spec.parse(job.passes)

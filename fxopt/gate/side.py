@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from fxopt import spec
 from fxopt.bench.arm import Arm
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
+from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.profiling import profile
 from fxopt.bench.roofline import Roofline
 from fxopt.bench.size import measure_size
@@ -61,6 +63,7 @@ class Side:
         self._outputs: list[torch.Tensor] = []
         self._arm: Arm | None = None
         self._timer: Timer | None = None
+        self._rests = True
 
     @property
     def forkable(self) -> bool:
@@ -106,9 +109,9 @@ class Side:
         except Exception:  # whatever the user's module raises; it is then timed itself
             self._copies = False
 
-    def warm(self) -> None:
-        """Make the first two calls."""
-        self._hold_still()
+    def warm(self, cores: Sequence[int] | None = None) -> None:
+        """Make the first two calls, from now on on these cores."""
+        self._hold_still(cores)
         self._arm = Arm(self._order["side"], self._module, self._inputs, self._device)
         self._timer = CudaTimer(self._device) if self._device.type == "cuda" else CpuTimer()
         self.time(1)
@@ -117,10 +120,11 @@ class Side:
         self.time(1)
 
     def time(self, calls: int) -> dict[str, Any]:
-        """Time so many calls together."""
+        """Time so many calls together, and answer once no thread is left that would disturb another side."""
         assert self._arm is not None and self._timer is not None
         timer = self._timer
         sample = self._arm.under(lambda call: timer.time(call, calls))
+        self._rests = self._rests and wait_until_idle()
         clock = None if sample.clocks is None else sample.clocks.sm_mhz
         return {"seconds": sample.seconds, "preempted": sample.preempted, "mhz": clock}
 
@@ -181,9 +185,9 @@ class Side:
         errors = [_relative(*pair) for pair in zip(outputs, other["outputs"], strict=True)]
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
-    def _hold_still(self) -> None:
+    def _hold_still(self, cores: Sequence[int] | None = None) -> None:
         """Until the process ends, as many threads as are asked for, and nothing that disturbs."""
-        self._held.enter_context(quiet(self._device, self._order["threads"]))
+        self._held.enter_context(quiet(self._device, self._order["threads"], cores))
 
     def _rewritten(self, stages: int | None, changes: int | None) -> nn.Module:
         module = self._target.module

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fxopt.bench.statistics import FEWEST_PAIRS, Interval, paired_interval
+from fxopt.bench.timer import SHORTEST_SAMPLE
 from fxopt.errors import GateError
 from fxopt.gate.processes import Worker
 
@@ -20,8 +22,6 @@ _ROUNDS = 3
 _ENOUGH = 20
 _MOST = 200
 """Pairs in one round."""
-_SHORTEST_SAMPLE = 4e-3
-"""Seconds: a process that was just woken up needs a moment, which must not be most of what is timed."""
 
 Start = Callable[[], Worker]
 
@@ -118,14 +118,15 @@ def take_window(
             order_of.shuffle(names)
             for name in names:
                 workers[name] = starts["base" if name == "again" else name]()
+            core = shared_core(workers.values(), order_of)
             for worker in workers.values():
-                worker.begin("warm")
+                worker.begin("warm", cores=core)
             for worker in workers.values():
                 worker.answer()
             each = {name: float(worker.ask("time", calls=1)["seconds"]) for name, worker in workers.items()}
             _refuse_slow(sum(each.values()) * (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
             if number == 0:
-                calls = max(1, math.ceil(_SHORTEST_SAMPLE / max(min(each.values()), 1e-9)))
+                calls = max(1, math.ceil(SHORTEST_SAMPLE / max(min(each.values()), 1e-9)))
             until = time.perf_counter() + budget / rounds
             found = Round()
             taken.append(found)
@@ -136,6 +137,18 @@ def take_window(
         if is_tight(Window(tuple(taken), calls, 0.0, 0.0), tight):
             break
     return Window(tuple(taken), calls, time.perf_counter() - began, measuring)
+
+
+def shared_core(workers: Collection[Worker], order_of: random.Random) -> list[int] | None:
+    """One core for all, drawn anew for each round; None where a side runs several threads, or on a GPU.
+
+    Left to the system, processes stay each on a core of its own, and where a core shares its units with other work, as
+    on a virtual machine, one is slower than the next by a tenth and more for as long as that lasts.
+    """
+    single = all(worker.order["threads"] == 1 and worker.order["device"] == "cpu" for worker in workers)
+    if not single or not hasattr(os, "sched_getaffinity"):
+        return None
+    return [order_of.choice(sorted(os.sched_getaffinity(0)))]
 
 
 def _take_round(
