@@ -25,42 +25,44 @@ class GateVerdict(str, enum.Enum):
 
 
 def is_suspicious(window: Window, threshold: float) -> bool:
-    """Whether a window by itself speaks for a slow-down: beyond the threshold, the interval, and the noise."""
-    if len(window.times("base")) < FEWEST_PAIRS:
-        return False
+    """Whether a window by itself speaks for a slow-down: a ratio beyond the threshold, an interval beyond 1."""
     effect = window.effect
-    return effect.ratio > 1 + threshold and effect.low > 1 and effect.ratio - 1 > window.noise.reach
+    return len(window.times("base")) >= FEWEST_PAIRS and effect.ratio > 1 + threshold and effect.low > 1
+
+
+def is_promising(window: Window, threshold: float) -> bool:
+    """Whether a window by itself speaks for a speed-up: as `is_suspicious`, the other way round."""
+    effect = window.effect
+    return len(window.times("base")) >= FEWEST_PAIRS and 1 / effect.ratio > 1 + threshold and effect.high < 1
 
 
 def wants_another(windows: Sequence[Window], threshold: float, most: int = 3) -> bool:
     """Whether one more window could settle it.
 
-    A suspicion has to be seen twice, and what neither speaks for nor against a slow-down gets another look.
+    A difference has to be seen twice, and what neither speaks for nor against a slow-down gets another look.
     """
-    verdict = judge_windows(windows, threshold)
-    settled = verdict in (GateVerdict.OK, GateVerdict.FASTER, GateVerdict.REGRESSION)
-    return not settled and len(windows) < most
+    return judge_windows(windows, threshold) is GateVerdict.INCONCLUSIVE and len(windows) < most
 
 
 def judge_windows(windows: Sequence[Window], threshold: float) -> GateVerdict:
     """Decide.
 
-    REGRESSION: two windows are suspicious, and all of them together. OK: the whole interval lies below the threshold,
-    and so does the noise. FASTER: OK, with a ratio beyond the threshold on the other side. Else INCONCLUSIVE.
+    REGRESSION, FASTER: two windows speak for it, and all of them together, which show less between equal sides. OK: no
+    window does, or it has had its other look, the whole interval lies below the threshold, and so does the noise. Else
+    INCONCLUSIVE.
     """
     everything = joined(windows)
     if clocks_differ(everything) or len(everything.times("base")) < FEWEST_PAIRS:
         return GateVerdict.INCONCLUSIVE
-    suspicious = sum(is_suspicious(window, threshold) for window in windows)
-    if suspicious >= 2 and is_suspicious(everything, threshold):
-        return GateVerdict.REGRESSION
-    effect, noise = everything.effect, everything.noise
-    if suspicious == 0 or len(windows) > 2:
-        if effect.high < 1 and 1 / effect.ratio - 1 > max(threshold, noise.reach):
-            return GateVerdict.FASTER
-        if effect.high < 1 + threshold and noise.reach <= threshold:
-            return GateVerdict.OK
-    return GateVerdict.INCONCLUSIVE
+    ratio = everything.effect.ratio
+    beyond_noise, seen = max(ratio, 1 / ratio) - 1 > everything.noise.reach, 0
+    for verdict, speaks in ((GateVerdict.REGRESSION, is_suspicious), (GateVerdict.FASTER, is_promising)):
+        count = sum(speaks(window, threshold) for window in windows)
+        if count >= 2 and speaks(everything, threshold) and beyond_noise:
+            return verdict
+        seen += count
+    tight = everything.effect.high < 1 + threshold and everything.noise.reach <= threshold
+    return GateVerdict.OK if tight and (seen == 0 or len(windows) > 2) else GateVerdict.INCONCLUSIVE
 
 
 def clocks_differ(window: Window) -> bool:

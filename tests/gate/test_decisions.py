@@ -29,7 +29,9 @@ def window(ratio: float, noise: float, seed: int = 0, again: float = 1.0, pairs:
     [
         ([window(1.0, 0.02)], GateVerdict.OK),
         ([window(1.03, 0.02)], GateVerdict.OK),
-        ([window(0.8, 0.02)], GateVerdict.FASTER),
+        ([window(0.8, 0.02), window(0.8, 0.02, 1)], GateVerdict.FASTER),
+        ([window(0.8, 0.02)], GateVerdict.INCONCLUSIVE),
+        ([window(0.8, 0.02), window(1.0, 0.02, 1), window(1.0, 0.02, 2)], GateVerdict.OK),
         ([window(1.1, 0.02), window(1.1, 0.02, 1)], GateVerdict.REGRESSION),
         ([window(1.1, 0.02)], GateVerdict.INCONCLUSIVE),
         ([window(1.1, 0.02), window(1.0, 0.02, 1)], GateVerdict.INCONCLUSIVE),
