@@ -2,7 +2,7 @@
 
     python benchmarks/protocols.py [--windows 100] [--cells 1:on 1:off 2:on 2:off] [--budget 70] [--out DIR]
 
-A small residual network of about 2 ms a call is held against itself (A/A) and against itself with extra work, a matrix
+A small residual network of about 2 ms a call is held against itself (A/A) and against itself with more work, a matrix
 product as large as 5 or 10 % of its time. A cell is a number of threads, with other work on the machine on and off in
 turns of random length or without any. A window is what one comparison gets: up to three times three rounds, each with
 new processes of five sides, the base, its two copies and the two slower models, timed in turns. Every rule then judges
@@ -37,9 +37,10 @@ from scipy.stats import binomtest, mannwhitneyu
 from tabulate import tabulate
 
 from fxopt.bench import fingerprint
+from fxopt.bench.timer import SHORTEST_SAMPLE
 from fxopt.gate.processes import Checkout, Launcher, Worker
 from fxopt.gate.verdict import judge_windows, wants_another
-from fxopt.gate.window import Round, Window, is_tight, take_window
+from fxopt.gate.window import Round, Window, is_tight, shared_core, take_window
 
 CASES = {"A/A": (0.0, 0.05), "+10 %": (0.10, 0.05), "+5 %": (0.05, 0.03)}
 """The true slow-down, and the threshold that it is held to."""
@@ -48,7 +49,6 @@ PROTOCOLS = ("fxopt ci", "pytest-benchmark compare", "asv", "torch.utils.benchma
 PARTS, ROUNDS = 3, 3
 PART_SECONDS = 3.3
 """For five sides what two seconds are for the three of `fxopt ci`."""
-SAMPLE_SECONDS = 4e-3
 
 MODEL = """
 import torch
@@ -66,14 +66,12 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
         self.blocks = nn.Sequential(*(Block(32) for _ in range(SIZE[0])))
-        self.register_buffer("left", torch.randn(max(1, rows), 64))
+        self.register_buffer("left", torch.randn(rows, 64))
         self.register_buffer("right", torch.randn(64, 64))
-        self.register_buffer("product", torch.empty(max(1, rows), 64))
-        self.rows = rows
+        self.register_buffer("product", torch.empty(rows, 64))
     def forward(self, x):
         x = self.blocks(torch.relu(self.stem(x)))
-        if self.rows:
-            x = x + 0 * torch.mm(self.left, self.right, out=self.product)[0, 0]
+        x = x + 0 * torch.mm(self.left, self.right, out=self.product)[0, 0]
         return x.mean((2, 3))
 
 SIZE = {size}
@@ -153,13 +151,13 @@ def sides(launcher: Launcher, root: Path, threads: int) -> dict[str, Worker]:
         worker.prepare("build")
         return worker
 
-    base, many = built(0), 1000
+    base, many = built(1), 2000
     with built(many) as probe:
         starts = {"base": functools.partial(launcher.twin, base), "head": functools.partial(launcher.twin, probe)}
         cost = (take_window(starts, budget=10, tight=0.005).effect.ratio - 1) / many
     rows = {case: round(slower / cost) for case, (slower, _) in CASES.items()}
     print(f"{threads} threads: a row takes {100 * cost:.4f} % of a call: {rows}", flush=True)
-    return {"base": base, "again": base, **{case: built(rows[case]) if rows[case] else base for case in CASES}}
+    return {"base": base, "again": base, **{case: built(1 + rows[case]) if rows[case] else base for case in CASES}}
 
 
 @contextlib.contextmanager
@@ -193,10 +191,11 @@ def taken(launcher: Launcher, templates: Mapping[str, Worker], draw: random.Rand
     with contextlib.ExitStack() as stack:
         draw.shuffle(names)
         workers = {name: stack.enter_context(launcher.twin(templates[name])) for name in names}
+        core = shared_core(workers.values(), draw)
         for worker in workers.values():
-            worker.ask("warm")
+            worker.ask("warm", cores=core)
         shortest = min(worker.ask("time", calls=1)["seconds"] for worker in workers.values())
-        calls, until = max(1, math.ceil(SAMPLE_SECONDS / shortest)), time.perf_counter() + PART_SECONDS / ROUNDS
+        calls, until = max(1, math.ceil(SHORTEST_SAMPLE / shortest)), time.perf_counter() + PART_SECONDS / ROUNDS
         while time.perf_counter() < until or len(times["base"]) < 2:
             if len(times["base"]) % 2:
                 names.reverse()
@@ -249,8 +248,8 @@ def rule(ratio: float, threshold: float) -> str:
 
 
 def command(root: Path) -> dict[str, float]:
-    """`fxopt ci` as a user calls it, on a model of about 5 ms: seconds of the command, and of them in timed calls."""
-    directory = model(root, LARGE, 0)
+    """`fxopt ci` as a user calls it, on a model of about 5 ms: seconds of all, of its windows, and of timed calls."""
+    directory = model(root, LARGE, 1)
     if not (directory / ".git").exists():
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
         for arguments in (["init", "-q"], ["add", "model.py"], [*identity, "commit", "-q", "-m", "A model"]):
@@ -260,7 +259,8 @@ def command(root: Path) -> dict[str, float]:
     done = subprocess.run(called, cwd=directory, capture_output=True, text=True)
     seconds = time.perf_counter() - began
     latency = json.loads(done.stdout)["targets"][0]["latency"]
-    return {"seconds": seconds, "measuring": latency["measuring_seconds"], "base_ms": latency["base_ms"]}
+    measuring = {"windows": latency["seconds"], "calls": latency["measuring_seconds"]}
+    return {"seconds": seconds, "base_ms": latency["base_ms"], **measuring}
 
 
 def judged(done: Sequence[Mapping[str, Any]], commands: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -317,11 +317,16 @@ def spent(commands: Sequence[Mapping[str, float]]) -> list[str]:
     if not commands:
         return []
     worst = max(one["seconds"] for one in commands)
-    own = statistics.median(one["seconds"] - one["measuring"] for one in commands)
-    part = statistics.median(1 - one["measuring"] / one["seconds"] for one in commands)
+
+    def outside(what: str) -> str:
+        own = statistics.median(one["seconds"] - one[what] for one in commands)
+        part = statistics.median(1 - one[what] / one["seconds"] for one in commands)
+        return f"{own:.1f} s, {100 * part:.0f} %,"
+
     return [
         f"- `fxopt ci` on equal models of {commands[0]['base_ms']:.1f} ms, {len(commands)} times: at most {worst:.1f} "
-        f"s from call to exit; {own:.1f} s of it, {100 * part:.0f} %, outside of timed calls (medians)"
+        f"s from call to exit; {outside('windows')} outside of the windows in which sides are timed in processes that "
+        f"start there, {outside('calls')} outside of the timed calls themselves (medians)"
     ]
 
 

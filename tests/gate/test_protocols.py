@@ -36,7 +36,7 @@ def collected(number: int, cases: dict[str, float], drift: float) -> dict[str, A
 def test_all_rules_judge_the_same_times(protocols):
     cases = {case: slower for case, (slower, _) in protocols.CASES.items()}
     done = [collected(number, cases, drift=0.05) for number in range(4)]
-    record = protocols.judged(done, [{"seconds": 20.0, "measuring": 17.0, "base_ms": 5.0}])
+    record = protocols.judged(done, [{"seconds": 20.0, "windows": 17.0, "calls": 15.0, "base_ms": 5.0}])
     cell = record["cells"]["1:off"]
     assert cell["true"] == pytest.approx({case: 1 + slower for case, slower in cases.items()}, abs=0.01)
     for said in cell["verdicts"]:
@@ -49,4 +49,5 @@ def test_all_rules_judge_the_same_times(protocols):
         assert said["A/A"]["asv"] == "REGRESSION"
     text = protocols.render(record)
     assert "| fxopt ci                      | 0 [0, 60] / 100 of 4" in text
-    assert "at most 20.0 s from call to exit; 3.0 s of it, 15 %, outside of timed calls" in text
+    assert "at most 20.0 s from call to exit; 3.0 s, 15 %, outside of the windows" in text
+    assert "5.0 s, 25 %, outside of the timed calls" in text
