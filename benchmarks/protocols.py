@@ -321,7 +321,7 @@ def spent(commands: Sequence[Mapping[str, float]]) -> list[str]:
     def outside(what: str) -> str:
         own = statistics.median(one["seconds"] - one[what] for one in commands)
         part = statistics.median(1 - one[what] / one["seconds"] for one in commands)
-        return f"{own:.1f} s, {100 * part:.0f} %,"
+        return f"{own:.1f} s, {100 * part:.1f} %,"
 
     return [
         f"- `fxopt ci` on equal models of {commands[0]['base_ms']:.1f} ms, {len(commands)} times: at most {worst:.1f} "
