@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+with warnings.catch_warnings():
+    # Importing torch's compiler warns of deprecated parts of torch, as any test that compiles would be the first to do.
+    warnings.simplefilter("ignore")
+    import torch._inductor.config
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; threads of their own would only wait for each other.

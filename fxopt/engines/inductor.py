@@ -38,19 +38,18 @@ class Inductor(Engine):
 
     def unavailable(self) -> str | None:
         """It needs a C++ compiler."""
-        from torch._inductor import config  # it takes as long to import as torch itself
-
-        names = [name for name in (*_listed(config.cpp.cxx), "g++", "clang++", "cl") if name]
+        names = [name for name in (*_listed(_config().cpp.cxx), "g++", "clang++", "cl") if name]
         if any(shutil.which(name) for name in names):
             return None
         return "torch.compile needs a C++ compiler; `apt-get install g++` brings one"
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; the first call compiles, and is made here."""
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx
+        config = _config()
+        with _quiet():
+            from torch._inductor.compile_fx import compile_fx
 
-        from fxopt.engines.inductor_integers import CountIntegers
+            from fxopt.engines.inductor_integers import CountIntegers
 
         copy: nn.Module = cast(GraphModule, same_tensors_copy(module))
         options: dict[str, Any] = {"max_autotune": self.max_autotune}
@@ -92,6 +91,13 @@ class Inductor(Engine):
                 f"engine 'inductor' cannot compile the module: {type(error).__name__}: {_first_line(error)}"
             ) from error
         return Built(run, tuple(reasons))
+
+
+def _config() -> Any:
+    """TorchInductor's settings, imported here since that takes as long as importing torch."""
+    with _quiet():
+        from torch._inductor import config
+    return config
 
 
 @contextmanager
