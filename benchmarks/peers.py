@@ -354,8 +354,8 @@ def _in_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]
         else:
             drawn.shuffle(order)
         for name in order:
-            # Threads of the arm before spin for a while, and its data is in the caches: a user calls one model again and
-            # again, and so its first call here is not timed.
+            # Threads of the arm before spin for a while, and its data is in the caches. A user calls one model again
+            # and again, so the first call here is not timed.
             wait_until_idle()
             runs[name]()
             times[name].append(timer.time(runs[name], calls[name]).seconds)
