@@ -51,9 +51,9 @@ def compare(
 
     Each round times both, and a copy of the first, in an order drawn at random and then in the reverse one, so
     that drift, warm caches and periodic disturbances hit all alike. The copy tells how large a difference noise
-    alone makes here, and no smaller one is called a difference. Each begins while no thread of the process runs that
-    another has left. Copies run, in the mode that each module is in;
-    the modules themselves, random states and threads stay as they are.
+    alone makes here, and no smaller one is called a difference. Each begins once no thread runs any more that the one
+    before has left. Copies run, in the mode that each module is in; the modules themselves, random states and threads
+    stay as they are.
 
     Args:
         before: a module, or anything to be called.

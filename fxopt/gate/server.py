@@ -14,8 +14,8 @@ from fxopt.errors import GateError
 
 _BRIEF = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 """How long threads of GNU's and of LLVM's OpenMP spin for more work, in turns of a loop and in ms. The first is 0.15
-ms, longer than from one operator to the next. It is shorter than the 9 ms that the next side would have to wait, and
-than other work keeps a thread from its core while all others spin for it."""
+ms, longer than from one operator to the next. With more, the next side would wait for up to 9 ms, and where other work
+takes a core from one thread, all others would spin for the whole of its time slice."""
 
 
 @dataclass

@@ -89,6 +89,42 @@ def test_a_module_without_quantisers_has_nothing_for_integers() -> None:
     assert [skip.reason for skip in made.reasons] == ["operators on integers: none"]
 
 
+class Twice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.relu(self.layer(x)))
+
+
+def test_a_layer_that_is_called_twice_is_chosen_twice() -> None:
+    x = torch.randn(4, 32)
+    module = quantised(Twice(), x)
+    made = built(module, x, "int8")
+    assert made.reasons[0].reason == "operators on integers: 2 linear" and len(made.choices) == 2
+    with torch.no_grad():
+        assert relative_error(module(x), made.run(x)) < 2e-2
+
+
+def test_an_input_that_is_written_to_after_it_was_quantised_stays_floats() -> None:
+    x = torch.randn(4, 32)
+    module = quantised(Block(), x)
+    graph = module.graph
+    rounded = next(node for node in graph.nodes if node.target == "up").args[0]
+    with graph.inserting_after(rounded):
+        graph.call_method("mul_", (rounded.args[0], 0.0))
+    module.recompile()
+    given = x.clone()
+    made = built(module, given, "int8")
+    reason = "it runs in floats: what it multiplies is written to after it was quantised"
+    assert {skip.where: skip.reason for skip in made.reasons[1:]} == {"up": reason, "last": NARROW}
+    with torch.no_grad():
+        assert relative_error(module(x.clone()), made.run(x.clone())) < 2e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float8_is_near_the_floats_and_keeps_the_dtype(dtype: torch.dtype) -> None:
     x = torch.randn(3, 5, 32, dtype=dtype)
@@ -108,7 +144,7 @@ def test_rows_of_zeros_and_large_values_stay_finite_in_float8() -> None:
     with torch.no_grad():
         found, expected = built(module, x, "fp8").run(x), module(x)
     assert found.isfinite().all()
-    torch.testing.assert_close(found, expected, rtol=0.2, atol=0.02)
+    assert ((found - expected).norm(dim=1) < 0.2 * expected.norm(dim=1)).all()
 
 
 def test_a_layer_stays_as_it_is_where_eight_bits_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fxopt.contract import Skip
 from fxopt.engines.binding import named
 from fxopt.engines.cublas.candidate import Candidate, Kernel
-from fxopt.graph import GraphModule, Program, Region, source_of
+from fxopt.graph import Effects, GraphModule, Program, Region, source_of
 from fxopt.modules import FakeQuantize, Fused, FusedLinear
 from fxopt.modules.quantized import quantized_weights
 from fxopt.modules.stored import StoredWeight
@@ -58,6 +58,8 @@ def _read(node: fx.Node, owner: Fused, region: Region) -> Candidate | Skip:
     meta = source.meta.get("tensor_meta")
     if reason is not None or meta is None:
         return skip(reason or "the example never reaches it")
+    if source is not node.args[0] and Effects(region).written_between(source, node.args[0], node):  # type: ignore[arg-type]
+        return skip("what it multiplies is written to after it was quantised")
     kernel = int8_linear(owner, weight, value)
     others = [arg for arg in (*node.args[1:], *node.kwargs.values()) if isinstance(arg, fx.Node)]
     given = tuple(torch.randn(each.meta["tensor_meta"].shape).to(owner.weight) for each in (source, *others))
@@ -74,7 +76,9 @@ def _read(node: fx.Node, owner: Fused, region: Region) -> Candidate | Skip:
         if held and not rounded.users:
             region.graph.erase_node(rounded)
 
-    return Candidate(region.qualified(node), skip, kernel, _floats(owner, weight, value), given, put)
+    # A module that is called twice is two places.
+    key = f"{region.path}.{node.name}" if region.path else node.name
+    return Candidate(key, skip, kernel, _floats(owner, weight, value), given, put)
 
 
 def _why_not(owner: FusedLinear, weight: FakeQuantize, value: FakeQuantize) -> str | None:
