@@ -144,9 +144,9 @@ def sides(launcher: Launcher, root: Path, threads: int) -> dict[str, Worker]:
     """A process of each side; those that are timed are twins of it."""
 
     def built(rows: int) -> Worker:
-        order: dict[str, Any] = {"target": "model.py", "inputs": [], "weights": None, "passes": "", "device": "cpu"}
+        order: dict[str, Any] = {"target": "model.py", "inputs": [], "weights": None, "passes": "", "engine": ""}
         (worker,) = launcher.start(
-            (Checkout("head", str(rows), model(root, SMALL, rows)), order | {"threads": threads})
+            (Checkout("head", str(rows), model(root, SMALL, rows)), order | {"device": "cpu", "threads": threads})
         )
         worker.prepare("build")
         return worker

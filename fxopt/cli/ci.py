@@ -21,6 +21,7 @@ def ci(
     ] = None,
     base: Annotated[str, typer.Option(help="The revision that this change started from.", metavar="REV")] = "HEAD",
     passes: Annotated[str, typer.Option(help="What to do to both sides first.", metavar="SPEC")] = "",
+    engine: Annotated[str, typer.Option(help="Run both sides by an engine.", metavar="NAME")] = "",
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
@@ -62,6 +63,7 @@ def ci(
     compare with. In a GitHub workflow the report goes to the step summary and the failures become annotations.
     """
     from fxopt import gate, report, spec
+    from fxopt.engines.table import find as find_engine
     from fxopt.gate.lock import FILE as LOCK
     from fxopt.gate.lock import write as write_lock
     from fxopt.gate.settings import FILE
@@ -76,8 +78,9 @@ def ci(
         limits = gate.Limits(**{key: gate.share(text, flag) for key, (flag, text) in named.items()})
         kept = None if weights is None else str(weights.resolve())
         rest: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "limits": limits}
-        rest |= {"timed": latency}
-        jobs = (gate.Job(target, target, tuple(inputs or ()), passes, weights=kept, **rest),)
+        rest |= {"timed": latency, "engine": engine}
+        name = f"{target} by {engine}" if engine else target
+        jobs = (gate.Job(name, target, tuple(inputs or ()), passes, weights=kept, **rest),)
     # A fork saves the import of torch, but its threads spin for long. The launcher forks this process, so it comes
     # before the progress, which has a thread.
     fork = all(job.threads == 1 for job in jobs)
@@ -86,6 +89,8 @@ def ci(
             for job in jobs:
                 if job.passes:
                     spec.parse(job.passes)
+                if job.engine:
+                    find_engine(job.engine, {})
             python = None if base_python is None else str(base_python)
             plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause)
             record = gate.run_gate(plan, stage, launcher)

@@ -49,7 +49,8 @@ class Contest:
         """The part of the record on this job; errors become its verdict."""
         began = time.perf_counter()
         found: dict[str, Any] = {"name": self._job.name, "target": self._job.target, "device": self._job.device}
-        found |= {"spec": self._job.passes, "threads": self._job.threads, "threshold": self._job.limits.latency}
+        found |= {"spec": self._job.passes, "engine": self._job.engine, "threads": self._job.threads}
+        found |= {"threshold": self._job.limits.latency}
         found |= {
             "inputs": None,
             "latency": None,
@@ -132,6 +133,7 @@ class Contest:
             "inputs": list(job.inputs),
             "weights": job.weights,
             "passes": job.passes,
+            "engine": job.engine,
             "device": job.device,
             "threads": job.threads,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Mapping
@@ -44,13 +45,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """One target on one device.
+    """One target on one device, by one engine.
 
     Attributes:
         name: that reports and the lock file call it by.
         target: as `fxopt run` takes it, relative to where the command runs.
         inputs: as `--input` takes them.
         passes: a spec; "" measures the module as it is.
+        engine: the name of what runs both sides after the passes; "" for torch.
         device: "cpu" or "cuda".
         threads: that torch runs on the CPU.
         weights: a file to load into the module first.
@@ -63,6 +65,7 @@ class Job:
     target: str
     inputs: tuple[str, ...] = ()
     passes: str = ""
+    engine: str = ""
     device: str = "cpu"
     threads: int = 1
     weights: str | None = None
@@ -110,8 +113,11 @@ def read_jobs(path: Path) -> tuple[Job, ...]:
         where = f"{path.name}, [[target]] {number}"
         merged = {**defaults, **table, "limits": {**defaults.get("limits", {}), **table.get("limits", {})}}
         devices = merged.pop("devices", None) or [merged.pop("device", "cpu")]
-        for device in devices:
-            jobs.append(_job(merged | {"device": device}, where, several=len(devices) > 1))
+        engines = merged.pop("engines", None) or [merged.pop("engine", "")]
+        for device, engine in itertools.product(devices, engines):
+            job = _job(merged | {"device": device, "engine": engine}, where)
+            name = job.name + f" on {device}" * (len(devices) > 1) + f" by {engine}" * (len(engines) > 1)
+            jobs.append(dataclasses.replace(job, name=name))
     names = [job.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
@@ -119,24 +125,30 @@ def read_jobs(path: Path) -> tuple[Job, ...]:
     return tuple(jobs)
 
 
-def _job(table: Mapping[str, Any], where: str, several: bool) -> Job:
+def _job(table: Mapping[str, Any], where: str) -> Job:
     fields = {field.name for field in dataclasses.fields(Job)}
     _known(table, fields, where)
     if not isinstance(table.get("target"), str):
         raise GateError(f'{where}: expected target = "model.py:Net"')
     expected: dict[str, tuple[type, ...]] = {"name": (str,), "passes": (str,), "device": (str,), "weights": (str,)}
-    expected |= {"inputs": (list,), "threads": (int,), "budget": (int, float), "limits": (dict,), "timed": (bool,)}
+    expected |= {
+        "engine": (str,),
+        "inputs": (list,),
+        "threads": (int,),
+        "budget": (int, float),
+        "limits": (dict,),
+        "timed": (bool,),
+    }
     for key, types in expected.items():
         value = table.get(key)
         if key in table and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             raise GateError(f"{where}: {key} = {value!r}: expected a {types[0].__name__}")
-    name = table.get("name", table["target"]) + (f" on {table['device']}" if several else "")
     if table.get("threads", 1) < 1 or table.get("budget", 20) <= 0:
         raise GateError(f"{where}: threads and budget must be positive")
     limits = table.get("limits", {})
     _known(limits, {field.name for field in dataclasses.fields(Limits)}, f"{where}, limits")
     read = Limits(**{key: share(value, f"{where}, limits.{key}") for key, value in limits.items()})
-    values = dict(table) | {"name": name, "inputs": tuple(map(str, table.get("inputs", ()))), "limits": read}
+    values = {"name": table["target"], **table, "inputs": tuple(map(str, table.get("inputs", ()))), "limits": read}
     return Job(**values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Timer
 from fxopt.capture import capture
 from fxopt.contract import Pass
+from fxopt.engines import Executable, lower
 from fxopt.errors import BaselineError
 from fxopt.inputs import Inputs
 from fxopt.pipeline import replay, run_passes
@@ -42,8 +43,8 @@ class Side:
     """A target of one checkout.
 
     Args:
-        order: `target`, `inputs`, `weights`, `passes`, `device`, `threads`, `seed`; `foreign`, a directory from which
-            no module may come.
+        order: `target`, `inputs`, `weights`, `passes`, `engine`, `device`, `threads`, `seed`; `foreign`, a directory
+            from which no module may come.
     """
 
     def __init__(self, order: dict[str, Any]):
@@ -57,7 +58,7 @@ class Side:
         self._passes = spec.parse(order["passes"]) if order["passes"] else ()
         self._inputs = self._target.inputs
         self._device = measurable(order["device"])
-        self._module: nn.Module = self._target.module
+        self._module: Callable[..., Any] = self._target.module
         self._copies = True
         self._held = ExitStack()
         self._outputs: list[torch.Tensor] = []
@@ -103,9 +104,14 @@ class Side:
             changes: how many changes of the last of these.
         """
         with quiet(self._device, 1):
-            self._module = self._rewritten(stages, changes)
+            module = self._rewritten(stages, changes)
+        if self._order["engine"]:
+            # Its own call: a copy would have to be built again.
+            self._module, self._copies = self._lowered(module).forward, False
+            return
+        self._module = module
         try:
-            copy.deepcopy(self._module)
+            copy.deepcopy(module)
         except Exception:  # whatever the user's module raises; it is then timed itself
             self._copies = False
 
@@ -202,6 +208,12 @@ class Side:
             if changes:
                 run_pass(passes[-1], captured.module, (), limit=changes)
         return captured.module
+
+    def _lowered(self, module: nn.Module) -> Executable:
+        """Built for as many threads as it will have."""
+        with quiet(self._device, self._order["threads"]):
+            inputs = self._inputs.map(lambda tensor: tensor.detach().to(self._device, copy=True))
+            return lower(copy.deepcopy(module).to(self._device), inputs, self._order["engine"])
 
     def _batches(self) -> list[Inputs]:
         return [Inputs.of(batch) for batch in self._target.calibration_data or ()]

@@ -45,6 +45,26 @@ def test_equal_code_is_no_regression(repo: Repo):
     assert target["latency"]["measuring_seconds"] <= target["latency"]["seconds"]
 
 
+SLEEPS = MODEL.replace("import torch\n", "import time\nimport torch\n", 1).replace(
+    "return self.fc(", "time.sleep(0.005)\n        return self.fc("
+)
+
+
+@pytest.mark.parametrize(("engine", "slower"), [("", True), ("onednn", False)])
+def test_both_sides_run_by_the_engine(repo: Repo, engine: str, slower: bool):
+    """It runs the graph, in which no sleep is."""
+    repo.write(model=SLEEPS)
+    record = repo.gate(engine=engine)
+    (target,) = record["targets"]
+    assert target["engine"] == engine and (target["verdict"] == "REGRESSION") is slower
+    assert (target["latency"]["ratio"] > 1.5) is slower
+
+
+def test_an_unknown_engine_is_a_wrong_call(repo: Repo):
+    done = repo.ci("model.py", "--engine", "onednm", *QUICK)
+    assert done.returncode == 2 and "unknown engine 'onednm'; did you mean 'onednn'?" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "loads"),
     [

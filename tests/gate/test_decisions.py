@@ -119,6 +119,15 @@ def test_a_target_on_several_devices_is_several_jobs(tmp_path):
     assert [(job.name, job.device) for job in read_jobs(path)] == [("m.py on cpu", "cpu"), ("m.py on cuda", "cuda")]
 
 
+def test_a_target_by_several_engines_is_several_jobs(tmp_path):
+    path = tmp_path / "fxopt.toml"
+    path.write_text("[[target]]\ntarget = 'm.py'\nengines = ['onednn', 'openvino']\n")
+    assert [(job.name, job.engine) for job in read_jobs(path)] == [
+        ("m.py by onednn", "onednn"),
+        ("m.py by openvino", "openvino"),
+    ]
+
+
 def changed(*whats: str):
     return [{"name": "fuse", "changes": [{"what": what} for what in whats]}]
 

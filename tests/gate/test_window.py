@@ -52,7 +52,8 @@ def launcher() -> Iterator[Launcher]:
 
 def started(launcher: Launcher, directory: Path, text: str, threads: int) -> Worker:
     (directory / "model.py").write_text(text)
-    order = {"target": "model.py", "inputs": [], "weights": None, "passes": "", "device": "cpu", "threads": threads}
+    order = {"target": "model.py", "inputs": [], "weights": None, "passes": "", "engine": ""}
+    order |= {"device": "cpu", "threads": threads}
     (worker,) = launcher.start((Checkout("head", "head", directory), order))
     worker.prepare("build")
     return worker

@@ -56,6 +56,7 @@ def example() -> dict[str, Any]:
         "target": "model.py:Net",
         "device": "cpu",
         "spec": "fuse",
+        "engine": "",
         "inputs": "1x3x48x48 float32",
         "threads": 1,
         "threshold": 0.05,
