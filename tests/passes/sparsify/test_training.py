@@ -16,8 +16,8 @@ from fxopt.graph import GraphModule
 from passes import Sparsify, sparsify
 from passes.sparsify import SparsityScheduler
 from tests.passes.sparsify.test_masks import Functional, Recurrent, masked
+from tests.torchrun import ROOT, torchrun
 
-ROOT = Path(__file__).parents[3]
 OPTIMIZERS = {
     "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-3),
     "adam": lambda parameters: torch.optim.Adam(parameters, 1e-2),
@@ -256,10 +256,7 @@ dist.destroy_process_group()
 def test_two_processes_have_equal_masks(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    torchrun(script)
 
 
 def test_the_example_prints_its_table_and_writes_it(tmp_path: Path) -> None:
