@@ -38,12 +38,14 @@ class Built:
         reasons: what the engine could not take, so that it runs as torch runs it, and why.
         choices: what was decided by measuring, as JSON can hold it; given back to `build`, nothing is measured.
         write: writes the engine's own form of the model into a directory; None where it has none.
+        recorded: whether autograd would record what `run` does, and has to be kept from it.
     """
 
     run: Run
     reasons: tuple[Skip, ...] = ()
     choices: Mapping[str, Any] = field(default_factory=dict)
     write: Callable[[Path], None] | None = None
+    recorded: bool = True
 
 
 class Engine(ABC):

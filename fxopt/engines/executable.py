@@ -131,13 +131,15 @@ class Executable(nn.Module):
                 "outside of autocast, and cast by a pass before lowering"
             )
         built = self._built or self.built
-        with torch.no_grad():
-            try:
+        try:
+            if not built.recorded:
                 return built.run(*args, **kwargs)
-            except GuardError as error:
-                raise EngineError(
-                    f"engine '{self.engine.name}': {error}; lower the module again with such inputs"
-                ) from error
+            with torch.no_grad():
+                return built.run(*args, **kwargs)
+        except GuardError as error:
+            raise EngineError(
+                f"engine '{self.engine.name}': {error}; lower the module again with such inputs"
+            ) from error
 
     def train(self, mode: bool = True) -> Executable:
         """Evaluation mode is the only one.

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -72,13 +71,19 @@ def output_structure(engine: str, module: GraphModule, inputs: Inputs) -> pytree
     return structure
 
 
-def through_numpy(structure: pytree.TreeSpec, call: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[..., Any]:
-    """A function of nested tensors, whose outputs are nested as `structure` says, around one of flat arrays."""
+def nested(
+    structure: pytree.TreeSpec, call: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+) -> Callable[..., Any]:
+    """A function of nested tensors, whose outputs are nested as `structure` says, around one of flat dense tensors."""
+    single = structure.is_leaf()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        found = call([leaf.detach().contiguous().numpy() for leaf in flat])
-        return pytree.tree_unflatten([torch.from_numpy(np.asarray(value)) for value in found], structure)
+        # The common case is one of tensors alone; to look into structures costs as much as a small layer.
+        flat: Sequence[Any] = args
+        if kwargs or not all(type(value) is torch.Tensor for value in args):
+            flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        found = call([leaf.detach().contiguous() for leaf in flat])
+        return found[0] if single else pytree.tree_unflatten(found, structure)
 
     return run
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.integers import left_floats
-from fxopt.engines.onnx import export, output_structure, through_numpy
+from fxopt.engines.onnx import export, nested, output_structure
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -67,16 +68,17 @@ class OnnxRuntime(Engine):
             except Exception as error:  # its exceptions have no base of their own
                 raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
         del program
-        names = [one.name for one in session.get_inputs()]
+        names, asked = [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
 
-        def call(arrays: Sequence[Any]) -> Sequence[Any]:
+        def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             try:
-                found: Sequence[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
+                found = session.run(asked, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
             except Exception as error:
                 raise EngineError(f"engine 'onnxruntime' fails: {error}") from error
-            return found
+            # What is no dimension long comes as a number.
+            return [torch.from_numpy(np.asarray(value)) for value in found]
 
         def write(directory: Path) -> None:
             export(self.name, module, inputs)[0].save(directory / "model.onnx")
 
-        return Built(through_numpy(structure, call), reasons, write=write)
+        return Built(nested(structure, call), reasons, write=write, recorded=False)

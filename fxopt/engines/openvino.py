@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.integers import left_floats_by_openvino
-from fxopt.engines.onnx import export, output_structure, quiet, through_numpy
+from fxopt.engines.onnx import export, nested, output_structure, quiet
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -69,25 +70,52 @@ class OpenVINO(Engine):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+        sessions: dict[tuple[torch.Size, ...], _Session] = {}
 
-        def call(arrays: Sequence[Any]) -> Sequence[Any]:
-            shapes = tuple(tuple(array.shape) for array in arrays)
+        def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            shapes = tuple([tensor.shape for tensor in tensors])
             try:
-                if shapes not in compiled:
+                if shapes not in sessions:
                     sized = model.clone()
                     sized.reshape(dict(enumerate(map(list, shapes))))
-                    compiled[shapes] = core.compile_model(sized, "CPU", settings)
-                found = compiled[shapes](list(arrays))
+                    sessions[shapes] = _Session(core.compile_model(sized, "CPU", settings))
+                return sessions[shapes](tensors)
             except RuntimeError as error:
                 raise EngineError(f"engine 'openvino' fails: {error}") from error
-            return [found[index] for index in range(len(found))]
 
         def write(directory: Path) -> None:
             openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
 
-        run = through_numpy(structure, call)
+        run = nested(structure, call)
         run(*inputs.args, **inputs.kwargs)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
-            reasons += left_floats_by_openvino(next(iter(compiled.values())))
-        return Built(run, reasons, write=write)
+            reasons += left_floats_by_openvino(next(iter(sessions.values())).compiled)
+        return Built(run, reasons, write=write, recorded=False)
+
+
+class _Session:
+    """Runs a compiled model for one shape of inputs.
+
+    By a request of its own: to call a compiled model looks into its arguments first, which takes as long as a layer.
+
+    Attributes:
+        compiled: the model.
+    """
+
+    def __init__(self, compiled: Any):
+        import openvino
+
+        self.compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._outputs = range(len(compiled.outputs))
+        self._tensor = openvino.Tensor
+        self._lock = threading.Lock()
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        request = self._request
+        with self._lock:
+            for index, tensor in enumerate(tensors):
+                request.set_input_tensor(index, self._tensor(tensor.numpy(), shared_memory=True))
+            request.infer(share_outputs=True)
+            # Copied by NumPy, since torch's threads would spin where those of OpenVINO run next.
+            return [torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in self._outputs]

@@ -40,12 +40,13 @@ class Signature:
         Raises:
             EngineError: naming the input, what was expected, and what to do.
         """
-        if self._flat and not kwargs and len(args) == len(self._leaves):
-            given: Any = args  # the common case, without the cost of looking into structures
-        else:
+        given: Any = args
+        if not self._flat or kwargs or len(args) != len(self._leaves):
             given, structure = pytree.tree_flatten((args, dict(kwargs)))
             if structure != self._structure:
                 raise self._refused("the arguments are nested otherwise than those of the example")
+        elif all(map(_is_alike, args, self._leaves)):
+            return  # the common case, without the cost of a closer look
         batch: int | None = None
         for index, (value, expected) in enumerate(zip(given, self._leaves, strict=True)):
             if not isinstance(expected, _Tensor):
@@ -77,6 +78,16 @@ class Signature:
 
     def _refused(self, what: str) -> EngineError:
         return EngineError(f"engine '{self._engine}': {what}; lower the module again with such inputs")
+
+
+def _is_alike(value: Any, expected: Any) -> bool:
+    return (
+        type(value) is torch.Tensor
+        and value.shape == expected.shape
+        and value.dtype is expected.dtype
+        and value.device == expected.device
+        and not value.requires_grad
+    )
 
 
 class _Tensor:
