@@ -1,0 +1,107 @@
+"""OpenVINO runs a batch in pieces where rows are computed by themselves, and only there."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+from fxopt.engines import Executable
+from fxopt.engines.openvino import rows as choosing
+from tests.engines.test_others import needs
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    needs("openvino")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pieces_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two rows are the fastest, where they are tried."""
+    monkeypatch.setattr(choosing, "shortest", lambda calls, seconds: {name: 2.0 - (name == "2") for name in calls})
+
+
+class Calls(nn.Module):
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, scale: Tensor) -> object:
+        return self.function(x, scale)
+
+
+def lowered(function: Callable[..., object], **options: object) -> tuple[Executable, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 5), torch.tensor(3.0)
+    return fxopt.lower(Calls(function).eval(), inputs, "openvino", **options), inputs
+
+
+def alone(x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    return {"softmax": (x * scale).softmax(1), "largest": x.argmax(1), "rows": x.unsqueeze(1).expand(-1, 3, -1) * scale}
+
+
+@pytest.mark.usefixtures("pieces_are_faster")
+@pytest.mark.parametrize("batch", [8, 16, 4, 2, 1, 3, 7])
+def test_pieces_give_what_the_batch_gives(batch: int) -> None:
+    executable, _ = lowered(alone)
+    assert executable.choices == {"rows": 2}
+    inputs = torch.randn(batch, 5), torch.tensor(-2.0)
+    torch.testing.assert_close(executable(*inputs), alone(*inputs))
+
+
+@pytest.mark.usefixtures("pieces_are_faster")
+def test_outputs_of_one_call_are_not_those_of_the_next() -> None:
+    executable, (x, scale) = lowered(alone)
+    first = executable(x, scale)
+    executable(-x, scale)
+    torch.testing.assert_close(first, alone(x, scale))
+
+
+COUPLED: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "the mean of all rows": lambda x, scale: x - x.mean(0),
+    "sums over the rows before": lambda x, scale: x.cumsum(0),
+    "sums over the rows after": lambda x, scale: x.flip(0).cumsum(0).flip(0),
+    "the row before": lambda x, scale: x + x.roll(1, 0),
+    "each pair of rows": lambda x, scale: x @ x.T,
+    "a number for all": lambda x, scale: (x * scale).sum(),
+    "one output for all, one by row": lambda x, scale: (x * scale, x.mean()),
+    "the number of its row": lambda x, scale: x + torch.arange(x.shape[0]).unsqueeze(1),
+    "the number of rows": lambda x, scale: x / x.shape[0],
+    "a largest value, far above what it changes": lambda x, scale: x + 1e-6 * x.max(),
+}
+
+
+@pytest.mark.usefixtures("pieces_are_faster")
+@pytest.mark.parametrize("function", COUPLED.values(), ids=COUPLED)
+def test_rows_that_know_of_each_other_stay_together(function: Callable[[Tensor, Tensor], object]) -> None:
+    executable, inputs = lowered(function)
+    assert executable.choices == {"rows": 0}
+    torch.testing.assert_close(executable(*inputs), function(*inputs))
+
+
+def test_a_batch_stays_whole_where_pieces_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "shortest", lambda calls, seconds: {name: 1.0 - 0.005 * int(name) for name in calls})
+    assert lowered(alone)[0].choices == {"rows": 0}
+
+
+@pytest.mark.usefixtures("pieces_are_faster")
+def test_nothing_is_taken_apart_unasked() -> None:
+    assert lowered(alone, pieces=False)[0].choices == {"rows": 0}
+
+
+@pytest.mark.usefixtures("pieces_are_faster")
+def test_a_copy_keeps_the_choice_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    executable, inputs = lowered(alone)
+    monkeypatch.delattr(choosing, "shortest")
+    again = pickle.loads(pickle.dumps(executable))
+    torch.testing.assert_close(again(*inputs), executable(*inputs))
+    assert again.choices == {"rows": 2}
