@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
+from fxopt.engines.decided import without_decided_guards
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -39,7 +40,8 @@ def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx
         shape = torch.export.Dim(_BATCH, min=1)
         shapes = pytree.tree_map(lambda leaf: {0: shape} if _has_rows(leaf) else None, (several.args, several.kwargs))
         try:
-            program = _export(module, several, _by_parameter(module, *shapes))
+            decided = without_decided_guards(module, _of_two_batches(several))
+            program = _export(decided, several, _by_parameter(module, *shapes))
             # The exporter fixes what the module turns out to hold for only, and says so nowhere.
             if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
                 reason = f"the module does not hold for another one than that of the example, {batch}"
@@ -48,7 +50,9 @@ def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx
         except Exception as error:  # the exporter raises anything
             reason = f"the exporter says: {_first_line(error)}"
     try:
-        return _export(module, inputs, None), (Skip("", f"the batch size is fixed: {reason}"),)
+        return _export(without_decided_guards(module, [inputs]), inputs, None), (
+            Skip("", f"the batch size is fixed: {reason}"),
+        )
     except Exception as error:
         raise EngineError(
             f"engine '{engine}' needs an ONNX model, and torch cannot export one: {_first_line(error)}{_opaque(module)}"
@@ -111,6 +115,12 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logged)
+
+
+def _of_two_batches(inputs: Inputs) -> list[Inputs]:
+    other = inputs.with_batch((inputs.batch_size or 0) + 1)
+    assert other is not None
+    return [inputs, other]
 
 
 def _has_rows(leaf: Any) -> bool:

@@ -72,7 +72,7 @@ _RANDOM = frozenset(
 _PURE_FUNCTIONS: frozenset[Any] = frozenset(
     {fused_call, getattr, operator.getitem, len, *(getattr(operator, name) for name in (
         "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "matmul", "and_", "or_",
-        "xor", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge", "index",
+        "xor", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge", "index", "truth",
     ))}
 )  # fmt: skip
 

@@ -1,0 +1,99 @@
+"""Guards on values that come of sizes alone: where the sizes are fixed, they are decided before any call.
+
+if (torch.arange(x.size(1)).diff() == 1).all(): ...   =>   (nothing)     in a model built for one x.size(1)
+
+Exporters cannot keep them: they know sizes, but not what is in a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch.fx as fx
+
+from fxopt.capture.guards import guard, guard_tensor
+from fxopt.errors import GuardError
+from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead, observe
+from fxopt.inputs import Inputs
+
+_OF_SHAPE = ("size", "dim", "numel")
+_ATTRIBUTES = ("shape", "ndim", "device", "dtype")
+_OUT_OF_TENSORS = ("item", "tolist")
+
+
+def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> GraphModule:
+    """`module`, or a copy without the guards that only sizes decide which are the same in all `tries`."""
+    if not _candidates(module):
+        return module
+    module = copy.deepcopy(module)
+    candidates = _candidates(module)
+    seen: dict[fx.Node, list[Any]] = {}
+
+    def visit(owner: GraphModule, node: fx.Node, value: Any) -> None:
+        seen.setdefault(node, []).append(value)
+
+    try:
+        for inputs in tries:
+            given = inputs.map(lambda tensor: tensor.detach().clone())
+            observe(module, given.args, given.kwargs, visit)
+    except GuardError:  # one of the tries is none that the graph holds for
+        return module
+    for region in Program(module).regions:
+        decided = [node for node in region.graph.nodes if node in candidates and _same(candidates[node], seen)]
+        for node in decided:
+            region.graph.erase_node(node)
+        if decided:
+            eliminate_dead(region)
+            region.module.recompile()
+    return module
+
+
+def _candidates(module: GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    return {node: sizes for region in Program(module).regions for node, sizes in _of_sizes(region).items()}
+
+
+def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
+    """The guards on values of tensors that come of sizes alone, each with the nodes that read these sizes."""
+    effects = Effects(region)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in region.graph.nodes:
+        if node.op != "call_function" or node.target not in (guard, guard_tensor):
+            continue
+        sizes: list[fx.Node] = []
+        work, reached = list(node.all_input_nodes), set()
+        while work:
+            value = work.pop()
+            if value in reached:
+                continue
+            reached.add(value)
+            if _reads_sizes(value):
+                sizes.append(value)
+            elif value.op not in ("call_function", "call_method") or not _is_pure(value, effects):
+                break
+            else:
+                work.extend(value.all_input_nodes)
+        else:
+            if node.target is guard_tensor or any(map(_is_out_of_tensor, reached)):
+                found[node] = sizes
+    return found
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in _ATTRIBUTES
+    return node.op == "call_method" and node.target in _OF_SHAPE
+
+
+def _is_out_of_tensor(node: fx.Node) -> bool:
+    return node.target is operator.truth or (node.op == "call_method" and node.target in _OUT_OF_TENSORS)
+
+
+def _is_pure(node: fx.Node, effects: Effects) -> bool:
+    return effects.is_known(node) and not effects.is_random(node) and not effects.writes(node)
+
+
+def _same(sizes: Sequence[fx.Node], seen: dict[fx.Node, list[Any]]) -> bool:
+    return all(size in seen and all(value == seen[size][0] for value in seen[size]) for size in sizes)
