@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxopt import bench
 from fxopt.contract import Skip
 from fxopt.engines.executable import Executable
+from fxopt.engines.exports import Exports
 from fxopt.engines.lower import after_passes, build
 from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find
@@ -145,14 +146,16 @@ def climb(
     tell = progress or (lambda stage: None)
     judge = oracle or Oracle(rewritten, inputs, seed)
     rungs: list[Rung] = []
-    for rung in _candidates(asked, rewritten):
-        spent = time.perf_counter() - began
-        if rungs and asked in (AUTO, ALL) and spent > _BUILDING * budget_seconds:
-            short = f"not built: the budget of {budget_seconds:g} s was short"
-            rungs.append(dataclasses.replace(rung, dropped=short))
-            continue
-        tell(f"build {rung.label}")
-        rungs.append(_built(rung, rewritten, inputs, judge, max_error))
+    with Exports() as exports:
+        for rung in _candidates(asked, rewritten):
+            spent = time.perf_counter() - began
+            if rungs and asked in (AUTO, ALL) and spent > _BUILDING * budget_seconds:
+                short = f"not built: the budget of {budget_seconds:g} s was short"
+                rungs.append(dataclasses.replace(rung, dropped=short))
+                continue
+            tell(f"build {rung.label}")
+            with exports.after(rung.passes):
+                rungs.append(_built(rung, rewritten, inputs, judge, max_error))
     failed = next((rung for rung in rungs if rung.engine == asked and rung.dropped), None)
     if failed is not None:
         raise EngineError(failed.dropped)

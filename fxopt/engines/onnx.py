@@ -25,7 +25,7 @@ _BATCH = "batch"
 _NO_NUMPY = frozenset({torch.bfloat16})
 
 
-def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram, tuple[Skip, ...]]:
+def export(module: GraphModule, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram, tuple[Skip, ...]]:
     """The module as ONNX, with a free batch size where it has one; a `Skip` says why it has not.
 
     Raises:
@@ -54,9 +54,7 @@ def export(engine: str, module: GraphModule, inputs: Inputs) -> tuple[torch.onnx
             Skip("", f"the batch size is fixed: {reason}"),
         )
     except Exception as error:
-        raise EngineError(
-            f"engine '{engine}' needs an ONNX model, and torch cannot export one: {_first_line(error)}{_opaque(module)}"
-        ) from error
+        raise EngineError(f"torch cannot export one: {_first_line(error)}{_opaque(module)}") from error
 
 
 def output_structure(engine: str, module: GraphModule, inputs: Inputs) -> pytree.TreeSpec:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import export, nested, output_structure
 from fxopt.errors import EngineError
@@ -46,20 +47,21 @@ class OnnxRuntime(Engine):
 
         structure = output_structure(self.name, module, inputs)
         quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
-        program, reasons = export(self.name, module, inputs)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         options.log_severity_level = 3
-        with tempfile.TemporaryDirectory(prefix="fxopt-") as directory:
-            path, optimized = Path(directory) / "model.onnx", Path(directory) / "optimized.onnx"
-            program.save(path)
+        with (
+            exported(self.name, module, inputs) as file,
+            tempfile.TemporaryDirectory(prefix="fxopt-") as directory,
+        ):
+            reasons, optimized = file.reasons, Path(directory) / "optimized.onnx"
             if quantised:
                 options.optimized_model_filepath = str(optimized)
             try:
                 # With a MatMul and its Add made one, the integer kernel for the MatMul no longer fits.
                 session = onnxruntime.InferenceSession(
-                    path,
+                    file.path,
                     options,
                     providers=["CPUExecutionProvider"],
                     disabled_optimizers=["MatMulAddFusion"] if quantised else None,
@@ -67,7 +69,6 @@ class OnnxRuntime(Engine):
                 reasons += left_floats(optimized) if quantised else ()
             except Exception as error:  # its exceptions have no base of their own
                 raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
-        del program
         names, asked = [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -79,6 +80,6 @@ class OnnxRuntime(Engine):
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
         def write(directory: Path) -> None:
-            export(self.name, module, inputs)[0].save(directory / "model.onnx")
+            export(module, inputs)[0].save(directory / "model.onnx")
 
         return Built(nested(structure, call), reasons, write=write, recorded=False)

@@ -15,12 +15,13 @@ from torch import nn
 import fxopt
 from fxopt import Inputs, record, report
 from fxopt.artifact import save
-from fxopt.engines import Executable, ladder
+from fxopt.engines import Executable, exports, ladder
 from fxopt.engines.ladder import Ladder, Rung, climb
 from fxopt.errors import EngineError
 from fxopt.verify import TOLERANCE, Oracle
 from passes import QAT
 from tests.engines.test_contract import agree
+from tests.engines.test_others import needs
 from tests.models import STATIC
 from tests.report.record_example import comparison
 
@@ -119,6 +120,34 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
         "engine 'cudnn' cannot run here: there is no CUDA device",
         "not built: bfloat16 needs a bound on the error, such as 1e-2",
     ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_module_is_exported_once_for_all_engines(
+    fails: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("onnxruntime")
+    needs("openvino")
+    measured |= {"eager": 1.0, "onnxruntime": 0.5, "openvino": 0.7}
+    tried = []
+
+    def export(module: Any, inputs: Inputs) -> Any:
+        tried.append(module)
+        if fails:
+            raise EngineError("torch cannot export one: out of luck")
+        return real(module, inputs)
+
+    real = exports.export
+    monkeypatch.setattr(exports, "export", export)
+    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("eager"), Rung("onnxruntime"), Rung("openvino")))
+    found = run("auto")
+    assert len(tried) == 1
+    why = "engine '{}' needs an ONNX model, and torch cannot export one: out of luck" if fails else ""
+    assert [rung.dropped for rung in found.rungs[1:]] == [why.format(rung.engine) for rung in found.rungs[1:]]
+    # The files of a ladder are its own.
+    if not fails:
+        fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(3, 2), "onnxruntime")
+        assert len(tried) == 2
 
 
 def test_what_the_platform_lacks_drops_out_with_what_would_bring_it(

@@ -44,6 +44,47 @@ class Nested(nn.Module):
         return {"y": y, "all": [y * 2 if twice else y, parts["rest"][0] + 1]}
 
 
+class Asking(nn.Module):
+    """Asks something of a tensor: with `sizes` alone in it, or what the input holds."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)
+        rows = torch.arange(x.shape[0])
+        asked = {
+            "sizes": lambda: (positions.diff() == 1).all(),
+            "a number of sizes": lambda: positions.sum().item() == 10,
+            "rows": lambda: (rows.diff() == 1).all(),
+            "the input": lambda: (x > 0).all(),
+        }[self.of]
+        return x * 2 if asked() else x * 3
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+@pytest.mark.parametrize("of", ["sizes", "a number of sizes"])
+def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
+    needs(engine)
+    executable = fxopt.lower(Asking(of).eval(), torch.ones(3, 5), engine)
+    assert not executable.reasons
+    torch.testing.assert_close(executable(torch.ones(7, 5)), torch.full((7, 5), 2.0))
+
+
+def test_what_the_number_of_rows_decides_holds_for_that_number() -> None:
+    needs("onnxruntime")
+    executable = fxopt.lower(Asking("rows").eval(), torch.ones(3, 5), "onnxruntime")
+    assert "the batch size is fixed" in executable.reasons[0].reason
+    torch.testing.assert_close(executable(torch.ones(3, 5)), torch.full((3, 5), 2.0))
+
+
+def test_what_the_input_decides_is_not_exported() -> None:
+    needs("onnxruntime")
+    with pytest.raises(EngineError, match="torch cannot export one"):
+        fxopt.lower(Asking("the input").eval(), torch.ones(3, 5), "onnxruntime")
+
+
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path: Path) -> None:
     needs(engine)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
-from fxopt.engines.onnx import export, nested, output_structure, quiet
+from fxopt.engines.onnx import nested, output_structure, quiet
 from fxopt.engines.openvino.model import Model
 from fxopt.engines.openvino.rows import choose_rows
 from fxopt.errors import EngineError
@@ -59,15 +59,12 @@ class OpenVINO(Engine):
         import openvino
 
         structure = output_structure(self.name, module, inputs)
-        program, reasons = export(self.name, module, inputs)
-        with tempfile.TemporaryDirectory(prefix="fxopt-") as directory, quiet():
-            path = Path(directory) / "model.onnx"
-            program.save(path)
+        with exported(self.name, module, inputs) as file, quiet():
             try:
-                model = Model(path, self.precision)
+                model = Model(file.path, self.precision)
             except RuntimeError as error:
                 raise EngineError(f"engine 'openvino' cannot read the exported model: {error}") from error
-        del program
+        reasons = file.reasons
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             try:

@@ -1,0 +1,91 @@
+"""ONNX files for engines that read them; those of one ladder share theirs, since an export takes as long as a build."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxopt.contract import Skip
+from fxopt.engines.onnx import export
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A module as ONNX.
+
+    Attributes:
+        path: of the file; what lies beside it belongs to it.
+        reasons: why the batch size is fixed; empty where it is free.
+    """
+
+    path: Path
+    reasons: tuple[Skip, ...]
+
+
+class Exports:
+    """The files of one module, kept on the disk for as long as this is entered."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="fxopt-")
+        self._made: dict[str, Exported | EngineError] = {}
+
+    def __enter__(self) -> Exports:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._directory.cleanup()
+
+    @contextlib.contextmanager
+    def after(self, passes: str) -> Iterator[None]:
+        """What engines export within is the module after `passes`, whichever copy of it they have."""
+        token = _shared.set((self, passes))
+        try:
+            yield
+        finally:
+            _shared.reset(token)
+
+    def get(self, passes: str, module: GraphModule, inputs: Inputs) -> Exported:
+        """The module after `passes`, exported now where it is not yet.
+
+        Raises:
+            EngineError: where torch cannot export it, with its reason.
+        """
+        if passes not in self._made:
+            directory = Path(self._directory.name) / str(len(self._made))
+            directory.mkdir()
+            try:
+                program, reasons = export(module, inputs)
+                program.save(directory / "model.onnx")
+                self._made[passes] = Exported(directory / "model.onnx", reasons)
+            except EngineError as error:
+                self._made[passes] = error
+        found = self._made[passes]
+        if isinstance(found, EngineError):
+            raise found
+        return found
+
+
+@contextlib.contextmanager
+def exported(engine: str, module: GraphModule, inputs: Inputs) -> Iterator[Exported]:
+    """The module as a file.
+
+    Raises:
+        EngineError: where torch cannot export it, with its reason.
+    """
+    with contextlib.ExitStack() as held:
+        exports, passes = _shared.get() or (held.enter_context(Exports()), "")
+        try:
+            found = exports.get(passes, module, inputs)
+        except EngineError as error:
+            raise EngineError(f"engine '{engine}' needs an ONNX model, and {error}") from error.__cause__
+        yield found
+
+
+_shared: ContextVar[tuple[Exports, str] | None] = ContextVar("shared", default=None)
