@@ -252,8 +252,7 @@ def _openvino(path: Path, arrays: Sequence[Any], precision: str) -> Run:
 
 
 def _onednn(model: nn.Module, inputs: Inputs) -> Run:
-    fused = replay(model, inputs, spec.parse("clean,fuse"))
-    return _call(fxopt.lower(fused, inputs, "onednn"), inputs)
+    return _call(fxopt.lower(replay(model, inputs, spec.parse("clean,fuse")), inputs, "onednn"), inputs)
 
 
 def _auto(max_error: float | None, budget: float) -> Callable[[nn.Module, Inputs], Run]:

@@ -13,6 +13,7 @@ from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
+from fxopt.engines.memory import collect_beside
 from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -39,16 +40,17 @@ def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any
             in training mode, or outputs that differ by more than the engine may add.
         CaptureError: see `fxopt.capture`.
     """
-    return build(find(engine, options), module, Inputs.of(inputs))
+    found, example = find(engine, options), Inputs.of(inputs)
+    prepared = prepare(found, module, example)
+    # Packed weights can take the place of those of a module that nobody else holds, such as the result of a call.
+    del module
+    collect_beside(prepared)
+    return _finished(found, prepared, example)
 
 
 def build(engine: Engine, module: nn.Module, inputs: Inputs, choices: Any = None) -> Executable:
     """Build for an engine with its options set, by the choices of an earlier build where they are given."""
-    prepared = prepare(engine, module, inputs)
-    executable = Executable(engine, prepared, inputs, choices)
-    _ = executable.built
-    executable.relative_error = _checked(executable, inputs)
-    return executable
+    return _finished(engine, prepare(engine, module, inputs), inputs, choices)
 
 
 def after_passes(module: GraphModule, passes: str) -> GraphModule:
@@ -87,6 +89,13 @@ def prepare(engine: Engine, module: nn.Module, inputs: Inputs) -> GraphModule:
     if isinstance(module, GraphModule):
         return cast(GraphModule, independent_copy(module))
     return capture(module, inputs.args, inputs.kwargs).module
+
+
+def _finished(engine: Engine, prepared: GraphModule, inputs: Inputs, choices: Any = None) -> Executable:
+    executable = Executable(engine, prepared, inputs, choices)
+    _ = executable.built
+    executable.relative_error = _checked(executable, inputs)
+    return executable
 
 
 def _checked(executable: Executable, inputs: Inputs) -> float:

@@ -1,9 +1,14 @@
-"""Memory that was freed, handed back to the system."""
+"""Memory that is needed no more, freed and handed back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+
+from torch import nn
+
+_LARGE_BYTES = 16 << 20
 
 
 def hand_back() -> None:
@@ -15,3 +20,12 @@ def hand_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def collect_beside(module: nn.Module) -> None:
+    """Free modules that nobody holds any more, where one as large as `module` is worth the tenth of a second.
+
+    A graph and its module hold each other, so that only the garbage collector frees them.
+    """
+    if sum(parameter.nbytes for parameter in module.parameters()) >= _LARGE_BYTES:
+        gc.collect()

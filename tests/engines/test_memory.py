@@ -1,13 +1,19 @@
-"""Freed memory goes back to the system, also from between what lives."""
+"""Freed memory goes back to the system, also from between what lives, and what a build needs no more is freed."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import fxopt
+from fxopt.engines import eager
 from fxopt.engines.memory import hand_back
 
 BLOCK = 64 << 10
@@ -35,3 +41,23 @@ def test_memory_freed_between_living_blocks_is_handed_back() -> None:
     for block in blocks[1::2]:
         libc.free(block)
     assert freed > 0.8 * 512 * BLOCK
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a caller keeps the arguments of a call until it returns")
+def test_a_module_that_nobody_else_holds_is_gone_when_the_engine_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[nn.Module]] = []
+    alive: list[bool] = []
+
+    def captured() -> nn.Module:
+        module = fxopt.capture(nn.Linear(2048, 2048).eval(), (torch.randn(1, 2048),)).module
+        held.append(weakref.ref(module))
+        return module
+
+    def build(self: eager.Eager, *arguments: Any) -> Any:
+        alive.append(held[0]() is not None)
+        return real(self, *arguments)
+
+    real = eager.Eager.build
+    monkeypatch.setattr(eager.Eager, "build", build)
+    fxopt.lower(captured(), torch.randn(1, 2048), "eager")
+    assert alive == [False]

@@ -78,7 +78,10 @@ class OpenVINO(Engine):
         if choices:
             model.rows = choices["rows"]
         elif self.pieces and not reasons:  # the batch size is free
-            choose_rows(model, inputs, self.tolerance(torch.float32))
+            try:
+                choose_rows(model, inputs, self.tolerance(torch.float32))
+            except RuntimeError as error:
+                raise EngineError(f"engine 'openvino' fails: {error}") from error
         run = nested(structure, call)
         run(*inputs.args, **inputs.kwargs)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):

@@ -32,6 +32,9 @@ def choose_rows(model: Model, inputs: Inputs, tolerance: float) -> None:
         model: with a free batch size.
         inputs: the example.
         tolerance: relative error by which pieces may differ, since other kernels compute them.
+
+    Raises:
+        RuntimeError: what OpenVINO says, where it cannot run the whole batch.
     """
     batch = inputs.batch_size or 0
     sizes = [rows for rows in _SIZES if batch % rows == 0 and batch // rows >= model.threads > 1]
@@ -50,6 +53,9 @@ def choose_rows(model: Model, inputs: Inputs, tolerance: float) -> None:
                     sessions[str(rows)] = pieces
         except RuntimeError:  # what OpenVINO cannot compile for these sizes, or run with these values
             continue
+    if len(sessions) == 1:
+        model.settle(shapes, 0, whole)
+        return
     times = shortest({name: partial(session, tensors) for name, session in sessions.items()}, _SECONDS)
     best = min(times, key=times.__getitem__)
     best = best if times[best] < _WORTH * times["0"] else "0"
