@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 
@@ -22,6 +23,9 @@ def main() -> None:
     except Exception as error:
         hint = "" if _debug() else "; `--debug` shows where"
         _fail(error, f"unexpected {type(error).__name__}: {_first_line(error)}{hint}", 1)
+    finally:
+        # The interpreter collects as it ends, which takes half a second over all that torch has imported.
+        gc.freeze()
 
 
 def _fail(error: Exception, message: str, code: int) -> None:
