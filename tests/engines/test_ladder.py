@@ -205,6 +205,16 @@ def test_no_layer_runs_in_bfloat16_unasked(measured: dict[Any, float], monkeypat
     assert run("auto").rungs[2].dropped == "not built: bfloat16 needs a bound on the error, such as 1e-2"
 
 
+@pytest.mark.parametrize(("error", "said"), [(1e-5, "not built: the error of onednn is allowed"), (1e-2, "")])
+def test_what_rounds_less_is_built_only_where_the_error_of_what_rounds_more_is_too_large(
+    error: float, said: str, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("onednn"), Rung("eager", closer_than="onednn")))
+    monkeypatch.setattr(ladder, "_error", lambda e, _: (error if e.engine.name == "onednn" else 0.0, 1e-4))
+    assert run("auto").rungs[1].dropped == said
+
+
 def test_nothing_to_cast_is_said(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured["eager"] = 1.0
     monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], CAST))

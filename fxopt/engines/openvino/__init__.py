@@ -30,19 +30,21 @@ class OpenVINO(Engine):
 
     Where rows are computed by themselves, a batch runs in pieces side by side, one on each thread, if that is measured
     to be faster. By itself OpenVINO computes in bfloat16 where the CPU has matrix units; here only if `precision` asks
-    for it.
+    for it; "mixed" keeps sums and normalisations in float32.
     """
 
     name: ClassVar[str] = "openvino"
     sizes: ClassVar[Sizes] = Sizes.BATCH
     integers: ClassVar[bool] = True
 
-    precision: Literal["f32", "bf16"] = field(default="f32", metadata={"help": "what it computes in: f32 or bf16"})
+    precision: Literal["f32", "bf16", "mixed"] = field(
+        default="f32", metadata={"help": "what it computes in: f32, bf16, or mixed: products in bf16, sums in f32"}
+    )
     pieces: bool = field(default=True, metadata={"help": "run a batch in pieces side by side, where that is faster"})
 
     def __post_init__(self) -> None:
-        if self.precision not in ("f32", "bf16"):
-            raise EngineError(f"engine 'openvino': precision is 'f32' or 'bf16', not {self.precision!r}")
+        if self.precision not in ("f32", "bf16", "mixed"):
+            raise EngineError(f"engine 'openvino': precision is 'f32', 'bf16' or 'mixed', not {self.precision!r}")
 
     def unavailable(self) -> str | None:
         """It is a package of its own."""
@@ -52,7 +54,7 @@ class OpenVINO(Engine):
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """That of bfloat16 where it computes in it."""
-        return max(super().tolerance(dtype), _BFLOAT16_TOLERANCE if self.precision == "bf16" else 0.0)
+        return max(super().tolerance(dtype), _BFLOAT16_TOLERANCE if self.precision != "f32" else 0.0)
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`."""

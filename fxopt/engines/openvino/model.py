@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fxopt.engines.openvino.mixed import keep_in_float32
 from fxopt.engines.openvino.session import Pieces, Session, Whole
 
 Shapes = tuple[torch.Size, ...]
@@ -18,7 +19,7 @@ class Model:
 
     Args:
         path: of a file in ONNX, with free sizes.
-        precision: what it computes in.
+        precision: what it computes in: f32, bf16 or mixed.
 
     Attributes:
         read: as OpenVINO has read it.
@@ -27,6 +28,7 @@ class Model:
 
     Raises:
         RuntimeError: what OpenVINO says, where it cannot read the file.
+        EngineError: where it is too old for mixed precision.
     """
 
     def __init__(self, path: Path, precision: str):
@@ -36,7 +38,10 @@ class Model:
         self.rows = 0
         self._core = openvino.Core()
         self.read = self._core.read_model(path)
-        self._settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": self.threads}
+        if precision == "mixed":
+            keep_in_float32(self._core, self.read)
+        hint = "f32" if precision == "f32" else "bf16"
+        self._settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": self.threads}
         self._sessions: dict[Shapes, Session] = {}
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
