@@ -98,6 +98,9 @@ def _export(module: GraphModule, inputs: Inputs, shapes: Any) -> torch.onnx.ONNX
     assert program is not None
     if len(program.model.graph.inputs) != len(inputs.tensors):
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
+    for node in program.model.graph.all_nodes():
+        # Stack traces of the exporter, a tenth of the file of a small quantised model.
+        node.metadata_props.clear()
     return program
 
 
