@@ -14,6 +14,7 @@ from fxopt.bench.arm import Arm
 from fxopt.bench.clocks import Clocks, median_clocks
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
+from fxopt.bench.drift import drift_note
 from fxopt.bench.statistics import median_interval
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Sample, Timer
@@ -25,8 +26,6 @@ TAILS = {"p90": (0.90, 64), "p99": (0.99, 662)}
 _MOST_CALLS = 5000
 _WARM_UP = 0.1
 _FEWEST_CALLS = 6
-_RESTLESS = 0.15
-"""Share by which the medians of two quarters of the calls may differ before the machine counts as restless."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +137,7 @@ def _alarms(times: Sequence[float], preempted: float | None) -> list[str]:
         notes.append(
             f"{100 * preempted:.0f} % of the calls were preempted: fewer threads or a quiet machine would help"
         )
-    if len(times) >= 4 * _FEWEST_CALLS:
-        size = len(times) // 4
-        medians = [statistics.median(times[part * size : (part + 1) * size]) for part in range(4)]
-        drift = max(medians) / min(medians) - 1
-        if drift > _RESTLESS:
-            notes.append(
-                f"the machine's speed changed meanwhile: the medians of four parts of the run differ by "
-                f"{100 * drift:.0f} %; other work, or a clock that follows the temperature, does that"
-            )
+    note = drift_note(times)
+    if note is not None:
+        notes.append(note)
     return notes

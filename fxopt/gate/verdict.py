@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Sequence
 
+from fxopt.bench.drift import drift_note
 from fxopt.bench.statistics import FEWEST_PAIRS
 from fxopt.gate.window import Window, joined
 
@@ -91,4 +92,5 @@ def advice(window: Window, threshold: float, threads: int) -> list[str]:
         notes.append(
             f"{100 * (window.preempted or 0):.0f} % of the pairs were preempted: {fewer}a quiet machine would help"
         )
-    return notes
+    drift = drift_note(window.times("base"))
+    return [*notes, drift] if drift is not None else notes

@@ -98,6 +98,22 @@ def test_preemption_is_told() -> None:
     assert fake(0.005, preempted=None).preempted is None
 
 
+def test_a_clock_that_falls_is_told() -> None:
+    class Tires(Takes):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.clock.seconds += self.seconds * self.clock.seconds
+            return super().forward(x)
+
+        def __deepcopy__(self, memo: object) -> Tires:
+            return Tires(self.clock, self.seconds)
+
+    clock = Clock()
+    found = compare(Tires(clock, 0.01), Tires(clock, 0.005), torch.zeros(1), timer=clock, budget_seconds=2)
+    assert found.verdict is Verdict.FASTER
+    assert any("the machine's speed changed meanwhile" in note for note in found.notes)
+    assert not fake(0.005).notes
+
+
 @pytest.mark.parametrize(
     ("how", "least", "most"),
     [

@@ -11,6 +11,7 @@ import time
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from fxopt.errors import GateError
 from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
@@ -58,6 +59,14 @@ def test_both_sides_run_by_the_engine(repo: Repo, engine: str, slower: bool):
     (target,) = record["targets"]
     assert target["engine"] == engine and (target["verdict"] == "REGRESSION") is slower
     assert (target["latency"]["ratio"] > 1.5) is slower
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("engine", ["", "cudnn", "cudagraph"])
+def test_equal_code_is_no_regression_on_a_gpu(repo: Repo, engine: str):
+    target = repo.only(device="cuda", engine=engine)
+    assert target["verdict"] in ("OK", "FASTER", "INCONCLUSIVE")
+    assert target["device"] == "cuda" and target["latency"]["base_ms"] > 0
 
 
 def test_an_unknown_engine_is_a_wrong_call(repo: Repo):

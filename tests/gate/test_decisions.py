@@ -61,6 +61,9 @@ def test_advice_names_what_stands_in_the_way():
     assert "differs from itself by up to" in advice(window(1.0, 0.6), 0.05, 1)[0]
     assert "about as large as the threshold" in advice(window(1.05, 0.01), 0.05, 1)[0]
     assert "different clocks" in advice(window(1.0, 0.01, mhz=900.0), 0.05, 1)[0]
+    tired = [1.0] * 30 + [1.3] * 10
+    notes = advice(Window((Round(tired, tired, tired),), 1, 1.0, 0.9), 0.05, 1)
+    assert "the machine's speed changed meanwhile" in notes[-1]
 
 
 @pytest.mark.parametrize(
