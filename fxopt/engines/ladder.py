@@ -29,8 +29,8 @@ from fxopt.verify import TOLERANCE, Oracle, relative_error
 AUTO, ALL = "auto", "all"
 _LOWEST_BFLOAT16_ERROR = 1e-3
 """bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""
-_BUILDING = 0.6
-"""Share of the budget after which no further build begins."""
+_BUILDING, _SLOW_BUILDING = 0.6, 0.25
+"""Shares of the budget after which no further build begins, and none that compiles: it takes up to minutes."""
 _SHORTEST_MEASUREMENT = 1.0
 
 
@@ -49,6 +49,7 @@ class Rung:
         comparison: of the original with it.
         dropped: why it is out of the running; empty where it is not.
         closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.
+        compiles: whether building it takes long.
     """
 
     engine: str
@@ -61,6 +62,7 @@ class Rung:
     comparison: bench.Comparison | None = None
     dropped: str = ""
     closer_than: str = ""
+    compiles: bool = False
 
     @property
     def reasons(self) -> tuple[Skip, ...]:
@@ -89,7 +91,7 @@ _CANDIDATES: Sequence[Rung] = (
     Rung("openvino", {"precision": "bf16"}),
     Rung("openvino", {"precision": "mixed"}, closer_than="openvino{precision=bf16}"),
     Rung("onnxruntime"),
-    Rung("inductor"),
+    Rung("inductor", compiles=True),
 )
 """In the order in which they are built: what builds slowly or seldom wins comes last, when the budget may be spent."""
 
@@ -138,7 +140,8 @@ def climb(
         oracle: knows what the outputs should be; None where passes changed them on purpose: then the rewritten module
             does.
         max_error: the largest relative error of outputs; None for what each dtype allows.
-        budget_seconds: for builds and measurements. A build that has begun is finished.
+        budget_seconds: for builds and measurements. A build that has begun is finished, and what was built is
+            measured for two fifths of the budget, however long it took.
         seed: of the order of the pairs, and of random inputs.
         progress: told what begins.
 
@@ -152,7 +155,8 @@ def climb(
     with Exports() as exports:
         for rung in _candidates(asked, rewritten):
             why_not = _why_not_built(rung, rungs)
-            if rungs and asked in (AUTO, ALL) and time.perf_counter() - began > _BUILDING * budget_seconds:
+            spent = (time.perf_counter() - began) / budget_seconds
+            if rungs and asked in (AUTO, ALL) and spent > (_SLOW_BUILDING if rung.compiles else _BUILDING):
                 why_not = f"the budget of {budget_seconds:g} s was short"
             if why_not is not None:
                 rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))
@@ -166,14 +170,16 @@ def climb(
     running = [rung for rung in rungs if not rung.dropped]
     if not running:
         raise EngineError(rungs[0].dropped)
+    # What is measured in too short a time is chosen by chance, so builds that took too long leave it its share.
+    until = max(began + budget_seconds, time.perf_counter() + (1 - _BUILDING) * budget_seconds)
     for count, rung in enumerate(running):
         tell(f"measure {rung.label}")
-        left = budget_seconds - (time.perf_counter() - began)
+        left = until - time.perf_counter()
         each = max(left / (len(running) - count + 1), _SHORTEST_MEASUREMENT)
         rungs[rungs.index(rung)] = dataclasses.replace(rung, comparison=_compared(original, rung, inputs, each, seed))
     chosen = next((rung for rung in rungs if rung.engine == asked), None)
     if asked == AUTO:
-        left = budget_seconds - (time.perf_counter() - began)
+        left = until - time.perf_counter()
         chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, left, seed)
     return Ladder(asked, tuple(rungs), chosen, max_error, budget_seconds, time.perf_counter() - began)
 
@@ -275,7 +281,10 @@ def _pairs(
 
 
 def _fastest(rungs: Sequence[Rung], inputs: Inputs, left: float, seed: int) -> Rung:
-    """The rung with the smallest ratio; where the second may be as fast, the two are held against each other."""
+    """The rung with the smallest ratio; where the second may be as fast, the two are held against each other.
+
+    Of two that are as fast as each other it is the one that builds sooner.
+    """
 
     def ratio(rung: Rung) -> float:
         assert rung.comparison is not None
@@ -290,12 +299,9 @@ def _fastest(rungs: Sequence[Rung], inputs: Inputs, left: float, seed: int) -> R
     if second.comparison.low > first.comparison.high:
         return first
     final = _pairs(first.executable.forward, second.executable, inputs, max(left, _SHORTEST_MEASUREMENT), seed)
-    if final.verdict is bench.Verdict.FASTER:
-        return second
-    if final.verdict is bench.Verdict.SLOWER:
-        return first
-    # As fast as each other: the one that builds sooner.
-    return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
+    if final.verdict is bench.Verdict.EQUIVALENT:
+        return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
+    return second if final.ratio < 1 else first
 
 
 def _resident() -> int | None:
