@@ -8,6 +8,7 @@ turns of random length or without any. A window is what one comparison gets: up 
 new processes of five sides, the base, its two copies and the two slower models, timed in turns. Every rule then judges
 the same times. Times are lines of protocols.raw.jsonl as they come, so a run that was stopped, by --budget or
 otherwise, goes on where it was; what the rules say of them is written to protocols.json and protocols.md each time.
+Then the command itself is timed; `--windows 0` times it alone, beside the verdicts of the last run.
 
 `fxopt ci` judges as it does with `--budget 6`: by its own code, window after window, until it would stop. The peers'
 rules get all calls that it gets at most: pytest-benchmark's compare holds the mean of a run against that of an earlier
@@ -125,11 +126,13 @@ def main() -> None:
                     file.write(json.dumps(found) + "\n")
                 print(key, verdicts(found, None), f"{found['seconds']:.1f} s", flush=True)
         commands = [command(root) for _ in range(options.commands)]
-    if done:
-        record = judged(done, commands)
-        (options.out / "protocols.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.out / "protocols.md").write_text(render(record))
-        print(render(record))
+    kept = options.out / "protocols.json"
+    if not done and not kept.exists():
+        sys.exit("nothing was collected, and there is no protocols.json of an earlier run")
+    record = judged(done, commands) if done else json.loads(kept.read_text()) | {"commands": commands}
+    kept.write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "protocols.md").write_text(render(record))
+    print(render(record))
 
 
 def model(root: Path, size: tuple[int, int], rows: int) -> Path:
