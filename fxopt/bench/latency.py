@@ -14,7 +14,7 @@ from fxopt.bench.arm import Arm
 from fxopt.bench.clocks import Clocks, median_clocks
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
-from fxopt.bench.drift import drift_note
+from fxopt.bench.drift import drift_notes
 from fxopt.bench.statistics import median_interval
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Sample, Timer
@@ -137,7 +137,4 @@ def _alarms(times: Sequence[float], preempted: float | None) -> list[str]:
         notes.append(
             f"{100 * preempted:.0f} % of the calls were preempted: fewer threads or a quiet machine would help"
         )
-    note = drift_note(times)
-    if note is not None:
-        notes.append(note)
-    return notes
+    return [*notes, *drift_notes(times)]

@@ -15,7 +15,7 @@ from fxopt.bench.clocks import Clocks, median_clocks
 from fxopt.bench.comparison import BeforeAfter, Comparison, Times
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
-from fxopt.bench.drift import drift_note
+from fxopt.bench.drift import drift_notes
 from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.memory import peak_memory
 from fxopt.bench.statistics import FEWEST_PAIRS, hold_clocks, judge, paired_interval
@@ -214,7 +214,7 @@ def _conclude(
     halves = [_median_ratio(times, slice(0, half)), _median_ratio(times, slice(half, None))] if half else []
     flags = [one.preempted or two.preempted for one, two in zip(samples["before"], samples["after"], strict=True)]
     preempted = None if any(flag is None for flag in flags) else sum(map(bool, flags)) / pairs
-    clocks, drift = _clocks(samples), drift_note(times.before)
+    clocks = _clocks(samples)
     judgement = judge(effect, noise, halves, pairs=pairs, preempted=preempted, margin=margin, threads=threads)
     judgement = judgement if clocks is None else hold_clocks(judgement, clocks.before, clocks.after)
     return Comparison(
@@ -232,7 +232,7 @@ def _conclude(
         times=times,
         wall_ms=_walls(samples),
         clocks=clocks,
-        notes=(*judgement.notes, *([] if drift is None else [drift]), *notes),
+        notes=(*judgement.notes, *drift_notes(times.before), *notes),
         **facts,
     )
 

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Sequence
 
-from fxopt.bench.drift import drift_note
+from fxopt.bench.drift import drift_notes
 from fxopt.bench.statistics import FEWEST_PAIRS
 from fxopt.gate.window import Window, joined
 
@@ -92,5 +92,4 @@ def advice(window: Window, threshold: float, threads: int) -> list[str]:
         notes.append(
             f"{100 * (window.preempted or 0):.0f} % of the pairs were preempted: {fewer}a quiet machine would help"
         )
-    drift = drift_note(window.times("base"))
-    return [*notes, drift] if drift is not None else notes
+    return [*notes, *drift_notes(window.times("base"))]
