@@ -16,7 +16,6 @@ from torch._inductor.utils import run_and_get_code
 import fxopt
 from fxopt import Inputs
 from fxopt.engines import ENGINES
-from fxopt.engines.openvino import mixed
 from fxopt.errors import EngineError
 from fxopt.modules import without_rounding
 from fxopt.verify import relative_error
@@ -215,40 +214,6 @@ def test_openvino_computes_in_float32_unless_asked() -> None:
     assert fxopt.lower(model, x, "openvino", precision="bf16").relative_error < 5e-2  # type: ignore[operator]
     with pytest.raises(EngineError, match="precision is 'f32', 'bf16' or 'mixed', not 'f16'"):
         fxopt.lower(model, x, "openvino", precision="f16")
-
-
-class Residual(nn.Module):
-    """What each layer adds is small beside what is handed on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(12))
-        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + 0.1 * torch.tanh(layer(self.norm(x)))
-        return torch.as_tensor(self.head(x))
-
-
-def test_openvino_in_mixed_precision_keeps_sums_in_float32() -> None:
-    needs("openvino")
-    torch.manual_seed(0)
-    model, x = Residual().eval(), torch.randn(4, 16, 64)
-    errors = {
-        precision: fxopt.lower(model, x, "openvino", precision=precision).relative_error
-        for precision in ("f32", "bf16", "mixed")
-    }
-    if errors["bf16"] < 1e-4:  # type: ignore[operator]
-        pytest.skip("OpenVINO has no kernels for bfloat16 on this CPU")
-    assert errors["f32"] < errors["mixed"] < 0.5 * errors["bf16"]  # type: ignore[operator]
-
-
-def test_openvino_that_cannot_keep_sums_in_float32_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("openvino")
-    monkeypatch.setattr(mixed, "_MARKED", mixed._MARKED.replace(mixed._ATTRIBUTE, "NeverHeardOf"))
-    with pytest.raises(EngineError, match="this version can't keep operators in float32; upgrade it"):
-        fxopt.lower(nn.Linear(3, 2).eval(), torch.randn(2, 3), "openvino", precision="mixed")
 
 
 def test_inductor_compiles() -> None:

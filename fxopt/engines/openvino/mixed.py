@@ -35,8 +35,8 @@ _MARKED = f"""<?xml version="1.0"?>
 def keep_in_float32(core: Any, model: Any) -> None:
     """Mark the sums and normalisations of a model, and the layers that read its inputs, as not to be rounded.
 
-    What a residual network hands on from block to block is a sum, and each rounding of it stays in all that follows:
-    in bfloat16 alone these cost a transformer as much precision as all its products do, and hardly any time.
+    What a residual network hands on from block to block is a sum, and each rounding of it stays in all that follows. In
+    float32 it costs a transformer a few percent of its time at most, and takes a third to a half off its error.
 
     Raises:
         EngineError: where this OpenVINO does not know the mark.
@@ -53,17 +53,14 @@ def _mark(core: Any) -> tuple[str, Any]:
 
     It is the one that `EnforceInferencePrecision` of OpenVINO's CPU plugin asks for.
     """
-    node = next(node for node in core.read_model(model=_MARKED.encode(), weights=b"").get_ops() if _is_marked(node))
-    found = next(((key, mark) for key, mark in node.get_rt_info().items() if key.startswith(_ATTRIBUTE)), None)
+    operators = core.read_model(model=_MARKED.encode(), weights=b"").get_ops()
+    facts = [fact for operator in operators for fact in operator.get_rt_info().items()]
+    found = next(((key, mark) for key, mark in facts if key.startswith(_ATTRIBUTE)), None)
     if found is None:
         raise EngineError(
             "engine 'openvino': this version can't keep operators in float32; upgrade it, or give precision=bf16"
         )
     return found
-
-
-def _is_marked(node: Any) -> bool:
-    return bool(node.get_friendly_name() == "marked")
 
 
 def _reads_an_input(operator: Any) -> bool:
