@@ -322,14 +322,15 @@ def spent(commands: Sequence[Mapping[str, float]]) -> list[str]:
     worst = max(one["seconds"] for one in commands)
 
     def outside(what: str) -> str:
-        own = statistics.median(one["seconds"] - one[what] for one in commands)
-        part = statistics.median(1 - one[what] / one["seconds"] for one in commands)
-        return f"{own:.1f} s, {100 * part:.1f} %,"
+        own = [one["seconds"] - one[what] for one in commands]
+        parts = [100 * (1 - one[what] / one["seconds"]) for one in commands]
+        return f"{min(own):.1f} to {max(own):.1f} s, {min(parts):.0f} to {max(parts):.0f} %,"
 
     return [
         f"- `fxopt ci` on equal models of {commands[0]['base_ms']:.1f} ms, {len(commands)} times: at most {worst:.1f} "
         f"s from call to exit; {outside('windows')} outside of the windows in which sides are timed in processes that "
-        f"start there, {outside('calls')} outside of the timed calls themselves (medians)"
+        f"start there, {outside('calls')} outside of the timed calls themselves; a comparison that is "
+        "settled early ends early"
     ]
 
 

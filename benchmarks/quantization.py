@@ -245,7 +245,9 @@ def cell(row: Row | None, form: str) -> str:
     parts = []
     if "ratio" in row:
         parts.append(f"{1 / row['ratio']:.2f} [{1 / row['high']:.2f}, {1 / row['low']:.2f}]")
-    if not form.endswith("float32"):
+    if form.endswith("bf16"):
+        parts.append(f"{row['sqnr_db']:.1f} dB")
+    if form.endswith("int8"):
         parts.append(f"{row['sqnr_db']:.1f} ({row['simulated_sqnr_db']:.1f}) dB")
     if form.endswith("int8") and row["file_bytes"]:
         parts.append(f"{row['float_bytes'] / row['file_bytes']:.2f}x smaller")

@@ -49,5 +49,5 @@ def test_all_rules_judge_the_same_times(protocols):
         assert said["A/A"]["asv"] == "REGRESSION"
     text = protocols.render(record)
     assert "| fxopt ci                      | 0 [0, 60] / 100 of 4" in text
-    assert "at most 20.0 s from call to exit; 3.0 s, 15.0 %, outside of the windows" in text
-    assert "5.0 s, 25.0 %, outside of the timed calls" in text
+    assert "at most 20.0 s from call to exit; 3.0 to 3.0 s, 15 to 15 %, outside of the windows" in text
+    assert "5.0 to 5.0 s, 25 to 25 %, outside of the timed calls" in text
