@@ -49,7 +49,7 @@ class Rung:
         comparison: of the original with it.
         dropped: why it is out of the running; empty where it is not.
         closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.
-        compiles: whether building it takes long.
+        compiles: whether it compiles code, which may take minutes.
     """
 
     engine: str
@@ -238,7 +238,7 @@ def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_
     )
     bound = allowed if max_error is None else max_error
     if not error <= bound:
-        return dataclasses.replace(found, dropped=f"its outputs differ by {error:.1e} (allowed {bound:.0e})")
+        return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
     return found
 
 

@@ -26,6 +26,15 @@ def test_version(command):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"fxopt {__version__}\n", "")
 
 
+def test_the_interpreter_has_nothing_to_collect_when_a_command_ends():
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(len(gc.get_objects()) < gc.get_freeze_count()));"
+        "from fxopt.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert done.stdout == f"fxopt {__version__}\nTrue\n"
+
+
 def test_help_names_the_commands():
     assert {"run", "passes"} <= set(fxopt("--help").stdout.split())
 

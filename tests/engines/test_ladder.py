@@ -104,7 +104,7 @@ def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch:
     found = run("auto")
     assert found.chosen is not None
     assert found.chosen.engine == "eager"
-    assert found.rungs[1].dropped == "its outputs differ by 3.0e-03 (allowed 1e-04)"
+    assert found.rungs[1].dropped == "its outputs differ by 3.00e-03 (allowed 0.0001)"
     assert found.rungs[1].comparison is None
     loose = run("auto", max_error=1e-2).chosen
     assert loose is not None
