@@ -13,7 +13,7 @@ from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
-from fxopt.engines.memory import collect_beside
+from fxopt.engines.memory import collect_beside, hand_back
 from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -103,6 +103,7 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
     engine = executable.engine
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         expected = _run(executable.module, inputs)
+        hand_back()
         found = _run(executable, inputs)
     if expected[1] != found[1]:
         raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")

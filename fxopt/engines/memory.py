@@ -8,7 +8,8 @@ import sys
 
 from torch import nn
 
-_LARGE_BYTES = 16 << 20
+LARGE_BYTES = 16 << 20
+"""From here on what is free is worth the time of handing it back."""
 
 
 def hand_back() -> None:
@@ -27,5 +28,5 @@ def collect_beside(module: nn.Module) -> None:
 
     A graph and its module hold each other, so that only the garbage collector frees them.
     """
-    if sum(parameter.nbytes for parameter in module.parameters()) >= _LARGE_BYTES:
+    if sum(parameter.nbytes for parameter in module.parameters()) >= LARGE_BYTES:
         gc.collect()

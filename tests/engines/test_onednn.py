@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -364,6 +365,19 @@ def test_a_graph_that_is_slower_packed_stays_as_it_was_given(monkeypatch: pytest
     assert executable.choices["layout"] == "as given"
     assert "packed, the graph took 2.00x as long" in executable.reasons[0].reason
     check(executable, model, x)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 1), (60.0, 6)], ids=["slow", "fast"])
+def test_a_graph_whose_first_calls_take_the_time_that_there_is_is_called_no_more(
+    seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "_WHOLE_SECONDS", seconds)
+    called: list[str] = []
+    runs = {name: partial(lambda name, x: called.append(name), name) for name in ("as given", "channels_last")}
+    times = onednn._time(runs, Inputs.of(torch.zeros(1)))
+    assert min(times.values()) > 0
+    assert called[:2] == ["as given", "channels_last"]
+    assert max(map(called.count, times)) == calls
 
 
 def test_without_tuning_everything_is_packed() -> None:

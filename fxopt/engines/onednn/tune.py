@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.engines.layer import Layer
+from fxopt.engines.memory import LARGE_BYTES, hand_back
 from fxopt.engines.onednn.kernels import KERNELS, Kernel
 
 _ROUNDS = 5
@@ -28,14 +29,17 @@ def choose(layers: Sequence[Layer], budget_seconds: float) -> list[str]:
         if layer.signature in chosen or time.perf_counter() - began > budget_seconds:
             continue
         chosen[layer.signature] = _fastest(layer)
+        if layer.shape.numel() * layer.weight.element_size() >= LARGE_BYTES:
+            hand_back()
     return [chosen.get(layer.signature, "packed") for layer in layers]
 
 
 def fastest(candidates: dict[str, Callable[[], object]], rounds: int, budget_seconds: float) -> dict[str, float]:
-    """The shortest time of each candidate in seconds, taken in turns; hopeless ones are timed once."""
+    """The shortest time of each candidate in seconds, taken in turns; hopeless ones are timed once.
+
+    All of them were called before.
+    """
     best: dict[str, float] = {}
-    for call in candidates.values():
-        call()
     began = time.perf_counter()
     for number in range(rounds):
         limit = _HOPELESS * min(best.values(), default=float("inf"))
@@ -58,14 +62,16 @@ def _fastest(layer: Layer) -> str:
     def caller(kernel: Kernel) -> Callable[[], object]:
         return lambda: kernel(*given)
 
-    times = fastest({name: caller(kernel) for name, kernel in kernels.items()}, _ROUNDS, 0.1)
+    calls = {name: caller(kernel) for name, kernel in kernels.items()}
+    for call in calls.values():
+        call()
+    times = fastest(calls, _ROUNDS, 0.1)
     return min(times, key=times.__getitem__)
 
 
 def _random(shape: torch.Size, layer: Layer) -> torch.Tensor:
-    value = torch.randn(shape, dtype=torch.float32).to(layer.weight.dtype)
-    memory_format = _FORMATS.get(layer.spatial)
-    return value if memory_format is None else value.contiguous(memory_format=memory_format)
+    memory_format = _FORMATS.get(layer.spatial, torch.contiguous_format)
+    return torch.empty(shape, dtype=layer.weight.dtype, memory_format=memory_format).normal_()
 
 
 def _cost(layer: Layer) -> int:
