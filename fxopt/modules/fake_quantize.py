@@ -16,6 +16,7 @@ from fxopt.modules import histogram
 Observer = Literal["minmax", "ema", "current", "histogram", "mse", "percentile"]
 _FOLLOW = ("minmax", "ema", "current")
 _SMALLEST = torch.finfo(torch.float32).eps
+_BYTE = 8
 
 
 class State(enum.Enum):
@@ -126,11 +127,27 @@ class FakeQuantize(nn.Module):
             return False
         return not self.ready or (self.observer in _FOLLOW and not self.learned)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it rounds what it is given."""
+        return self.ready and self.state is not State.OBSERVE
+
+    @property
+    def step(self) -> torch.Tensor:
+        """The scale that it rounds with: training may leave a learned one negative, or too small to divide by."""
+        step: torch.Tensor = self.scale.detach().float().abs().clamp(min=_SMALLEST)
+        return step
+
+    @property
+    def step_of_bytes(self) -> torch.Tensor:
+        """The same for its integers as multiples in 8 bits, in which runtimes hold narrower ones."""
+        return self.step * 0.5 ** max(0, _BYTE - self.bits)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Observe, round, or both, as the state and the mode say."""
         if self.state is State.OBSERVE or (self.training and self.follows):
             self.observe(input)
-        if self.state is State.OBSERVE or not self.ready:
+        if not self.rounds:
             return input
         wide, scale = input.float(), self.scale.float()
         if self.learned:
@@ -147,10 +164,11 @@ class FakeQuantize(nn.Module):
         count = wide.numel() / max(1, scale.numel())
         damping = (count * self.high) ** -0.5
         scale = scale.abs().clamp(min=_SMALLEST)
-        scale = scale * damping + (scale * (1 - damping)).detach()
+        # In these steps every value is that of torch's operators, bit by bit: freezing moves none over a tie.
+        scale = scale.detach() + (scale - scale.detach()) * damping
         scale, zero = self._along(scale, wide), self._along(self.zero_point, wide)
-        place = (wide / scale + zero).clamp(self.low, self.high)
-        return (place + (place.round() - place).detach() - zero) * scale
+        place = (wide * scale.reciprocal()).clamp(self.low - zero, self.high - zero)
+        return (place + (place.round() - place).detach()) * scale
 
     def _along(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if self.axis is None:

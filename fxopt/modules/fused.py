@@ -29,7 +29,8 @@ class Fused(nn.Module):
 
         s = gamma / sqrt(var + eps);  y = bn( op(x, Q(W s)) / s + b )
 
-    (Jacob et al. 2018, section 3.2; Krishnamoorthi 2018.)
+    Where `bn` is at rest, that is what is computed: op(x, Q(W s)) + (b - mean) s + beta, bit by bit what
+    `quantize-freeze` leaves. (Jacob et al. 2018, section 3.2; Krishnamoorthi 2018.)
 
     Attributes:
         activation: what is applied last, or None.
@@ -41,6 +42,9 @@ class Fused(nn.Module):
         input_fake_quant: what quantises the input, where no graph could show it, or None.
         inner_fake_quant: what quantises the output of the operator before the addition and activation, or None.
         weight_mask: what holds part of the weight at zero, or None.
+        reads: the quantisers of its input, one for each place that calls it, where kernels of integers hold the
+            bias as an integer too: a multiple of the product of both scales (Jacob et al. 2018, section 2.4).
+            Several have several products, so that the bias stays as it is.
     """
 
     stays_whole: ClassVar[bool] = True
@@ -48,6 +52,7 @@ class Fused(nn.Module):
     activation: Activation | None
     adds: bool
     norm_frozen: bool = False
+    reads: tuple[FakeQuantize, ...] = ()
     weight: torch.Tensor
     bias: Any  # a Parameter or None; the plain classes disagree on how to say so
     channel_axis: ClassVar[int] = 0
@@ -114,8 +119,6 @@ class Fused(nn.Module):
         if self.input_fake_quant is not None:
             input = self.input_fake_quant(input)
         out = self._affine(input, output_size)
-        if self.bn is not None:
-            out = self._normalized(out, self.bn)
         if self.inner_fake_quant is not None:
             out = self.inner_fake_quant(out)
         if self.adds and other is None:
@@ -127,33 +130,69 @@ class Fused(nn.Module):
             return cast(torch.Tensor, bn(out))
         return F.batch_norm(out, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
 
+    def _norm_rests(self, bn: BatchNorm) -> bool:
+        return bn.running_var is not None and (self.norm_frozen or not bn.training)
+
     def folding_scale(self) -> torch.Tensor | None:
         """s of the formula above, a factor for each output channel; None without `bn`."""
         if self.bn is None or self.bn.running_var is None:
             return None
-        scale = torch.rsqrt(self.bn.running_var + self.bn.eps)
+        scale: torch.Tensor = torch.rsqrt(self.bn.running_var + self.bn.eps)
         if self.bn.affine:
             scale = scale * self.bn.weight
-        # A channel that gamma switched off would divide by zero; its weight is quantised as it is.
-        return torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+        return scale
 
     def scaled_weight(self) -> torch.Tensor:
         """The weight that `weight_fake_quant` sees: as it is, or as folding the batch norm makes it."""
         scale, weight = self.folding_scale(), self.masked_weight()
-        return weight if scale is None else weight * self._by_channel(scale)
+        return weight if scale is None else weight * self._by_channel(_without_zeros(scale))
+
+    def folded_weight(self) -> torch.Tensor:
+        """Q(W s), or Q(W) without `bn`."""
+        assert self.weight_fake_quant is not None
+        scale = self.folding_scale()
+        weight: torch.Tensor = self.weight_fake_quant(self.scaled_weight())
+        # A channel that gamma switched off is quantised as it is, and nothing of it is left.
+        return weight if scale is None else weight * self._by_channel(_without_zeros(scale) == scale)
+
+    def folded_bias(self) -> torch.Tensor | None:
+        """(b - mean) s + beta, or b without `bn`; rounded where integer kernels round it."""
+        bn, scale = self.bn, self.folding_scale()
+        bias: torch.Tensor | None = self.bias
+        if bn is not None and scale is not None:
+            assert bn.running_mean is not None
+            bias = -bn.running_mean if bias is None else bias - bn.running_mean
+            bias = bias * scale
+            if bn.affine:
+                bias = bias + bn.bias
+        weight = self.weight_fake_quant
+        if bias is None or weight is None or len(self.reads) != 1 or not (self.reads[0].rounds and weight.rounds):
+            return bias
+        step = self.reads[0].step * weight.step_of_bytes
+        rounded = ((bias / step).round() * step).to(bias.dtype)
+        return rounded.detach() + (bias - bias.detach())  # straight through
+
+    def settle_bias(self) -> None:
+        """Give the bias the value that `folded_bias` has, for good."""
+        bias = self.folded_bias()
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), self.bias.requires_grad)
+        self.reads = ()
 
     def masked_weight(self) -> torch.Tensor:
         """The weight with zeros where `weight_mask` has them."""
         return self.weight if self.weight_mask is None else self.weight_mask(self.weight)
 
     def _affine(self, input: torch.Tensor, output_size: Sequence[int] | None) -> torch.Tensor:
+        """All before anything is added or activated."""
         if self.weight_fake_quant is None:
-            return self._operate(input, self.masked_weight(), self.bias, output_size)
-        weight = self.weight_fake_quant(self.scaled_weight())
-        scale = self.folding_scale()
-        if scale is None:
-            return self._operate(input, weight, self.bias, output_size)
-        return self._operate(input, weight / self._by_channel(scale), self.bias, output_size)
+            out = self._operate(input, self.masked_weight(), self.bias, output_size)
+        elif self.bn is None or self._norm_rests(self.bn):
+            return self._operate(input, self.folded_weight(), self.folded_bias(), output_size)
+        else:
+            weight, scale = self.weight_fake_quant(self.scaled_weight()), self.folding_scale()
+            weight = weight if scale is None else weight / self._by_channel(_without_zeros(scale))
+            out = self._operate(input, weight, self.bias, output_size)
+        return out if self.bn is None else self._normalized(out, self.bn)
 
     def _by_channel(self, scale: torch.Tensor) -> torch.Tensor:
         """`scale`, one value an output channel, in a shape that multiplies the weight."""
@@ -176,6 +215,11 @@ class Fused(nn.Module):
         if self.activation is not None:
             parts.append(f"activation={self.activation}")
         return ", ".join(filter(None, parts))
+
+
+def _without_zeros(scale: torch.Tensor) -> torch.Tensor:
+    """A factor that can be divided by again: 1 for a channel that gamma switched off."""
+    return torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
 
 
 class FusedLinear(Fused, nn.Linear):

@@ -30,7 +30,7 @@ class StoredValue(nn.Module):
         self.axis = fake.axis
         self.low, self.high = fake.low, fake.high
         self.narrow = fake.bits < _BYTE
-        self.register_buffer("scale", fake.scale.detach().abs())
+        self.register_buffer("scale", fake.step)
         self.register_buffer("zero_point", fake.zero_point.to(torch.int8 if fake.symmetric else torch.uint8))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class StoredWeight(nn.Module):
 
     def __init__(self, fake: FakeQuantize, weight: torch.Tensor):
         super().__init__()
-        scale, shape = fake.scale.detach().abs(), [1] * weight.dim()
+        scale, shape = fake.step, [1] * weight.dim()
         if fake.axis is not None:
             shape[fake.axis] = -1
         self.axis = fake.axis
@@ -65,7 +65,7 @@ class StoredWeight(nn.Module):
         # Integer kernels round a bias to steps of both scales' product: narrow integers would make these wide.
         spread = 2 ** (_BYTE - fake.bits)
         self.register_buffer("stored", (places * spread).to(torch.int8))
-        self.register_buffer("scale", scale / spread)
+        self.register_buffer("scale", fake.step_of_bytes)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The weight, in the runtime's operator."""
@@ -109,6 +109,8 @@ def with_integers(
         if isinstance(owner, Fused) and owner.bn is not None:
             raise EngineError(f"{path!r} still holds its batch norm: run 'quantize-freeze', which folds it")
         given = owner.scaled_weight() if isinstance(owner, Fused) else owner.get_parameter(leaf)
+        if isinstance(owner, Fused):
+            owner.settle_bias()
         if isinstance(owner, QuantizedEmbedding):
             duplicate.set_submodule(path, _Rows(StoredWeight(fake, given)))
         else:

@@ -73,8 +73,10 @@ def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator
             continue
         with torch.no_grad():
             weights = {leaf: _on_the_grid(owner, leaf, fake) for leaf, fake in _weights(owner)}
-        bias = {"bias": _folded_bias(owner)} if isinstance(owner, Fused) else {}
+            bias = {"bias": owner.folded_bias()} if isinstance(owner, Fused) else {}
         frozen = rebuild(owner, type(owner), **weights, **bias)
+        if isinstance(frozen, Fused):
+            frozen.reads = ()
         if isinstance(frozen, nn.RNNBase):
             frozen.__dict__["_flat_weights"] = [getattr(frozen, name) for name in frozen._flat_weights_names]
         norm = frozen._modules.pop("bn", None)
@@ -100,17 +102,9 @@ def _weights(owner: nn.Module) -> list[tuple[str, FakeQuantize]]:
 
 
 def _on_the_grid(owner: nn.Module, leaf: str, fake: FakeQuantize) -> torch.Tensor:
-    weight = owner.scaled_weight() if isinstance(owner, Fused) else held_weight(owner, leaf)
-    found: torch.Tensor = fake.eval()(weight)
+    fake.eval()
+    found: torch.Tensor = owner.folded_weight() if isinstance(owner, Fused) else fake(held_weight(owner, leaf))
     return found
-
-
-def _folded_bias(module: Fused) -> torch.Tensor | None:
-    bn, scale = module.bn, module.folding_scale()
-    if bn is None or scale is None or bn.running_mean is None:
-        return None if module.bias is None else module.bias.detach()
-    bias = -bn.running_mean if module.bias is None else module.bias - bn.running_mean
-    return (bias * scale + (bn.bias if bn.affine else 0.0)).detach()
 
 
 def _freeze_value(node: fx.Node, fake: FakeQuantize, region: Region) -> Iterator[Change | Skip]:
@@ -146,7 +140,7 @@ def _frozen(fake: FakeQuantize) -> FakeQuantize:
     ).eval()
     for name in ("zero_point", "minimum", "maximum"):
         made.get_buffer(name).copy_(fake.get_buffer(name))
-    made.scale.copy_(fake.scale.detach().abs())
+    made.scale.copy_(fake.step)
     made.ready = fake.ready
     made.state = State.FROZEN
     return made

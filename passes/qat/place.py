@@ -11,7 +11,7 @@ from torch import nn
 from fxopt.contract import Change, Skip
 from fxopt.graph import Affine, GraphModule, Region, read_affine, source_of
 from fxopt.modules import FakeQuantize, Fused
-from passes.qat.insert import Activations, quantize_parameter, quantize_weight
+from passes.qat.insert import Activations, calls_fake_quantize, quantize_parameter, quantize_weight
 from passes.qat.placement import edge_layers, quantize_outputs
 from passes.qat.products import Factor, factors
 from passes.qat.scheme import Scheme
@@ -100,8 +100,22 @@ class _Placing:
         weight = quantize_weight(layer, self._scheme.for_weight, self._region)
         hint = str((node if layer.weight_node is None else layer.weight_node).target)
         value = self._quantize(node, layer.input, 0, "input", hint)
+        if self._target == "onnxruntime":
+            self._note_reader(node)
         if weight or value:
             yield Change(self._scheme.what(weight, value), self._region.qualified(node), source_of(node))
+
+    def _note_reader(self, node: fx.Node) -> None:
+        """Tell a convolution whose integers it reads, where onnxruntime rounds its bias to steps of both scales."""
+        module = self._region.submodule(node) if node.op == "call_module" else None
+        if not isinstance(module, Fused) or not isinstance(module, nn.modules.conv._ConvNd):
+            return
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1:
+            return  # it has a scale for each output of a group, and stays a float
+        source = node.all_input_nodes[0]
+        fake = self._region.submodule(source) if calls_fake_quantize(source, self._region) else None
+        if isinstance(fake, FakeQuantize) and fake not in module.reads:
+            module.reads = (*module.reads, fake)
 
     def _product(self, node: fx.Node, found: tuple[Factor, ...]) -> Iterator[Change | Skip]:
         name, weight, value = self._region.qualified(node), False, False

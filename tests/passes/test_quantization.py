@@ -103,10 +103,18 @@ class TestLearnedScale:
         expected = torch.where(inside, ratio.round() - ratio, ratio.clamp(-8, 7)).sum() / (len(x) * 7) ** 0.5
         assert_close(fake.scale.grad, expected)
 
-    def test_it_rounds_like_a_fixed_one(self) -> None:
-        x = torch.randn(5, 6)
-        fixed, learned = (FakeQuantize(4, axis=0, channels=5, learned=each) for each in (False, True))
-        assert_close(learned(x), fixed(x), 1e-6)
+    @given(st.sampled_from([2, 4, 8]), st.booleans(), st.floats(2**-13, 8, width=32), st.integers(0, 1 << 16))
+    @settings(max_examples=60, deadline=None)
+    def test_it_rounds_like_a_fixed_one_bit_by_bit(self, bits: int, symmetric: bool, width: float, seed: int) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        fixed, learned = (
+            FakeQuantize(bits, symmetric=symmetric, axis=0, channels=2, learned=each).eval() for each in (False, True)
+        )
+        for fake in (fixed, learned):
+            fake.observe(width * torch.tensor([[-0.3, 1.0], [-1.0, 0.7]]))
+        ties = fixed.scale.reshape(2, 1) * (torch.arange(-300, 300) / 2)
+        x = torch.cat([ties, width * torch.randn(2, 600, generator=chance)], 1)
+        assert torch.equal(learned(x), fixed(x))
 
     def test_training_it_reduces_the_error(self) -> None:
         x = heavy_tailed()[-2000:]
@@ -151,7 +159,7 @@ class TestState:
         x = torch.randn(4, 3, 8, 8)
         program = captured(nn.Sequential(ConvBlock(3, 4), nn.Flatten(), nn.Linear(256, 3)).eval(), (x,))
         rewrite(Fuse(), program)
-        rewrite(QAT(learned=learned), program)  # type: ignore[arg-type]
+        rewrite(QAT(learned=learned, target="onnxruntime"), program)  # type: ignore[arg-type]
         calibrate(program, [x])
         program.train()
         compiled = torch.compile(copy.deepcopy(program), fullgraph=True, backend="aot_eager")
@@ -317,6 +325,86 @@ class Outliers(nn.Module):
         return self.down(F.silu(self.gate(y)) * self.up(y))
 
 
+class TestBias:
+    """onnxruntime's convolutions hold the bias as an integer, in steps of both scales' product."""
+
+    def program(self, model: nn.Module, x: torch.Tensor, target: str = "onnxruntime") -> GraphModule:
+        program = captured(nn.Sequential(model).eval(), (x,))
+        rewrite(QAT(target=target), program)  # type: ignore[arg-type]
+        calibrate(program, [x])
+        return program
+
+    def layer(self, program: nn.Module) -> Fused:
+        return next(child for child in program.modules() if isinstance(child, Fused))
+
+    def steps(self, layer: Fused) -> torch.Tensor:
+        assert layer.weight_fake_quant is not None
+        (fake,) = layer.reads
+        bias = layer.folded_bias()
+        assert bias is not None
+        return bias.detach() / (fake.scale * layer.weight_fake_quant.scale)
+
+    def test_it_lies_on_the_grid_in_the_simulation_already(self) -> None:
+        torch.manual_seed(0)
+        program = self.program(nn.Conv2d(3, 4, 3), torch.randn(*IMAGES))
+        layer = self.layer(program)
+        steps = self.steps(layer)
+        assert_close(steps, steps.round(), 1e-6)
+        assert not torch.equal(layer.folded_bias(), layer.bias)
+        found = program(torch.randn(*IMAGES)).sum()
+        found.backward()
+        assert layer.bias.grad.abs().min() > 0, "the gradient passes straight through"
+
+    def test_a_copy_reads_the_quantiser_of_its_own_program(self) -> None:
+        program = self.program(nn.Conv2d(3, 4, 3), torch.randn(*IMAGES))
+        for duplicate in (copy.deepcopy(program), pickle.loads(pickle.dumps(program))):
+            layer = self.layer(duplicate)
+            assert layer.reads[0] in duplicate.modules()
+            assert layer.reads[0] not in program.modules()
+        assert not any("reads" in name for name in program.state_dict())
+
+    @pytest.mark.parametrize(
+        ("model", "target", "reads"),
+        [
+            pytest.param(nn.Conv2d(3, 4, 3), "openvino", 0, id="a runtime that keeps it a float"),
+            pytest.param(nn.Linear(8, 4), "onnxruntime", 0, id="a linear layer"),
+            pytest.param(nn.ConvTranspose2d(3, 4, 3), "onnxruntime", 1, id="transposed"),
+            pytest.param(nn.ConvTranspose2d(4, 4, 3, groups=2), "onnxruntime", 0, id="transposed, in groups"),
+        ],
+    )
+    def test_it_is_rounded_where_the_kernel_rounds_it(self, model: nn.Module, target: str, reads: int) -> None:
+        program = self.program(model, torch.randn(2, getattr(model, "in_channels", 4), 8, 8), target)
+        layer = self.layer(program)
+        assert len(layer.reads) == reads
+
+    def test_a_layer_that_reads_two_grids_keeps_a_float(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.conv(torch.tanh(self.conv(x)))
+
+        program = self.program(Twice(), torch.randn(*IMAGES))
+        layer = self.layer(program)
+        assert len(layer.reads) == 2
+        assert torch.equal(layer.folded_bias(), layer.bias)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_dtypes_stay(self, dtype: torch.dtype) -> None:
+        x = torch.randn(*IMAGES)
+        program = self.program(nn.Conv2d(3, 4, 3), x).to(dtype)
+        assert program(x.to(dtype)).dtype is dtype
+
+    def test_a_range_that_is_not_known_yet_rounds_nothing(self) -> None:
+        program = captured(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), (torch.randn(*IMAGES),))
+        rewrite(QAT(target="onnxruntime"), program)
+        layer = self.layer(program)
+        assert len(layer.reads) == 1
+        assert torch.equal(layer.folded_bias(), layer.bias)
+
+
 class TestPTQ:
     def quantised(self, model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
         passes = [Fuse(), PTQ(**options)]  # type: ignore[arg-type]
@@ -468,7 +556,7 @@ class TestFreeze:
         with torch.no_grad():
             simulated = program(x)
             outcome = rewrite(QuantizeFreeze(), program)
-            assert_close(outcome.module(x), simulated, 1e-4)
+            assert torch.equal(outcome.module(x), simulated)
         assert all(fake.state is State.FROZEN for fake in quantizers(program).values())
         for layer in program.modules():
             if isinstance(layer, Fused):
@@ -479,6 +567,21 @@ class TestFreeze:
         assert not rewrite(QuantizeFreeze(), program).changes
         restored = pickle.loads(pickle.dumps(program))
         assert_close(restored(x), program(x), 0)
+
+    def test_a_channel_that_its_norm_switched_off_stays_off(self) -> None:
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(*IMAGES)
+        nn.init.zeros_(model[1].weight[1:2])
+        nn.init.normal_(model[1].bias)
+        program = captured(model.train(), (x,))
+        rewrite(Fuse(), program)
+        rewrite(QAT(), program)
+        program(x)
+        program.eval()
+        with torch.no_grad():
+            simulated = program(x)
+            rewrite(QuantizeFreeze(), program)
+            assert torch.equal(program(x), simulated)
+            assert_close(simulated[:, 1], model[1].bias[1].expand_as(simulated[:, 1]))
 
     def test_functions_of_parameters_too(self) -> None:
         class Functional(nn.Module):
