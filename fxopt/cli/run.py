@@ -51,7 +51,8 @@ def run(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Lower the result: an engine by name, `auto` for the fastest, `all` to see them.", metavar="NAME"
+            help="Lower the result: `openvino{precision=bf16}` for one, `auto` for the fastest, `all` to see them.",
+            metavar="NAME",
         ),
     ] = None,
     max_error: Annotated[

@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 
 from fxopt import bench
 from fxopt.contract import Skip
+from fxopt.engines.eager import Eager
 from fxopt.engines.executable import Executable
 from fxopt.engines.exports import Exports
 from fxopt.engines.lower import after_passes, build
 from fxopt.engines.sparse import Sparse
-from fxopt.engines.table import find
+from fxopt.engines.table import find, written
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -101,7 +102,7 @@ class Ladder:
     """Engines, measured.
 
     Attributes:
-        asked: what for: the name of an engine, "auto" or "all".
+        asked: what for: an engine, "auto" or "all".
         rungs: in the order in which they were tried.
         chosen: the one to use; None where nothing was to be chosen.
         max_error: the relative error that was allowed; None for what each dtype allows.
@@ -132,8 +133,8 @@ def climb(
     """Build engines for a rewritten module, verify each, and measure them beside the original on the CPU.
 
     Args:
-        asked: the name of an engine, which is then chosen, beside `eager`; "auto" for all, of which the fastest is
-            chosen; "all" to choose none.
+        asked: an engine, such as `openvino{precision=bf16}`, which is then chosen, beside `eager`; "auto" for all, of
+            which the fastest is chosen; "all" to choose none.
         original: what they are held against, in latency and, by `oracle`, in outputs.
         rewritten: what they run.
         inputs: an example.
@@ -152,11 +153,12 @@ def climb(
     tell = progress or (lambda stage: None)
     judge = oracle or Oracle(rewritten, inputs, seed)
     rungs: list[Rung] = []
+    named = asked not in (AUTO, ALL)
     with Exports() as exports:
         for rung in _candidates(asked, rewritten):
             why_not = _why_not_built(rung, rungs)
             spent = (time.perf_counter() - began) / budget_seconds
-            if rungs and asked in (AUTO, ALL) and spent > (_SLOW_BUILDING if rung.compiles else _BUILDING):
+            if rungs and not named and spent > (_SLOW_BUILDING if rung.compiles else _BUILDING):
                 why_not = f"the budget of {budget_seconds:g} s was short"
             if why_not is not None:
                 rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))
@@ -164,9 +166,8 @@ def climb(
             tell(f"build {rung.label}")
             with exports.after(rung.passes):
                 rungs.append(_built(rung, rewritten, inputs, judge, max_error))
-    failed = next((rung for rung in rungs if rung.engine == asked and rung.dropped), None)
-    if failed is not None:
-        raise EngineError(failed.dropped)
+    if named and rungs[-1].dropped:
+        raise EngineError(rungs[-1].dropped)
     running = [rung for rung in rungs if not rung.dropped]
     if not running:
         raise EngineError(rungs[0].dropped)
@@ -177,7 +178,7 @@ def climb(
         left = until - time.perf_counter()
         each = max(left / (len(running) - count + 1), _SHORTEST_MEASUREMENT)
         rungs[rungs.index(rung)] = dataclasses.replace(rung, comparison=_compared(original, rung, inputs, each, seed))
-    chosen = next((rung for rung in rungs if rung.engine == asked), None)
+    chosen = rungs[-1] if named else None
     if asked == AUTO:
         left = until - time.perf_counter()
         chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, left, seed)
@@ -197,7 +198,7 @@ def check(asked: str) -> None:
 def _candidates(asked: str, module: GraphModule) -> Sequence[Rung]:
     if asked in (AUTO, ALL):
         return [rung for rung in _CANDIDATES if rung.engine != Sparse.name or _has_zeros(module)]
-    return [Rung(name) for name in dict.fromkeys(["eager", asked])]
+    return [Rung("eager")] if asked == Eager.name else [Rung("eager"), Rung(*written(asked))]
 
 
 def _why_not_built(rung: Rung, before: Sequence[Rung]) -> str | None:
@@ -216,7 +217,9 @@ def _has_zeros(module: GraphModule) -> bool:
 
 def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_error: float | None) -> Rung:
     if rung.is_rounded and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
-        return dataclasses.replace(rung, dropped="not built: bfloat16 needs a bound on the error, such as 1e-2")
+        return dataclasses.replace(
+            rung, dropped="not built: bfloat16 needs a bound on the error: give a max_error, such as 1e-2"
+        )
     before = _resident()
     began = time.perf_counter()
     try:

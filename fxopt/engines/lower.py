@@ -33,9 +33,10 @@ def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any
         inputs: an example: a tensor, a tuple of positional or a dict of keyword arguments.
         engine: its name: `onednn`, `eager`, `inductor`, `onnxruntime`, `openvino`, `sparse`, `cudnn`,
             `cublas`, `cudagraph`.
-        options: of the engine.
+        options: of the engine; text can hold them too: `openvino{precision=bf16}`.
 
     Raises:
+        SpecError: options in the name that do not fit.
         EngineError: an unknown engine or option, an engine that cannot run here or cannot take the module, a module
             in training mode, or outputs that differ by more than the engine may add.
         CaptureError: see `fxopt.capture`.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from fxopt import spec
 from fxopt.engines.contract import Engine
 from fxopt.engines.cublas import Cublas
 from fxopt.engines.cudagraph import CudaGraph
@@ -25,23 +26,38 @@ ENGINES: Mapping[str, type[Engine]] = MappingProxyType({kind.name: kind for kind
 """Engines by the name that `fxopt.lower` and `--engine` take."""
 
 
-def find(name: str, options: Mapping[str, Any]) -> Engine:
-    """An engine by name, with its options set.
+def written(text: str) -> tuple[str, dict[str, Any]]:
+    """What `openvino{precision=bf16}` means: the name of an engine, and options.
 
     Raises:
-        EngineError: for a name or an option that is not there, or an engine that cannot run here.
+        EngineError: for a name that is not there.
+        SpecError: for an option that is not there, or a value that does not fit.
     """
-    kind = ENGINES.get(name)
-    if kind is None:
+    name = text.partition("{")[0].strip()
+    if name not in ENGINES:
         close = difflib.get_close_matches(name, ENGINES, n=1)
         meant = f"did you mean '{close[0]}'? " if close else ""
         raise EngineError(f"unknown engine '{name}'; {meant}there are {', '.join(ENGINES)}")
+    return (name, {}) if text == name else spec.read_options(text, ENGINES, "engine")
+
+
+def find(text: str, options: Mapping[str, Any]) -> Engine:
+    """An engine by name, with its options set: those in braces behind the name, and `options`.
+
+    Raises:
+        EngineError: for a name or an option that is not there, or an engine that cannot run here.
+        SpecError: see `written`.
+    """
+    name, given = written(text)
+    kind = ENGINES[name]
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for option in options:
         if option not in known:
             there = f"its options are {', '.join(known)}" if known else "it has no options"
             raise EngineError(f"engine '{name}' has no option '{option}'; {there}")
-    engine = kind(**options)
+        if option in given:
+            raise EngineError(f"engine '{name}': option '{option}' is given twice, in '{text}' too")
+    engine = kind(**given, **options)
     reason = engine.unavailable()
     if reason is not None:
         raise EngineError(f"engine '{name}' cannot run here: {reason}")

@@ -69,13 +69,12 @@ def describe(pass_class: type[Pass]) -> PassDescription:
     )
 
 
-def option_fields(pass_class: type[Pass]) -> tuple[dataclasses.Field[Any], ...]:
+def option_fields(pass_class: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     """The fields that are options, in order."""
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(pass_class)  # type: ignore[arg-type]
-    return tuple(field for field in fields if field.init)
+    return tuple(field for field in dataclasses.fields(pass_class) if field.init)
 
 
-def option_types(pass_class: type[Pass]) -> dict[str, Any]:
+def option_types(pass_class: type[Any]) -> dict[str, Any]:
     """The types of the options by name."""
     try:
         return typing.get_type_hints(pass_class)

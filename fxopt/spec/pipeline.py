@@ -49,13 +49,30 @@ def find(name: str, known: Mapping[str, type[Pass]] | None = None) -> type[Pass]
     raise SpecError(f"unknown pass '{name}'{meant}")
 
 
+def read_options(text: str, known: Mapping[str, type[Any]], kind: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options that `text` gives to one thing that is no pass: `openvino{precision=bf16}`.
+
+    Args:
+        text: a name that is known, and options in braces.
+        known: dataclasses by name; their fields are the options.
+        kind: what such a thing is called.
+
+    Raises:
+        SpecError: as of `parse`.
+    """
+    call, *rest = read(text)
+    if rest:
+        raise rest[0].span.error(f"expected one {kind}")
+    return call.name.value, _options(call, known[call.name.value], kind)
+
+
 def _make(call: Call, known: Mapping[str, type[Pass]]) -> Pass:
     name = call.name.value
     try:
         pass_class = find(name, known)
     except SpecError as error:
         raise call.name.span.error(str(error)) from None
-    options = _options(call, pass_class)
+    options = _options(call, pass_class, "pass")
     missing = [
         field.name
         for field in option_fields(pass_class)
@@ -70,25 +87,24 @@ def _make(call: Call, known: Mapping[str, type[Pass]]) -> Pass:
         raise call.span.error(str(error)) from error
 
 
-def _options(call: Call, pass_class: type[Pass]) -> dict[str, Any]:
-    types = option_types(pass_class)
-    names = [field.name for field in option_fields(pass_class)]
+def _options(call: Call, kind_class: type[Any], kind: str) -> dict[str, Any]:
+    of = f"{kind} '{call.name.value}'"
+    types = option_types(kind_class)
+    names = [field.name for field in option_fields(kind_class)]
     options: dict[str, Any] = {}
     for key, value in call.options.entries:
         option = key.value if key.value in names else key.value.replace("-", "_")
         if option not in names:
-            raise key.span.error(f"pass '{pass_class.name}' has no option '{key.value}'{_meant(option, names)}")
+            raise key.span.error(f"{of} has no option '{key.value}'{_meant(option, names)}")
         if option in options:
-            raise key.span.error(f"option '{option}' of pass '{pass_class.name}' is given twice")
+            raise key.span.error(f"option '{option}' of {of} is given twice")
         try:
             options[option] = coerce(value, types[option])
         except Mismatch as mismatch:
             given = mismatch.at.span
             shown = given.text[given.start : given.end]
             hint = f"; {mismatch.hint}" if mismatch.hint else ""
-            raise given.error(
-                f"option '{option}' of pass '{pass_class.name}' is {mismatch.expected}, not {shown}{hint}"
-            ) from mismatch
+            raise given.error(f"option '{option}' of {of} is {mismatch.expected}, not {shown}{hint}") from mismatch
     return options
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from fxopt import Inputs
 from fxopt.engines import ENGINES, Built, Engine, Sizes
 from fxopt.engines.lower import build
 from fxopt.engines.onednn import OneDNN
-from fxopt.errors import ArtifactError, EngineError
+from fxopt.errors import ArtifactError, EngineError, SpecError
 from fxopt.verify import relative_error
 from tests.models import DYNAMIC, STATIC, Case, StagedCNN
 
@@ -238,11 +239,16 @@ def test_sizes_that_an_engine_fixes_are_held(cnn: tuple[nn.Module, torch.Tensor]
         ({"engine": "onedn"}, "unknown engine 'onedn'; did you mean 'onednn'"),
         ({"engine": "eager", "threads": 2}, "engine 'eager' has no option 'threads'"),
         ({"engine": "onednn", "tune": 2}, "no option 'tune'; its options are tune_seconds"),
+        ({"engine": "onedn{tune=2}"}, "unknown engine 'onedn'; did you mean 'onednn'"),
+        ({"engine": "onednn{tune=2}"}, "engine 'onednn' has no option 'tune'; did you mean 'tune_seconds'?"),
+        ({"engine": "onednn{tune_seconds=fast}"}, "option 'tune_seconds' of engine 'onednn' is number, not fast"),
+        ({"engine": "onednn{tune_seconds=1},eager"}, "expected one engine"),
+        ({"engine": "onednn{tune_seconds=1}", "tune_seconds": 2}, "option 'tune_seconds' is given twice"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = cnn
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises((EngineError, SpecError), match=re.escape(message)):
         fxopt.lower(model, x, **arguments)
 
 

@@ -19,6 +19,7 @@ from fxopt.artifact import save
 from fxopt.bench import Verdict
 from fxopt.engines import Executable, exports, ladder
 from fxopt.engines.ladder import Ladder, Rung, climb
+from fxopt.engines.onednn import OneDNN
 from fxopt.errors import EngineError
 from fxopt.verify import TOLERANCE, Oracle
 from passes import QAT
@@ -98,6 +99,17 @@ def test_a_name_takes_that_one_though_it_is_slower(measured: dict[Any, float]) -
     assert found.chosen.engine == "onednn"
 
 
+def test_a_name_takes_options_in_braces(measured: dict[Any, float]) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    chosen = run("onednn{tune_seconds=0}").chosen
+    assert chosen is not None
+    assert chosen.label == "onednn{tune_seconds=0.0}"
+    assert chosen.executable is not None
+    assert chosen.executable.engine == OneDNN(tune_seconds=0.0)
+    with pytest.raises(EngineError, match="bfloat16 needs a bound on the error"):
+        run("openvino{precision=bf16}")
+
+
 def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(ladder, "_error", lambda e, _: (3e-3 if e.engine.name == "onednn" else 0.0, 1e-4))
@@ -130,7 +142,7 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
         "",
         "RuntimeError: out of luck",
         "engine 'cudnn' cannot run here: there is no CUDA device",
-        "not built: bfloat16 needs a bound on the error, such as 1e-2",
+        "not built: bfloat16 needs a bound on the error: give a max_error, such as 1e-2",
     ]
 
 
@@ -214,7 +226,9 @@ def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
 def test_no_layer_runs_in_bfloat16_unasked(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST))
-    assert run("auto").rungs[2].dropped == "not built: bfloat16 needs a bound on the error, such as 1e-2"
+    assert (
+        run("auto").rungs[2].dropped == "not built: bfloat16 needs a bound on the error: give a max_error, such as 1e-2"
+    )
 
 
 @pytest.mark.parametrize(("error", "said"), [(1e-5, "not built: the error of onednn is allowed"), (1e-2, "")])
