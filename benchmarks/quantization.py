@@ -222,8 +222,8 @@ def render(record: Row) -> str:
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, torch {machine['torch']}, "
         f"{machine['os']}: `python benchmarks/quantization.py`. Random weights.",
         "",
-        "Speed-up over eager float32 at batch 1 with its 95 % interval, SQNR against it over 16 inputs (and that of the "
-        "simulation in torch), and the runtime's file against the float weights.",
+        "Speed-up over eager float32 at batch 1 with its 95 % interval, SQNR against it over 16 inputs (and that of "
+        "the simulation in torch), and the runtime's file against the float weights.",
         "",
         tabulate(table, ["", *models], tablefmt="github", disable_numparse=True),
         "",
