@@ -25,8 +25,8 @@ class QuantizeFreeze(Pass):
 
         bn( op(x, Q(W s) / s) + b )   =>   op(x, W') + b'     W' = Q(W s)     b' = (b - mean) s + beta
 
-    Outputs stay those of the model in evaluation mode. Quantisers stay too, frozen: they tell a runtime the
-    scales. What never observed anything is taken out, since no runtime could know its range.
+    Outputs stay those of the model in evaluation mode, which computes the same already. Quantisers stay too, frozen:
+    they tell a runtime the scales. What never observed anything is taken out, since no runtime could know its range.
 
     Source: Jacob et al. 2018, section 3.2.
     """
