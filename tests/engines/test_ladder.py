@@ -30,6 +30,7 @@ from tests.report.record_example import comparison
 
 CASE = STATIC["staged_cnn"]
 HERE = (Rung("eager"), Rung("onednn"))
+ALL_RUNGS = ladder._CANDIDATES
 
 
 @pytest.fixture
@@ -351,6 +352,22 @@ def test_what_compiles_is_begun_early_or_not_at_all(
     ]
     build_seconds["eager"] = 10
     assert not any(rung.dropped for rung in run("auto", budget_seconds=60).rungs)
+
+
+@pytest.mark.parametrize(("max_error", "first"), [(None, "openvino"), (1e-2, "openvino{precision=bf16}")])
+def test_a_budget_that_is_short_goes_to_what_wins_most_often(
+    max_error: float | None,
+    first: str,
+    measured: dict[Any, float],
+    build_seconds: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs("openvino")
+    measured |= {"eager": 1.0, "openvino": 0.4}
+    monkeypatch.setattr(ladder, "_CANDIDATES", ALL_RUNGS)
+    build_seconds["openvino"] = 60
+    rungs = run("auto", max_error=max_error, budget_seconds=60).rungs
+    assert [rung.label for rung in rungs if rung.executable is not None] == ["eager", first]
 
 
 def test_builds_that_take_too_long_leave_time_to_measure(
