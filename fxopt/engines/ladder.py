@@ -142,8 +142,8 @@ def climb(
         oracle: knows what the outputs should be; None where passes changed them on purpose: then the rewritten module
             does.
         max_error: the largest relative error of outputs; None for what each dtype allows.
-        budget_seconds: for builds and measurements. A build that has begun is finished, and what was built is
-            measured for two fifths of the budget, however long it took.
+        budget_seconds: for builds and measurements. A build that has begun is finished, one engine beside eager is
+            built in any case, and what was built is measured for two fifths of the budget, however long it took.
         seed: of the order of the pairs, and of random inputs.
         progress: told what begins.
 
@@ -159,7 +159,10 @@ def climb(
         for rung in _candidates(asked, rewritten):
             why_not = _why_not_built(rung, rungs)
             spent = (time.perf_counter() - began) / budget_seconds
-            if rungs and not named and spent > (_SLOW_BUILDING if rung.compiles else _BUILDING):
+            # However short it is, there is to be something to choose beside eager.
+            rivals = any(not one.dropped for one in rungs[1:])
+            late = spent > (_SLOW_BUILDING if rung.compiles else _BUILDING)
+            if rungs and not named and late and (rivals or rung.compiles):
                 why_not = f"the budget of {budget_seconds:g} s was short"
             if why_not is not None:
                 rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))

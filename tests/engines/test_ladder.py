@@ -263,10 +263,16 @@ def test_sparse_kernels_are_tried_where_there_are_zeros(
     assert [rung["engine"] for rung in result.record["engines"]["rungs"]] == ["eager"] + ["sparse"] * tried
 
 
-def test_builds_stop_when_the_budget_is_short(measured: dict[Any, float]) -> None:
+@pytest.mark.parametrize("holds", [True, False])
+def test_builds_stop_when_the_budget_is_short_and_there_is_something_to_choose(
+    holds: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    found = run("auto", budget_seconds=1e-9)
-    assert all("the budget of 1e-09 s was short" in rung.dropped for rung in found.rungs[1:])
+    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("eager"), Rung("onednn", {"tune_seconds": 0.0}), Rung("onednn")))
+    monkeypatch.setattr(ladder, "_error", lambda e, _: (0.0 if holds or e.engine != OneDNN(0.0) else 1.0, 1e-4))
+    _, first, second = run("auto", budget_seconds=1e-9).rungs
+    assert bool(first.dropped) is not holds
+    assert second.dropped == ("not built: the budget of 1e-09 s was short" if holds else "")
 
 
 def test_an_unknown_engine_is_refused_before_anything_runs() -> None:
