@@ -36,7 +36,10 @@ def left_floats(path: Path) -> tuple[Skip, ...]:
         if node.op_type in ("LSTM", "GRU"):
             reason = "onnxruntime has no integer kernel for it; its weights are integers in the file alone"
         elif all(quantised):
-            reason = "its input and weight are integers, but its output is not, or there is no integer kernel for it"
+            reason = (
+                "its input and weight are integers, but its output is not, which `target=onnxruntime` of 'qat' and "
+                "'ptq' sees to, or there is no integer kernel for it"
+            )
         elif quantised[-1]:
             reason = "its input is not quantised"
         elif sources[-1] is not None:

@@ -281,7 +281,9 @@ class TestIntegers:
         module, x = self.frozen("generic")
         reasons = [skip.reason for skip in fxopt.lower(module, x, "onnxruntime").reasons]
         assert any(
-            "Conv runs in floats: its input and weight are integers, but its output is not" in r for r in reasons
+            "Conv runs in floats: its input and weight are integers, but its output is not, which `target=onnxruntime`"
+            in r
+            for r in reasons
         )
 
     def test_narrow_integers_are_judged_by_the_models_own_rounding_and_stay_integers(self) -> None:
