@@ -1,4 +1,4 @@
-"""OpenVINO: a batch in pieces where rows are computed by themselves, and only there; what mixed precision rounds."""
+"""OpenVINO: a batch in pieces where rows are independent, what mixed precision rounds, and what runs on integers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fxopt.engines import Executable
 from fxopt.engines.openvino import mixed
 from fxopt.engines.openvino import rows as choosing
 from fxopt.errors import EngineError
+from passes import PTQ, QuantizeFreeze
 from tests.engines.test_others import needs
 
 
@@ -155,3 +156,25 @@ def test_an_openvino_that_cannot_keep_operators_in_float32_says_so(monkeypatch: 
     monkeypatch.setattr(mixed, "_MARKED", mixed._MARKED.replace(mixed._ATTRIBUTE, "NeverHeardOf"))
     with pytest.raises(EngineError, match="this version can't keep operators in float32; upgrade it"):
         fxopt.lower(nn.Linear(3, 2).eval(), torch.randn(2, 3), "openvino", precision="mixed")
+
+
+class Patches(nn.Module):
+    """A convolution and a linear layer of as many channels, whose zero points are one constant of the exported file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return torch.as_tensor(tokens + self.down(torch.relu(self.up(tokens))))
+
+
+def test_layers_that_share_zero_points_run_on_integers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    passes = [PTQ(target="openvino"), QuantizeFreeze()]
+    frozen = fxopt.optimize(Patches().eval(), x, passes, devices=(), calibration_data=[x]).module
+    reasons = [skip.reason for skip in fxopt.lower(frozen, x, "openvino").reasons]
+    assert reasons == ["operators on integers: 2 FullyConnected, 1 Convolution"]

@@ -10,6 +10,7 @@ import torch
 
 from fxopt.engines.openvino.mixed import keep_in_float32
 from fxopt.engines.openvino.session import Pieces, Session, Whole
+from fxopt.engines.openvino.zero_points import drop_zero_points
 
 Shapes = tuple[torch.Size, ...]
 
@@ -38,6 +39,7 @@ class Model:
         self.rows = 0
         self._core = openvino.Core()
         self.read = self._core.read_model(path)
+        drop_zero_points(self.read)
         if precision == "mixed":
             keep_in_float32(self._core, self.read)
         hint = "f32" if precision == "f32" else "bf16"
