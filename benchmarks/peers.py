@@ -18,9 +18,7 @@ import ctypes
 import dataclasses
 import gc
 import json
-import math
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -35,19 +33,16 @@ import torch
 from peers_report import plot, render
 from torch import nn
 from torch.utils import _pytree as pytree
+from turns import Run, in_turns
 from zoo_models.memory import begin_peak, peak
 
 import fxopt
 from fxopt import Inputs, bench, spec
-from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.surroundings import quiet
-from fxopt.bench.timer import CpuTimer
 from fxopt.engines import climb
 from fxopt.pipeline import replay
 from fxopt.torchvision_operators import declare_missing
 from fxopt.verify import Oracle, relative_error
-
-Run = Callable[[], Any]
 
 CONVOLUTIONS = (
     "resnet18",
@@ -63,9 +58,6 @@ TRANSFORMERS = ("deit_small", "swin_t", "bert", "gpt2")
 MODELS = (*CONVOLUTIONS, *TRANSFORMERS)
 BATCHES = (1, 8)
 _ROW_SECONDS = 1800
-_FEWEST_ROUNDS = 8
-_SHORTEST_SAMPLE = 10e-3
-"""Seconds."""
 
 
 def main() -> None:
@@ -309,7 +301,7 @@ def measure(name: str, batch: int, *, seconds: float, budget: float, only: Seque
             except Exception as error:  # a peer that can't take a model is a result too
                 text = (str(error).strip().splitlines() or [""])[0]
                 arms[arm] = {"failed": f"{type(error).__name__}: {text[:200]}"}
-        times = _in_turns(runs, seconds)
+        times = in_turns(runs, seconds)
     for arm, taken in times.items():
         arms[arm] |= {"ms": 1e3 * statistics.median(taken), "times": [round(one, 7) for one in taken]}
     return {
@@ -336,30 +328,6 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     if hasattr(output, "to_tuple"):
         output = output.to_tuple()
     return [torch.as_tensor(leaf) for leaf in pytree.tree_leaves(output) if hasattr(leaf, "shape")]
-
-
-def _in_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Rounds of all arms, in an order drawn at random and then in the reverse one."""
-    timer, order, drawn = CpuTimer(), list(runs), random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    calls: dict[str, int] = {}
-    for name, run in runs.items():
-        shortest = min(timer.time(run, 1).seconds for _ in range(3))
-        calls[name] = max(1, math.ceil(_SHORTEST_SAMPLE / shortest))
-    began, rounds = time.perf_counter(), 0
-    while rounds < _FEWEST_ROUNDS or time.perf_counter() - began < seconds:
-        if rounds % 2:
-            order.reverse()
-        else:
-            drawn.shuffle(order)
-        for name in order:
-            # Threads of the arm before spin for a while, and its data is in the caches. A user calls one model again
-            # and again, so the first call here is not timed.
-            wait_until_idle()
-            runs[name]()
-            times[name].append(timer.time(runs[name], calls[name]).seconds)
-        rounds += 1
-    return times
 
 
 def _versions() -> dict[str, str]:

@@ -3,11 +3,11 @@
     python benchmarks/quantization.py [--out benchmarks/results] [--budget 4] [--forms FORM ...] [MODEL ...]
 
 Each model is quantised after training (random weights, random calibration data: the speed and the parity of the file do
-not depend on them, accuracy does) and frozen, then run by each engine that is installed. Every row is compared with
-eager float32 in interleaved pairs. SQNR is that of the outputs for 16 inputs against the float model's: of the file, of
-its simulation in torch, and of the one against the other. Of bert-base only the file is weighed. Training steps and the
-time for insertion follow; all of it takes about a quarter of an hour on two cores. The record is written after each
-row, and what is in it is not measured again.
+not depend on them, accuracy does) and frozen, then run by each engine that is installed. All forms of a model and eager
+float32 are timed in turns, by blocks of calls. SQNR is that of the outputs for 16 inputs against the float model's: of
+the file, of its simulation in torch, and of the one against the other. Of bert-base only the file is weighed. Training
+steps and the time for insertion follow; all of it takes about a quarter of an hour on two cores. The record is written
+after each model, and what is in it is not measured again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,9 +28,12 @@ import torch.nn.functional as F
 from quantization_models import BERT, MODELS
 from tabulate import tabulate
 from torch import nn
+from turns import Run, in_turns
 
 import fxopt
 from fxopt import bench
+from fxopt.bench.statistics import paired_interval
+from fxopt.bench.surroundings import quiet
 from fxopt.errors import EngineError
 from passes import PTQ, QAT, Clean, Fuse, QuantizeFreeze
 
@@ -41,6 +45,7 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "openvino, float32": ("openvino", "float", {}),
     "openvino, bf16": ("openvino", "float", {"precision": "bf16"}),
     "openvino, int8": ("openvino", "openvino", {}),
+    "openvino, int8 and bf16": ("openvino", "openvino", {"precision": "bf16"}),
     "inductor, int8": ("inductor", "inductor", {}),
 }
 _MODEL_FILES = (".onnx", ".data", ".bin")
@@ -62,31 +67,32 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="those named alone, and neither of the costs")
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, metavar="FORM")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each comparison")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for each form")
     parser.add_argument("--costs", action="store_true", help="measure training and inserting, whatever is named")
     options = parser.parse_args()
     path = options.out / "quantization.json"
     record = json.loads(path.read_text()) if path.exists() else {"models": {}, "costs": {}}
     record["machine"] = dataclasses.asdict(bench.fingerprint())
 
-    def add(section: Row, name: str, measured: Callable[[], Row]) -> None:
-        if "not_measured" not in section.get(name, {"not_measured": "yet"}):
+    def add(section: Row, names: Sequence[str], measured: Callable[[Sequence[str]], Row]) -> None:
+        missing = [name for name in names if "not_measured" in section.get(name, {"not_measured": "yet"})]
+        if not missing:
             return
-        section[name] = measured()
+        section |= measured(missing)
         options.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (options.out / "quantization.md").write_text(render(record), encoding="utf-8")
-        print(section[name].get("model", ""), name, json.dumps(section[name]), flush=True)
+        for name in missing:
+            print(section[name].get("model", ""), name, json.dumps(section[name]), flush=True)
 
     for name in options.models or MODELS:
-        model = functools.cache(functools.partial(Subject, name))
         rows = record["models"].setdefault(name, {})
-        for form in [_WEIGHED] if name == BERT else options.forms:
-            add(rows, form, lambda form=form, model=model: model().row(form, options.budget))  # type: ignore[misc]
+        forms = [_WEIGHED] if name == BERT else options.forms
+        add(rows, forms, lambda missing, name=name: Subject(name).rows(missing, options.budget))  # type: ignore[misc]
     if options.costs or not options.models:
-        for name, spec in _TRAINING.items():
-            add(record["costs"], name, lambda spec=spec: training(spec, options.budget * _STEPS))  # type: ignore[misc]
-        add(record["costs"], "insertion", insertion)
+        costs = {name: functools.partial(training, spec, options.budget * _STEPS) for name, spec in _TRAINING.items()}
+        for name, measured in {**costs, "insertion": insertion}.items():
+            add(record["costs"], [name], lambda missing, run=measured: {missing[0]: run()})  # type: ignore[misc]
     print(render(record))
 
 
@@ -122,29 +128,44 @@ class Subject:
             return [torch.randn(shape) for _ in range(count)]
         return [torch.randint(0, 30000, shape) for _ in range(count)]
 
-    def row(self, form: str, budget: float) -> Row:
-        """One form of the model beside eager float32."""
+    def rows(self, forms: Sequence[str], budget: float) -> dict[str, Row]:
+        """Forms of the model, timed beside eager float32 with `budget` seconds for each."""
+        rows: dict[str, Row] = {}
+        runs: dict[str, Run] = {}
+        for form in forms:
+            try:
+                rows[form], executable = self._built(form)
+            except EngineError as error:
+                rows[form] = {"not_measured": str(error)}
+                continue
+            runs[form] = functools.partial(executable, self.inputs)
+        if self.name == BERT:
+            return rows
+        eager = functools.partial(self.model, self.inputs)
+        with quiet(torch.device("cpu")):
+            times = in_turns({"eager": eager, "again": eager, **runs}, budget * len(runs))
+        noise = paired_interval(times["eager"], times["again"]).reach
+        for form in runs:
+            found = paired_interval(times["eager"], times[form])
+            medians = {"before_ms": 1e3 * median(times["eager"]), "after_ms": 1e3 * median(times[form])}
+            rows[form] |= medians | dataclasses.asdict(found) | {"noise_floor": noise, "rounds": len(times[form])}
+        return rows
+
+    def _built(self, form: str) -> tuple[Row, fxopt.Executable]:
+        """What is known of a form but its latency."""
         engine, target, engine_options = FORMS[form]
-        try:
-            executable = fxopt.lower(self.graph(target), self.inputs, engine=engine, **engine_options)
-            built = executable.build_seconds
-        except EngineError as error:
-            return {"not_measured": str(error)}
+        executable = fxopt.lower(self.graph(target), self.inputs, engine=engine, **engine_options)
         deployed, simulated = self.outputs(executable), self.outputs(self.graph(target))
-        found = {
+        return {
             "model": self.name,
-            "build_seconds": built,
+            "build_seconds": executable.build_seconds,
             "sqnr_db": sqnr(deployed, self.wanted),
             "simulated_sqnr_db": sqnr(simulated, self.wanted),
             "sqnr_to_simulation_db": sqnr(deployed, simulated),
             "float_bytes": sum(each.numel() * each.element_size() for each in self.model.parameters()),
             "file_bytes": size(executable) or None,
             "reasons": [f"{skip.where}: {skip.reason}" for skip in executable.reasons[:1]],
-        }
-        if self.name != BERT:
-            # Its own call, since a copy would have to be built again.
-            found |= times(fxopt.compare(self.model, executable.forward, self.inputs, budget_seconds=budget))
-        return found
+        }, executable
 
 
 def training(spec: str, budget: float) -> Row:
@@ -222,8 +243,9 @@ def render(record: Row) -> str:
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, torch {machine['torch']}, "
         f"{machine['os']}: `python benchmarks/quantization.py`. Random weights.",
         "",
-        "Speed-up over eager float32 at batch 1 with its 95 % interval, SQNR against it over 16 inputs (and that of "
-        "the simulation in torch), and the runtime's file against the float weights.",
+        "Speed-up over eager float32 at batch 1 with its 95 % interval, all called again and again in turns; SQNR "
+        "against it over 16 inputs (and that of the simulation in torch), and the runtime's file against the float "
+        "weights.",
         "",
         tabulate(table, ["", *models], tablefmt="github", disable_numparse=True),
         "",
@@ -252,9 +274,9 @@ def cell(row: Row | None, form: str) -> str:
     parts = []
     if "ratio" in row:
         parts.append(f"{1 / row['ratio']:.2f} [{1 / row['high']:.2f}, {1 / row['low']:.2f}]")
-    if form.endswith("bf16"):
+    if form.endswith(", bf16"):
         parts.append(f"{row['sqnr_db']:.1f} dB")
-    if form.endswith("int8"):
+    if "int8" in form:
         parts.append(f"{row['sqnr_db']:.1f} ({row['simulated_sqnr_db']:.1f}) dB")
     if form.endswith("int8") and row["file_bytes"]:
         parts.append(f"{row['float_bytes'] / row['file_bytes']:.2f}x smaller")

@@ -98,10 +98,17 @@ def _export(module: GraphModule, inputs: Inputs, shapes: Any) -> torch.onnx.ONNX
     assert program is not None
     if len(program.model.graph.inputs) != len(inputs.tensors):
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
-    for node in program.model.graph.all_nodes():
-        # Stack traces of the exporter, a tenth of the file of a small quantised model.
-        node.metadata_props.clear()
+    _drop_metadata(program.model)
     return program
+
+
+def _drop_metadata(model: Any) -> None:
+    """Take out what the exporter notes of itself, stack traces above all: a tenth of the file of a small int8 model."""
+    graph = model.graph
+    noted = [model, graph, *graph.all_nodes(), *graph.inputs, *graph.initializers.values()]
+    noted += [output for node in graph.all_nodes() for output in node.outputs]
+    for one in noted:
+        one.metadata_props.clear()
 
 
 @contextlib.contextmanager
