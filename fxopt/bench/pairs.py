@@ -25,8 +25,11 @@ from fxopt.inputs import Inputs
 
 _ENOUGH_PAIRS = 30
 _MOST_PAIRS = 1000
+_MOST_CALLS = 10_000
 _WARM_UP = 0.1
 """Share of the budget."""
+_LONG_CALL = 0.05
+"""Seconds: to fill the caches of a CPU anew takes a few milliseconds, which hardly count in a longer call."""
 
 Progress = Callable[[float], None]
 """Told the share of the work that is done, from 0 to 1."""
@@ -53,8 +56,9 @@ def compare(
     Each round times both, and a copy of the first, in an order drawn at random and then in the reverse one, so
     that drift, warm caches and periodic disturbances hit all alike. The copy tells how large a difference noise
     alone makes here, and no smaller one is called a difference. Each begins once no thread runs any more that the one
-    before has left. Copies run, in the mode that each module is in; the modules themselves, random states and threads
-    stay as they are.
+    before has left. On a CPU short calls are timed behind one that is not, where the budget allows that: where a
+    module is used it is called again and again, and finds its weights in the caches. Copies run, in the mode that each
+    module is in; the modules themselves, random states and threads stay as they are.
 
     Args:
         before: a module, or anything to be called.
@@ -101,8 +105,12 @@ def compare(
         peaks = {name: _peak(arms[name], place) for name in ("before", "after")}
         for arm in arms.values() if graph else ():
             arm.replay_graph()
-        calls = _warm_up(arms, clock, start, budget_seconds, most=1 if writes else 10_000)
-        samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, seed, progress)
+        shortest = _warm_up(arms, clock, start, budget_seconds)
+        calls = 1 if writes else max(1, min(math.ceil(SHORTEST_SAMPLE / max(shortest, 1e-9)), _MOST_CALLS))
+        # Where the budget is short, more pairs tell more.
+        affordable = budget_seconds > _ENOUGH_PAIRS * len(arms) * (calls + 1) * shortest
+        lead = place.type == "cpu" and not writes and shortest < _LONG_CALL and affordable
+        samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, lead, seed, progress)
         seconds, had_threads = clock.now() - start, torch.get_num_threads()
     return _conclude(
         samples,
@@ -118,18 +126,24 @@ def compare(
     )
 
 
-def _sample(arm: Arm, timer: Timer, calls: int) -> Sample:
-    return arm.under(lambda call: timer.time(call, calls))
+def _sample(arm: Arm, timer: Timer, calls: int, lead: bool = False) -> Sample:
+    """Time so many calls together, behind one that is not timed where `lead` asks for it."""
+
+    def measure(call: Callable[[], object]) -> Sample:
+        if lead:
+            call()
+        return timer.time(call, calls)
+
+    return arm.under(measure)
 
 
-def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float, most: int) -> int:
-    """Run all arms until their share of the budget is spent; how many calls to time at once."""
+def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float) -> float:
+    """Run all arms until their share of the budget is spent; the seconds of the shortest call."""
     shortest = math.inf
     while True:
         shortest = min(shortest, *(_sample(arm, timer, 1).seconds for arm in arms.values()))
         if timer.now() - start > _WARM_UP * budget:
-            break
-    return max(1, min(math.ceil(SHORTEST_SAMPLE / max(shortest, 1e-9)), most))
+            return shortest
 
 
 def _take_pairs(
@@ -140,6 +154,7 @@ def _take_pairs(
     budget: float,
     margin: float,
     calls: int,
+    lead: bool,
     seed: int,
     progress: Progress | None,
 ) -> dict[str, list[Sample]]:
@@ -154,7 +169,7 @@ def _take_pairs(
             order_of.shuffle(order)
         for name in order:
             rests = rests and wait_until_idle()
-            samples[name].append(_sample(arms[name], timer, calls))
+            samples[name].append(_sample(arms[name], timer, calls, lead))
         count += 1
         spent = (timer.now() - start) / budget
         if progress is not None:

@@ -25,6 +25,7 @@ class Clock:
         self.seconds = 0.0
         self.preempted = preempted
         self.order: list[str] = []
+        self.last: nn.Module | None = None
 
     def __deepcopy__(self, memo: object) -> Clock:
         return self
@@ -108,7 +109,7 @@ def test_a_clock_that_falls_is_told() -> None:
             return Tires(self.clock, self.seconds)
 
     clock = Clock()
-    found = compare(Tires(clock, 0.01), Tires(clock, 0.005), torch.zeros(1), timer=clock, budget_seconds=2)
+    found = compare(Tires(clock, 0.01), Tires(clock, 0.005), torch.zeros(1), timer=clock, budget_seconds=4)
     assert found.verdict is Verdict.FASTER
     assert any("the machine's speed changed meanwhile" in note for note in found.notes)
     assert not fake(0.005).notes
@@ -137,6 +138,33 @@ def test_short_calls_are_timed_together() -> None:
     found = compare(Takes(clock, 1e-5), Takes(clock, 2e-5), torch.zeros(1), pairs=6, budget_seconds=0.01, timer=clock)
     assert found.calls in (400, 401)
     assert found.before_ms == pytest.approx(0.01)
+
+
+class FindsCachesCold(Takes):
+    """Takes twice as long in the first call after one of another module."""
+
+    def __deepcopy__(self, memo: object) -> FindsCachesCold:
+        return FindsCachesCold(self.clock, self.seconds)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last, self.clock.last = self.clock.last, self
+        self.clock.seconds += 0.0 if last is self else self.seconds
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "timed"),
+    [
+        pytest.param(0.01, 10.0, 0.01, id="a short call is timed as it is when it is repeated"),
+        pytest.param(0.01, 0.1, 0.02, id="but not where the budget is short"),
+        pytest.param(0.1, 100.0, 0.2, id="nor where it is long, and caches matter little"),
+    ],
+)
+def test_what_another_module_leaves_in_the_caches(seconds: float, budget: float, timed: float) -> None:
+    clock = Clock()
+    module, other = FindsCachesCold(clock, seconds), FindsCachesCold(clock, seconds)
+    found = compare(module, other, torch.zeros(1), timer=clock, budget_seconds=budget)
+    assert found.after_ms == pytest.approx(1e3 * timed)
 
 
 def test_order_is_drawn_and_then_reversed() -> None:
