@@ -178,3 +178,17 @@ def test_layers_that_share_zero_points_run_on_integers() -> None:
     frozen = fxopt.optimize(Patches().eval(), x, passes, devices=(), calibration_data=[x]).module
     reasons = [skip.reason for skip in fxopt.lower(frozen, x, "openvino").reasons]
     assert reasons == ["operators on integers: 2 FullyConnected, 1 Convolution"]
+
+
+class Widens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zeros", torch.zeros(3, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.get_buffer("zeros")
+
+
+def test_zeros_that_widen_what_they_are_taken_from_stay() -> None:
+    x = torch.arange(2).reshape(2, 1)
+    assert torch.equal(fxopt.lower(Widens().eval(), x, "openvino")(x), x.expand(2, 3))

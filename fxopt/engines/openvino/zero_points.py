@@ -15,8 +15,11 @@ def drop_zero_points(model: Any) -> None:
     with patches of as many channels as its tokens ran half of its linear layers in floats.
     """
     for operator in model.get_ops():
-        if operator.get_type_name() == "Subtract" and _are_zeros(operator.input_value(1).get_node()):
-            operator.output(0).replace(operator.input_value(0))
+        if operator.get_type_name() != "Subtract" or not _are_zeros(operator.input_value(1).get_node()):
+            continue
+        value, result = operator.input_value(0), operator.output(0)
+        if value.get_partial_shape() == result.get_partial_shape():
+            result.replace(value)
 
 
 def _are_zeros(node: Any) -> bool:
