@@ -6,7 +6,7 @@ Each model is quantised after training (random weights, random calibration data:
 not depend on them, accuracy does) and frozen, then run by each engine that is installed. All forms of a model and eager
 float32 are timed in turns, by blocks of calls. SQNR is that of the outputs for 16 inputs against the float model's: of
 the file, of its simulation in torch, and of the one against the other. Of bert-base only the file is weighed. Training
-steps and the time for insertion follow; all of it takes about a quarter of an hour on two cores. The record is written
+steps and the time for insertion follow; all of it takes over 20 minutes on two cores. The record is written
 after each model, and what is in it is not measured again.
 """
 
