@@ -225,7 +225,6 @@ def _onnxruntime(path: Path, arrays: Sequence[Any]) -> Run:
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     feed = dict(zip([one.name for one in session.get_inputs()], arrays, strict=True))
     return lambda: session.run(None, feed)

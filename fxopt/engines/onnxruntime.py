@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +26,13 @@ from fxopt.modules import FakeQuantize
 class OnnxRuntime(Engine):
     """Exports the graph to ONNX, with a free batch size, and runs it by ONNX Runtime with torch's number of threads.
 
-    Its threads wait without spinning: spinning ones would disturb whatever else the process computes.
+    Its threads spin from one operator to the next, and stop where a call ends: as fast as those that spin on, which
+    would disturb whatever else the process computes.
     """
 
     name: ClassVar[str] = "onnxruntime"
     sizes: ClassVar[Sizes] = Sizes.BATCH
     integers: ClassVar[bool] = True
-
-    spinning: bool = field(default=False, metadata={"help": "let idle threads spin: faster alone, bad company"})
 
     def unavailable(self) -> str | None:
         """It is a package of its own."""
@@ -49,7 +48,7 @@ class OnnxRuntime(Engine):
         quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         with (
             exported(self.name, module, inputs) as file,

@@ -133,20 +133,20 @@ def test_refuses_what_it_was_not_built_for(engine: str) -> None:
             call(executable, x)
 
 
-def test_onnxruntime_runs_as_many_threads_as_torch_and_none_of_them_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_runs_as_many_threads_as_torch_which_do_not_spin_past_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("onnxruntime")
     import onnxruntime
 
     session, seen = onnxruntime.InferenceSession, []
 
     def watched(path: Any, options: Any, **rest: Any) -> Any:
-        seen.append((options.intra_op_num_threads, options.get_session_config_entry("session.intra_op.allow_spinning")))
+        seen.append((options.intra_op_num_threads, options.get_session_config_entry("session.force_spinning_stop")))
         return session(path, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "onnxruntime")
-    assert seen == [(3, "0")]
+    assert seen == [(3, "1")]
 
 
 def test_openvino_runs_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
