@@ -15,6 +15,7 @@ from passes.qat.insert import Activations, calls_fake_quantize, quantize_paramet
 from passes.qat.placement import edge_layers, quantize_outputs
 from passes.qat.products import Factor, factors
 from passes.qat.scheme import Scheme
+from passes.qat.tables import added_table
 from passes.qat.targets import (
     Target,
     before_what_passes_on,
@@ -89,6 +90,9 @@ class _Placing:
             yield layer
         elif found := factors(node, region):
             yield from self._product(node, found)
+        elif (table := added_table(node, region)) and self._target != "inductor":
+            quantize_parameter(table[0], node, table[1], self._scheme.for_weight, region)
+            yield Change(self._scheme.what(True, False), name, source_of(node))
         elif is_pooling(node, region, self._target) and self._quantize(node, node.all_input_nodes[0], 0, "input", name):
             yield Change(self._scheme.what(False, True), name, source_of(node))
         reason = why_float(node, region, self._target) or _why_out_of_reach(node, region)

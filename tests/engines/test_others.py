@@ -133,7 +133,9 @@ def test_refuses_what_it_was_not_built_for(engine: str) -> None:
             call(executable, x)
 
 
-def test_onnxruntime_runs_as_many_threads_as_torch_which_do_not_spin_past_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_runs_as_many_threads_as_torch_which_do_not_spin_past_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     needs("onnxruntime")
     import onnxruntime
 

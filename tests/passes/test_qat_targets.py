@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,45 @@ def test_a_parameter_is_quantised_along_its_outputs_before_it_is_transposed(name
     simulated = outcome.module(*case.example())
     rewrite(QuantizeFreeze(), outcome.module)
     assert_close(outcome.module(*case.example()), simulated)
+
+
+class Tables(nn.Module):
+    """A table and a bias, each added to what a layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.positions = nn.Parameter(torch.randn(1, 6, 16))
+        self.shift = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.positions + x) + self.shift
+
+
+@pytest.mark.parametrize("target", ["generic", "onnxruntime", "openvino", "inductor"])
+def test_a_table_that_is_added_is_quantised_row_by_row_where_a_file_holds_its_integers(target: str) -> None:
+    torch.manual_seed(0)
+    outcome = run(QAT(target=target), Tables().eval(), (TOKENS,))  # type: ignore[arg-type]
+    named = [(each, fake) for each, fake in outcome.module.named_modules() if isinstance(fake, FakeQuantize)]
+    tables = [(each, fake.axis, fake.scale.shape) for each, fake in named if each.startswith("weight_fake_quant.")]
+    assert tables == ([] if target == "inductor" else [("weight_fake_quant.positions", 1, (6,))])
+    assert not rewrite(QAT(target=target), outcome.module).changes  # type: ignore[arg-type]
+
+
+def test_a_table_lies_in_the_file_as_integers(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    outcome = run(QAT(target="onnxruntime"), Tables().eval(), (TOKENS,))
+    calibrate(outcome.module, [(TOKENS,)])
+    rewrite(QuantizeFreeze(), outcome.module)
+    executable = fxopt.lower(outcome.module, TOKENS, engine="onnxruntime")
+    with torch.no_grad():
+        assert_close(executable(TOKENS), outcome.module(TOKENS), 1e-4)
+    executable.save(tmp_path / "model")
+    (file,) = (tmp_path / "model").rglob("model.onnx")
+    dtypes = {tuple(tensor.dims): tensor.data_type for tensor in onnx.load(file).graph.initializer}
+    assert dtypes[1, 6, 16] == onnx.TensorProto.INT8
+    assert dtypes[1, 1, 16] == onnx.TensorProto.FLOAT
 
 
 def test_each_layer_of_a_transformer_can_be_left_out_by_name() -> None:

@@ -1,0 +1,27 @@
+"""Parameters that are added to a value row by row, as a vision transformer's table of positions is."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.graph import Region, behind_mask, read_parameter
+
+_ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+
+
+def added_table(node: fx.Node, region: Region) -> tuple[fx.Node, int] | None:
+    """The read of a table that `node` adds, or the call of its mask, and the dimension that counts its rows.
+
+    A bias or a scale, with one dimension that is longer than 1, is no table.
+    """
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+        return None
+    for read in node.all_input_nodes:
+        parameter = read_parameter(behind_mask(read, region), region)
+        if parameter is not None and sum(size > 1 for size in parameter.shape) > 1:
+            return read, parameter.dim() - 2
+    return None
