@@ -170,6 +170,19 @@ def _of_transformers(name: str, batch: int) -> tuple[nn.Module, Inputs]:
 # Arms: each takes a model and inputs and gives what runs one forward. What it does before that is its build.
 
 
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """One of fxopt's executables, called with its inputs; `label` is what `auto` calls it."""
+
+    executable: fxopt.Executable
+    inputs: Inputs
+    label: str | None = None
+
+    def __call__(self) -> Any:
+        """One forward."""
+        return self.executable(*self.inputs.args, **self.inputs.kwargs)
+
+
 def _call(run: Callable[..., Any], inputs: Inputs) -> Run:
     return lambda: run(*inputs.args, **inputs.kwargs)
 
@@ -243,7 +256,7 @@ def _openvino(path: Path, arrays: Sequence[Any], precision: str) -> Run:
 
 
 def _onednn(model: nn.Module, inputs: Inputs) -> Run:
-    return _call(fxopt.lower(replay(model, inputs, spec.parse("clean,fuse")), inputs, "onednn"), inputs)
+    return Ours(fxopt.lower(replay(model, inputs, spec.parse("clean,fuse")), inputs, "onednn"), inputs)
 
 
 def _auto(max_error: float | None, budget: float) -> Callable[[nn.Module, Inputs], Run]:
@@ -252,9 +265,7 @@ def _auto(max_error: float | None, budget: float) -> Callable[[nn.Module, Inputs
         oracle = Oracle(model, inputs)
         ladder = climb("auto", model, fused, inputs, oracle=oracle, max_error=max_error, budget_seconds=budget)
         assert ladder.chosen is not None and ladder.chosen.executable is not None
-        run = _call(ladder.chosen.executable, inputs)
-        run.__doc__ = ladder.chosen.label
-        return run
+        return Ours(ladder.chosen.executable, inputs, ladder.chosen.label)
 
     return arm
 
@@ -294,8 +305,9 @@ def measure(name: str, batch: int, *, seconds: float, budget: float, only: Seque
                     "build_seconds": time.perf_counter() - began,
                     "peak_bytes": peak() - resident,
                     "relative_error": max(map(relative_error, expected, found)),
-                    "chosen": run.__doc__,
                 }
+                if isinstance(run, Ours):
+                    arms[arm] |= {"chosen": run.label, "engine_seconds": run.executable.build_seconds}
                 runs[arm] = run
             except Exception as error:  # a peer that can't take a model is a result too
                 text = (str(error).strip().splitlines() or [""])[0]

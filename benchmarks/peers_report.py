@@ -43,6 +43,8 @@ def render(rows: Sequence[Row]) -> str:
         parts += [f"## `{ours}` beside each: how many times as fast", _table(["", *peers], [*body, *means])]
     parts += [
         "## Seconds to build, and relative error",
+        "From the module to the first outputs; in parentheses what the chosen engine took of it, without capture and "
+        "passes.",
         _table(["", *arms], [[_name(row), *(_build(row["arms"].get(arm, {})) for arm in arms)] for row in done]),
         "## Memory",
         "MiB by which the process grew at the peak of a build and its first call, and in parentheses as a multiple of "
@@ -140,7 +142,10 @@ def _mean(effects: Sequence[Effect | None]) -> str:
 
 
 def _build(arm: Mapping[str, Any]) -> str:
-    return f"{arm['build_seconds']:.1f} s, {arm['relative_error']:.0e}" if "build_seconds" in arm else "-"
+    if "build_seconds" not in arm:
+        return "-"
+    engine = f" ({arm['engine_seconds']:.1f} s)" if "engine_seconds" in arm else ""
+    return f"{arm['build_seconds']:.1f} s{engine}, {arm['relative_error']:.0e}"
 
 
 def _memory(row: Row, arms: Sequence[str]) -> list[str]:
