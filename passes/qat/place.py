@@ -20,6 +20,8 @@ from passes.qat.targets import (
     Target,
     before_what_passes_on,
     is_pooling,
+    rounds_biases,
+    takes_tables,
     why_float,
     why_layer_float,
     why_product_float,
@@ -90,7 +92,7 @@ class _Placing:
             yield layer
         elif found := factors(node, region):
             yield from self._product(node, found)
-        elif (table := added_table(node, region)) and self._target != "inductor":
+        elif takes_tables(self._target) and (table := added_table(node, region)):
             quantize_parameter(table[0], node, table[1], self._scheme.for_weight, region)
             yield Change(self._scheme.what(True, False), name, source_of(node))
         elif is_pooling(node, region, self._target) and self._quantize(node, node.all_input_nodes[0], 0, "input", name):
@@ -104,13 +106,13 @@ class _Placing:
         weight = quantize_weight(layer, self._scheme.for_weight, self._region)
         hint = str((node if layer.weight_node is None else layer.weight_node).target)
         value = self._quantize(node, layer.input, 0, "input", hint)
-        if self._target == "onnxruntime":
+        if rounds_biases(self._target):
             self._note_reader(node)
         if weight or value:
             yield Change(self._scheme.what(weight, value), self._region.qualified(node), source_of(node))
 
     def _note_reader(self, node: fx.Node) -> None:
-        """Tell a convolution whose integers it reads, where onnxruntime rounds its bias to steps of both scales."""
+        """Tell a convolution whose integers it reads, since its bias is rounded to steps of both scales."""
         module = self._region.submodule(node) if node.op == "call_module" else None
         if not isinstance(module, Fused) or not isinstance(module, nn.modules.conv._ConvNd):
             return

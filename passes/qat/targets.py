@@ -32,6 +32,8 @@ _NO_RECURRENT = {
     "openvino": "OpenVINO runs recurrent layers in floats: their weights are integers in the file alone",
     "inductor": "TorchInductor runs recurrent layers in floats",
 }
+_ROUNDS_BIASES: frozenset[str] = frozenset({"onnxruntime"})
+_KEEPS_FLOAT_TABLES: frozenset[str] = frozenset({"inductor"})
 _POINTWISE = ("gelu", "silu", "hardswish", "hardsigmoid", "tanh", "hardtanh", "elu", "softplus", "mish")
 _NORMS = ("layer_norm", "group_norm", "rms_norm", "instance_norm", "softmax")
 _POINTWISE_MODULES = (
@@ -72,6 +74,16 @@ def why_layer_float(kind: str, target: Target) -> str:
 def why_recurrent_float(target: Target) -> str:
     """Why the input of a recurrent layer stays a float; "" where it does not."""
     return _NO_RECURRENT.get(target, "")
+
+
+def rounds_biases(target: Target) -> bool:
+    """Whether its convolutions hold a bias as an integer, a multiple of the scales of their input and weight."""
+    return target in _ROUNDS_BIASES
+
+
+def takes_tables(target: Target) -> bool:
+    """Whether it reads a table that is added from integers; TorchInductor has them in layers alone."""
+    return target not in _KEEPS_FLOAT_TABLES
 
 
 def why_float(node: fx.Node, region: Region, target: Target) -> str:
