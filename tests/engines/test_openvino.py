@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +19,7 @@ import fxopt
 from fxopt.engines import Executable
 from fxopt.engines.openvino import mixed
 from fxopt.engines.openvino import rows as choosing
+from fxopt.engines.openvino.session import Pieces
 from fxopt.errors import EngineError
 from passes import PTQ, QuantizeFreeze
 from tests.engines.test_others import needs
@@ -112,6 +115,50 @@ def test_a_copy_keeps_the_choice_without_measuring(monkeypatch: pytest.MonkeyPat
     again = pickle.loads(pickle.dumps(executable))
     torch.testing.assert_close(again(*inputs), executable(*inputs))
     assert again.choices == {"rows": 2}
+
+
+class Request:
+    """Gives what it is given, once it is waited for; `fails` is what that raises for as long as it is set."""
+
+    def __init__(self) -> None:
+        self.fails = ""
+        self.runs = False
+
+    def set_input_tensor(self, index: int, tensor: Any) -> None:
+        assert not self.runs
+        self.given = tensor.data.copy()
+
+    def start_async(self) -> None:
+        self.runs = True
+
+    def wait(self) -> None:
+        self.runs = False
+        if self.fails:
+            raise RuntimeError(self.fails)
+
+    def get_output_tensor(self, index: int) -> Any:
+        return SimpleNamespace(data=self.given)
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_piece_that_fails_leaves_none_running_and_the_next_call_whole(failing: int) -> None:
+    requests: list[Request] = []
+
+    def create() -> Request:
+        requests.append(Request())
+        return requests[-1]
+
+    port = SimpleNamespace(shape=(2, 5), element_type=SimpleNamespace(to_dtype=lambda: "float32"))
+    pieces, x = (
+        Pieces(SimpleNamespace(outputs=[port], create_infer_request=create), rows=2, threads=2),
+        torch.randn(16, 5),
+    )
+    requests[failing].fails = "no memory is left"
+    with pytest.raises(RuntimeError, match="no memory is left"):
+        pieces([x])
+    assert not any(request.runs for request in requests)
+    requests[failing].fails = ""
+    assert torch.equal(pieces([x])[0], x)
 
 
 class Residual(nn.Module):
