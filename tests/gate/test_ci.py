@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -311,7 +312,11 @@ def test_targets_of_a_file_are_resumed_where_a_run_was_stopped(repo: Repo):
 def test_nothing_is_left_behind_however_it_ends(repo: Repo, number):
     repo.commit(model=MODEL + "import time, os\nprint('PID', os.getpid(), flush=True)\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "fxopt", "ci", "model.py"]
-    with subprocess.Popen(command, cwd=repo.path, env=repo.environment, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts what runs in its background, these tests maybe, with Ctrl-C ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, cwd=repo.path, env=repo.environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "load base and head" in line:

@@ -36,7 +36,8 @@ def collected(number: int, cases: dict[str, float], drift: float) -> dict[str, A
 def test_all_rules_judge_the_same_times(protocols):
     cases = {case: slower for case, (slower, _) in protocols.CASES.items()}
     done = [collected(number, cases, drift=0.05) for number in range(4)]
-    record = protocols.judged(done, [{"seconds": 20.0, "windows": 17.0, "calls": 15.0, "base_ms": 5.0}])
+    command = {"seconds": 20.0, "bare": 1.0, "windows": 17.0, "calls": 15.0, "base_ms": 5.0}
+    record = protocols.judged(done) | {"commands": [command], "commands_cpu": "Another CPU"}
     cell = record["cells"]["1:off"]
     assert cell["true"] == pytest.approx({case: 1 + slower for case, slower in cases.items()}, abs=0.01)
     for said in cell["verdicts"]:
@@ -49,5 +50,7 @@ def test_all_rules_judge_the_same_times(protocols):
         assert said["A/A"]["asv"] == "REGRESSION"
     text = protocols.render(record)
     assert "| fxopt ci                      | 0 [0, 60] / 100 of 4" in text
-    assert "at most 20.0 s from call to exit; 3.0 to 3.0 s, 15 to 15 %, outside of the windows" in text
-    assert "5.0 to 5.0 s, 25 to 25 %, outside of the timed calls" in text
+    assert "20.0 to 20.0 s from call to exit" in text
+    assert "in processes that start there, 3.0 to 3.0 s, 15 to 15 %, of which a script" in text
+    assert "takes 1.0 to 1.0 s: the tool's own are 2.0 to 2.0 s, 10 to 10 %, of all" in text
+    assert "Outside of the timed calls themselves 5.0 to 5.0 s, 25 to 25 %. Processor: Another CPU" in text
