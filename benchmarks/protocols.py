@@ -342,8 +342,8 @@ def spent(record: Mapping[str, Any]) -> list[str]:
         f"- `fxopt ci` on equal models of {commands[0]['base_ms']:.1f} ms, {len(commands)} times: {min(calls):.1f} to "
         f"{max(calls):.1f} s from call to exit (a comparison that is settled early ends early). Outside of the windows "
         f"in which sides are timed, in processes that start there, {outside('windows')}, of which a script that "
-        f"imports torch and the model and does nothing takes {min(bare):.1f} to {max(bare):.1f} s: the tool's own are "
-        f"{outside('windows', 'bare')}, of all. Outside of the timed calls themselves {outside('calls')}. "
+        f"imports torch and the model and does nothing takes {min(bare):.1f} to {max(bare):.1f} s; the rest, "
+        f"{outside('windows', 'bare')}, is the tool's own. Outside of the timed calls themselves {outside('calls')}. "
         f"Processor: {record['commands_cpu']}"
     ]
 

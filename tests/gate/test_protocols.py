@@ -52,5 +52,5 @@ def test_all_rules_judge_the_same_times(protocols):
     assert "| fxopt ci                      | 0 [0, 60] / 100 of 4" in text
     assert "20.0 to 20.0 s from call to exit" in text
     assert "in processes that start there, 3.0 to 3.0 s, 15 to 15 %, of which a script" in text
-    assert "takes 1.0 to 1.0 s: the tool's own are 2.0 to 2.0 s, 10 to 10 %, of all" in text
+    assert "takes 1.0 to 1.0 s; the rest, 2.0 to 2.0 s, 10 to 10 %, is the tool's own" in text
     assert "Outside of the timed calls themselves 5.0 to 5.0 s, 25 to 25 %. Processor: Another CPU" in text
