@@ -28,9 +28,10 @@ class QAT(Quantization):
 
         W x + b   =>   Q(W) Q(x) + b        Q(v) = (clamp(round(v / s) + z, low, high) - z) s
 
-    Weights are signed and symmetric, with a scale for each output channel; inputs have one scale a tensor,
-    shared by all layers that read the same value. Gradients pass straight through the rounding. Ranges of
-    inputs come from `calibrate`, or from the first batches of training; until then they are not quantised.
+    Weights are signed and symmetric, with a scale for each output channel; tables that are looked up or added have
+    one for each row. Inputs have one scale a tensor, shared by all layers that read the same value. Gradients pass
+    straight through the rounding. Ranges of inputs come from `calibrate`, or from the first batches of training; until
+    then they are not quantised.
 
     Sources: Jacob et al. 2018; Krishnamoorthi 2018.
     """

@@ -10,17 +10,20 @@ import torch.fx as fx
 
 from fxopt.graph import Region, behind_mask, read_parameter
 
-_ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+_ADDS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
+_ADDS_INTO: frozenset[Any] = frozenset({operator.iadd, "add_"})
 
 
 def added_table(node: fx.Node, region: Region) -> tuple[fx.Node, int] | None:
     """The read of a table that `node` adds, or the call of its mask, and the dimension that counts its rows.
 
-    A bias or a scale, with one dimension that is longer than 1, is no table.
+    A bias or a scale, with one dimension that is longer than 1, is no table; nor is what is written into.
     """
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDS | _ADDS_INTO:
         return None
     for read in node.all_input_nodes:
+        if node.target in _ADDS_INTO and read is node.args[0]:
+            continue
         parameter = read_parameter(behind_mask(read, region), region)
         if parameter is not None and sum(size > 1 for size in parameter.shape) > 1:
             return read, parameter.dim() - 2

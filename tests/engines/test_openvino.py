@@ -149,10 +149,8 @@ def test_a_piece_that_fails_leaves_none_running_and_the_next_call_whole(failing:
         return requests[-1]
 
     port = SimpleNamespace(shape=(2, 5), element_type=SimpleNamespace(to_dtype=lambda: "float32"))
-    pieces, x = (
-        Pieces(SimpleNamespace(outputs=[port], create_infer_request=create), rows=2, threads=2),
-        torch.randn(16, 5),
-    )
+    compiled = SimpleNamespace(outputs=[port], create_infer_request=create)
+    pieces, x = Pieces(compiled, rows=2, threads=2), torch.randn(16, 5)
     requests[failing].fails = "no memory is left"
     with pytest.raises(RuntimeError, match="no memory is left"):
         pieces([x])

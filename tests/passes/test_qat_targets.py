@@ -171,6 +171,15 @@ def test_a_table_that_is_added_is_quantised_row_by_row_where_a_file_holds_its_in
     assert not rewrite(QAT(target=target), outcome.module).changes  # type: ignore[arg-type]
 
 
+def test_a_table_that_is_written_into_is_none() -> None:
+    class Writes(Tables):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.positions.add_(x[:1]))
+
+    outcome = run(QAT(), Writes().eval().requires_grad_(False), (TOKENS,))
+    assert not [name for name, _ in outcome.module.named_modules() if name.startswith("weight_fake_quant.")]
+
+
 def test_a_table_lies_in_the_file_as_integers(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
