@@ -81,3 +81,7 @@ class Engine(ABC):
         from fxopt.verify import TOLERANCE
 
         return TOLERANCE.get(dtype, 0.0)
+
+    def within(self, max_error: float) -> Engine:
+        """The engine, told how large a relative error of outputs may be; itself where that decides nothing."""
+        return self

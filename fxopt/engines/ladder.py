@@ -229,7 +229,8 @@ def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_
     try:
         rewritten = after_passes(module, rung.passes) if rung.passes else module
         seconds = time.perf_counter() - began
-        executable = build(find(rung.engine, rung.options), rewritten, inputs)
+        engine = find(rung.engine, rung.options)
+        executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)
         error, allowed = _error(executable, oracle)
     except EngineError as error_:
         return dataclasses.replace(rung, dropped=str(error_))

@@ -1,15 +1,11 @@
-"""OpenVINO: a batch in pieces where rows are independent, what mixed precision rounds, and what runs on integers."""
+"""OpenVINO: a batch in pieces where rows are independent, and what runs on integers."""
 
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,10 +13,8 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.engines import Executable
-from fxopt.engines.openvino import mixed
 from fxopt.engines.openvino import rows as choosing
 from fxopt.engines.openvino.session import Pieces
-from fxopt.errors import EngineError
 from passes import PTQ, QuantizeFreeze
 from tests.engines.test_others import needs
 
@@ -157,50 +151,6 @@ def test_a_piece_that_fails_leaves_none_running_and_the_next_call_whole(failing:
     assert not any(request.runs for request in requests)
     requests[failing].fails = ""
     assert torch.equal(pieces([x])[0], x)
-
-
-class Residual(nn.Module):
-    """What each layer adds is small beside what is handed on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(12))
-        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + 0.1 * torch.tanh(layer(self.norm(x)))
-        return torch.as_tensor(self.head(x))
-
-
-def test_mixed_precision_is_closer_than_bfloat16() -> None:
-    torch.manual_seed(0)
-    model, x = Residual().eval(), torch.randn(4, 16, 64)
-    errors = {
-        precision: fxopt.lower(model, x, "openvino", precision=precision).relative_error
-        for precision in ("f32", "bf16", "mixed")
-    }
-    if errors["bf16"] < 1e-4:  # type: ignore[operator]
-        pytest.skip("OpenVINO has no kernels for bfloat16 on this CPU")
-    assert errors["f32"] < errors["mixed"] < 0.5 * errors["bf16"]  # type: ignore[operator]
-
-
-def test_mixed_precision_keeps_sums_normalisations_and_what_reads_the_inputs(tmp_path: Path) -> None:
-    body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.LayerNorm(4))
-    fxopt.lower(body.eval(), torch.randn(2, 4), "openvino", precision="mixed").save(tmp_path)
-    kept: dict[str, list[bool]] = defaultdict(list)
-    for layer in ElementTree.parse(tmp_path / "model.xml").iter("layer"):
-        mark = layer.find("rt_info/attribute[@name='DisablePrecisionConversion']")
-        kept[str(layer.get("type"))].append(mark is not None)
-    assert kept.pop("MatMul") == [True, False], "of two products the one that reads an input"
-    assert all(kept.pop("Add") + kept.pop("MVN"))
-    assert not any(chain.from_iterable(kept.values()))
-
-
-def test_an_openvino_that_cannot_keep_operators_in_float32_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed, "_MARKED", mixed._MARKED.replace(mixed._ATTRIBUTE, "NeverHeardOf"))
-    with pytest.raises(EngineError, match="this version can't keep operators in float32; upgrade it"):
-        fxopt.lower(nn.Linear(3, 2).eval(), torch.randn(2, 3), "openvino", precision="mixed")
 
 
 class Patches(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
 from fxopt.engines.onnx import nested, output_structure, quiet
 from fxopt.engines.openvino.model import Model
+from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
 from fxopt.engines.openvino.rows import choose_rows
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -30,7 +32,8 @@ class OpenVINO(Engine):
 
     Where rows are computed by themselves, a batch runs in pieces side by side, one on each thread, if that is measured
     to be faster. By itself OpenVINO computes in bfloat16 where the CPU has matrix units; here only if `precision` asks
-    for it; "mixed" keeps sums and normalisations in float32.
+    for it, with weights rounded so that no mean moves. "mixed" keeps sums and
+    normalisations in float32, and as many of the first layers as `max_error` asks for.
     """
 
     name: ClassVar[str] = "openvino"
@@ -40,11 +43,16 @@ class OpenVINO(Engine):
     precision: Literal["f32", "bf16", "mixed"] = field(
         default="f32", metadata={"help": "what it computes in: f32, bf16, or mixed: products in bf16, sums in f32"}
     )
+    max_error: float | None = field(
+        default=None, metadata={"help": "with precision=mixed, the relative error that outputs may have"}
+    )
     pieces: bool = field(default=True, metadata={"help": "run a batch in pieces side by side, where that is faster"})
 
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16", "mixed"):
             raise EngineError(f"engine 'openvino': precision is 'f32', 'bf16' or 'mixed', not {self.precision!r}")
+        if self.max_error is not None and (self.precision != "mixed" or self.max_error <= 0):
+            raise EngineError("engine 'openvino': max_error is a positive number, and for precision=mixed alone")
 
     def unavailable(self) -> str | None:
         """It is a package of its own."""
@@ -53,8 +61,14 @@ class OpenVINO(Engine):
         return "OpenVINO is not installed; `pip install fxopt[openvino]` brings it"
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """That of bfloat16 where it computes in it."""
-        return max(super().tolerance(dtype), _BFLOAT16_TOLERANCE if self.precision != "f32" else 0.0)
+        """That of bfloat16 where it computes in it, unless it is told which."""
+        rounding = (self.max_error or _BFLOAT16_TOLERANCE) if self.precision != "f32" else 0.0
+        return max(super().tolerance(dtype), rounding)
+
+    def within(self, max_error: float) -> Engine:
+        """With this bound for mixed precision, where it has none of its own."""
+        takes = self.precision == "mixed" and self.max_error is None
+        return dataclasses.replace(self, max_error=max_error) if takes else self
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`."""
@@ -63,10 +77,11 @@ class OpenVINO(Engine):
         structure = output_structure(self.name, module, inputs)
         with exported(self.name, module, inputs) as file, quiet():
             try:
-                model = Model(file.path, self.precision)
+                model = Model(file.path)
             except RuntimeError as error:
                 raise EngineError(f"engine 'openvino' cannot read the exported model: {error}") from error
         reasons = file.reasons
+        decided: dict[str, Any] = {}
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             try:
@@ -77,16 +92,28 @@ class OpenVINO(Engine):
         def write(directory: Path) -> None:
             openvino.save_model(model.read, directory / "model.xml", compress_to_fp16=False)
 
-        if choices:
-            model.rows = choices["rows"]
-        elif self.pieces and not reasons:  # the batch size is free
-            try:
+        try:
+            if self.precision == "bf16":
+                compute_in_bfloat16(model, inputs)
+            elif self.precision == "mixed":
+                decided["float32"] = self._mix(model, inputs, choices)
+            if choices:
+                model.rows = choices["rows"]
+            elif self.pieces and not reasons:  # the batch size is free
                 choose_rows(model, inputs, self.tolerance(torch.float32))
-            except RuntimeError as error:
-                raise EngineError(f"engine 'openvino' fails: {error}") from error
+        except RuntimeError as error:
+            raise EngineError(f"engine 'openvino' fails: {error}") from error
         run = nested(structure, call)
         run(*inputs.args, **inputs.kwargs)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             shapes = tuple([tensor.shape for tensor in inputs.tensors])
             reasons += left_floats_by_openvino(model.session(shapes).compiled)
-        return Built(run, reasons, {"rows": model.rows}, write=write, recorded=False)
+        return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False)
+
+    def _mix(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> float:
+        """Let a model run in mixed precision; returns the share of its layers that stays in float32."""
+        if self.max_error is not None and not choices:
+            return keep_enough_layers(model, inputs, self.max_error)
+        share: float = choices.get("float32", 0.0)
+        keep_layers(model, inputs, share)
+        return share

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from fxopt.engines.openvino.rounding import LAYERS
 from fxopt.errors import EngineError
 
-_KEEPS = frozenset({"Add", "MVN"})
-_READS_INPUTS = frozenset({"Convolution", "GroupConvolution", "MatMul"})
+_KEEPS = frozenset({"Add", "MVN", "Interpolate"})
 _ATTRIBUTE = "DisablePrecisionConversion"
 _MARKED = f"""<?xml version="1.0"?>
 <net name="marked" version="11">
@@ -32,20 +33,40 @@ _MARKED = f"""<?xml version="1.0"?>
 </net>"""
 
 
-def keep_in_float32(core: Any, model: Any) -> None:
-    """Mark the sums and normalisations of a model, and the layers that read its inputs, as not to be rounded.
+def kept_in_float32(model: Any, share: float) -> set[str]:
+    """The operators that are not to be rounded: sums, normalisations, resizes, and the first layers.
 
     What a residual network hands on from block to block is a sum, and each rounding of it stays in all that follows. In
     float32 it costs a transformer a few percent of its time at most, and takes a third to a half off its error.
 
-    Raises:
-        EngineError: where this OpenVINO does not know the mark.
+    Args:
+        model: as OpenVINO has read it.
+        share: of the layers, in the order in which they are computed: they and all that lies before the next layer are
+            kept. Those that read the inputs are kept in any case.
     """
-    key, mark = _mark(core)
+    operators = model.get_ordered_ops()
+    layers = [index for index, operator in enumerate(operators) if operator.get_type_name() in LAYERS]
+    count = round(share * len(layers))
+    end = layers[count] if count < len(layers) else len(operators)
+    first = {operator.get_friendly_name() for operator in operators[: end if count else 0]}
+    return first | {operator.get_friendly_name() for operator in operators if _is_kept(operator)}
+
+
+def mark(core: Any, model: Any, names: Collection[str]) -> None:
+    """Tell OpenVINO to leave the operators of these names in float32.
+
+    Raises:
+        EngineError: where this OpenVINO does not know how.
+    """
+    key, value = _mark(core)
     for operator in model.get_ops():
-        kind = operator.get_type_name()
-        if kind in _KEEPS or (kind in _READS_INPUTS and _reads_an_input(operator)):
-            operator.set_rt_info(mark, key)
+        if operator.get_friendly_name() in names:
+            operator.set_rt_info(value, key)
+
+
+def _is_kept(operator: Any) -> bool:
+    kind = operator.get_type_name()
+    return kind in _KEEPS or (kind in LAYERS and _reads_an_input(operator))
 
 
 def _mark(core: Any) -> tuple[str, Any]:

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
-from fxopt.engines.openvino.mixed import keep_in_float32
 from fxopt.engines.openvino.session import Pieces, Session, Whole
 from fxopt.engines.openvino.zero_points import drop_zero_points
 
 Shapes = tuple[torch.Size, ...]
+
+
+def shapes_of(tensors: Sequence[torch.Tensor]) -> Shapes:
+    """The shapes of all tensors."""
+    return tuple([tensor.shape for tensor in tensors])
 
 
 class Model:
@@ -20,39 +24,36 @@ class Model:
 
     Args:
         path: of a file in ONNX, with free sizes.
-        precision: what it computes in: f32, bf16 or mixed.
 
     Attributes:
+        core: of OpenVINO.
         read: as OpenVINO has read it.
+        precision: what it computes in: "f32" or "bf16".
         threads: that it runs on: as many as torch does.
         rows: of the pieces in which batches run that are multiples of it; 0 to run all at once.
 
     Raises:
         RuntimeError: what OpenVINO says, where it cannot read the file.
-        EngineError: where it is too old for mixed precision.
     """
 
-    def __init__(self, path: Path, precision: str):
+    def __init__(self, path: Path):
         import openvino
 
         self.threads = torch.get_num_threads()
         self.rows = 0
-        self._core = openvino.Core()
-        self.read = self._core.read_model(path)
+        self.core = openvino.Core()
+        self.read = self.core.read_model(path)
+        self.precision = "f32"
         drop_zero_points(self.read)
-        if precision == "mixed":
-            keep_in_float32(self._core, self.read)
-        hint = "f32" if precision == "f32" else "bf16"
-        self._settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": self.threads}
         self._sessions: dict[Shapes, Session] = {}
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run.
 
         Raises:
             RuntimeError: what OpenVINO says.
         """
-        return self.session(tuple([tensor.shape for tensor in tensors]))(tensors)
+        return self.session(shapes_of(tensors))(tensors)
 
     def session(self, shapes: Shapes) -> Session:
         """What runs inputs of these shapes, compiled now where it is not yet."""
@@ -62,6 +63,11 @@ class Model:
             in_pieces = self.rows and batch % self.rows == 0 and batch // self.rows >= self.threads
             found = self._sessions[shapes] = self.pieces(shapes, self.rows) if in_pieces else self.whole(shapes)
         return found
+
+    def replace(self, read: Any, precision: str) -> None:
+        """Run another form of the model from now on."""
+        self.read, self.precision = read, precision
+        self._sessions = {}
 
     def settle(self, shapes: Shapes, rows: int, session: Session) -> None:
         """Run batches in pieces of `rows` rows from now on, inputs of these shapes by `session`."""
@@ -81,4 +87,5 @@ class Model:
     def _compiled(self, shapes: Shapes, settings: dict[str, Any]) -> Any:
         sized = self.read.clone()
         sized.reshape(dict(enumerate(map(list, shapes))))
-        return self._core.compile_model(sized, "CPU", self._settings | settings)
+        settings |= {"INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": self.threads}
+        return self.core.compile_model(sized, "CPU", settings)

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from fxopt.engines.openvino.model import Model
-from fxopt.engines.openvino.session import Pieces, Session, Whole
+from fxopt.engines.openvino.model import Model, shapes_of
+from fxopt.engines.openvino.session import Pieces, Session, plain
 from fxopt.engines.shortest import shortest
 from fxopt.inputs import Inputs
 from fxopt.verify import relative_error
@@ -40,9 +40,9 @@ def choose_rows(model: Model, inputs: Inputs, tolerance: float) -> None:
     sizes = [rows for rows in _SIZES if batch % rows == 0 and batch // rows >= model.threads > 1]
     if not sizes:
         return
-    tensors, others = _plain(inputs), _plain(inputs.fresh(1))
-    shapes = tuple([tensor.shape for tensor in tensors])
-    whole = model.whole(shapes)
+    tensors, others = plain(inputs), plain(inputs.fresh(1))
+    shapes = shapes_of(tensors)
+    whole = model.session(shapes)
     sessions: dict[str, Session] = {"0": whole}
     expected = whole(tensors)
     for rows in sizes:
@@ -62,7 +62,7 @@ def choose_rows(model: Model, inputs: Inputs, tolerance: float) -> None:
     model.settle(shapes, int(best), sessions[best])
 
 
-def _are_independent(whole: Whole, given: Tensors, others: Tensors, expected: Tensors, rows: int) -> bool:
+def _are_independent(whole: Session, given: Tensors, others: Tensors, expected: Tensors, rows: int) -> bool:
     """Whether the first and the last rows of all outputs are as expected whatever the other rows are."""
     batch = next(tensor.shape[0] for tensor in given if tensor.dim())
     if any(output.dim() == 0 or output.shape[0] != batch for output in expected):
@@ -85,7 +85,3 @@ def _are_alike(pieces: Pieces, given: Tensors, expected: Tensors, rows: int, tol
         return False
     pairs = list(zip(expected, pieces(given), strict=True))
     return all(one.shape == other.shape and relative_error(one, other) <= tolerance for one, other in pairs)
-
-
-def _plain(inputs: Inputs) -> list[torch.Tensor]:
-    return [tensor.detach().contiguous() for tensor in inputs.tensors]

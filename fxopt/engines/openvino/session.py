@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxopt.inputs import Inputs
+
 Arrays = Sequence[np.ndarray[Any, Any]]
+
+
+def plain(inputs: Inputs) -> list[torch.Tensor]:
+    """The tensors of inputs as a session takes them."""
+    return [tensor.detach().contiguous() for tensor in inputs.tensors]
 
 
 class Session(ABC):
