@@ -32,8 +32,8 @@ class OpenVINO(Engine):
 
     Where rows are computed by themselves, a batch runs in pieces side by side, one on each thread, if that is measured
     to be faster. By itself OpenVINO computes in bfloat16 where the CPU has matrix units; here only if `precision` asks
-    for it, with weights rounded so that no mean moves. "mixed" keeps sums and
-    normalisations in float32, and as many of the first layers as `max_error` asks for.
+    for it, with weights rounded so that no mean moves on the example. "mixed" keeps sums, normalisations and resizes in
+    float32, and as many of the first layers as `max_error` asks for.
     """
 
     name: ClassVar[str] = "openvino"
@@ -81,7 +81,6 @@ class OpenVINO(Engine):
             except RuntimeError as error:
                 raise EngineError(f"engine 'openvino' cannot read the exported model: {error}") from error
         reasons = file.reasons
-        decided: dict[str, Any] = {}
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             try:
@@ -93,10 +92,7 @@ class OpenVINO(Engine):
             openvino.save_model(model.read, directory / "model.xml", compress_to_fp16=False)
 
         try:
-            if self.precision == "bf16":
-                compute_in_bfloat16(model, inputs)
-            elif self.precision == "mixed":
-                decided["float32"] = self._mix(model, inputs, choices)
+            decided = self._settle_precision(model, inputs, choices)
             if choices:
                 model.rows = choices["rows"]
             elif self.pieces and not reasons:  # the batch size is free
@@ -110,10 +106,15 @@ class OpenVINO(Engine):
             reasons += left_floats_by_openvino(model.session(shapes).compiled)
         return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False)
 
-    def _mix(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> float:
-        """Let a model run in mixed precision; returns the share of its layers that stays in float32."""
+    def _settle_precision(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """Let a model compute in the precision that is asked for; returns what was decided, as `choices` have it."""
+        if self.precision == "f32":
+            return {}
+        if self.precision == "bf16":
+            compute_in_bfloat16(model, inputs)
+            return {}
         if self.max_error is not None and not choices:
-            return keep_enough_layers(model, inputs, self.max_error)
+            return {"float32": keep_enough_layers(model, inputs, self.max_error)}
         share: float = choices.get("float32", 0.0)
         keep_layers(model, inputs, share)
-        return share
+        return {"float32": share}

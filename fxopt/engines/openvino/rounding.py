@@ -1,10 +1,9 @@
 """Weights rounded to bfloat16 so that the mean of no channel moves.
 
 OpenVINO rounds each weight and bias to the nearest. What an activation hands on is seldom zero in the mean, so the
-errors of a channel's weights add up to one that is much the same for all inputs. Here a few of its weights, those that
-lie nearest to the middle between two values, go to the other one, and it is gone. The mean of what a layer reads stands
-for that of the whole input, as in the bias correction of "Data-Free Quantization Through Weight Equalization and Bias
-Correction" (Nagel et al., 2019), section 4.2; a corrected bias would be rounded again.
+errors of a channel's weights add up to one that is much the same for all inputs. Here a few weights that lie between
+two values go to the farther one, and it is gone. So does the bias correction of "Data-Free Quantization Through Weight
+Equalization and Bias Correction" (Nagel et al., 2019), section 4.2, but a corrected bias would be rounded again.
 """
 
 from __future__ import annotations
@@ -101,11 +100,9 @@ def _weight(layer: Any) -> torch.Tensor | None:
     if layer.get_type_name() not in LAYERS:
         return None
     weight = _constant(layer.input_value(1))
-    if layer.get_type_name() == "MatMul":
-        return (
-            weight if weight is not None and weight.dim() == 2 and not layer.get_attributes()["transpose_a"] else None
-        )
-    return weight
+    if weight is None or layer.get_type_name() != "MatMul":
+        return weight
+    return weight if weight.dim() == 2 and not layer.get_attributes()["transpose_a"] else None
 
 
 def _constant(value: Any) -> torch.Tensor | None:
