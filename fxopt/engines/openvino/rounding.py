@@ -51,8 +51,8 @@ def round_weights(model: Any, means: Mapping[str, torch.Tensor], names: Collecti
         swapped = layer.get_type_name() == "MatMul" and not layer.get_attributes()["transpose_b"]
         own = weight.T if swapped else weight
         # Outputs x inputs x taps; by groups, each output of a group reads the inputs of this group.
-        groups = own.shape[0] if layer.get_type_name() == "GroupConvolution" else 1
-        rows = own.flatten(0, 1) if groups > 1 else own
+        grouped = layer.get_type_name() == "GroupConvolution"
+        groups, rows = (own.shape[0], own.flatten(0, 1)) if grouped else (1, own)
         read = means[name].reshape(groups, 1, -1).expand(-1, rows.shape[0] // groups, -1).flatten(0, 1)
         taps = rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)
         rounded = _rounded(taps, read.unsqueeze(2), _lost_bias(layer, rows.shape[0])).reshape(own.shape)
