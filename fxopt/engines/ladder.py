@@ -220,6 +220,7 @@ def _has_zeros(module: GraphModule) -> bool:
 
 
 def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_error: float | None) -> Rung:
+    max_error = rung.options.get("max_error", max_error)  # its own goes first
     if rung.is_rounded and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
         return dataclasses.replace(
             rung, dropped="not built: bfloat16 needs a bound on the error: give a max_error, such as 1e-2"

@@ -223,11 +223,19 @@ def test_a_bound_is_positive_and_for_mixed_precision_alone(options: dict[str, ob
         fxopt.lower(nn.Linear(3, 2).eval(), torch.randn(2, 3), "openvino", **options)
 
 
-@pytest.mark.parametrize(("asked", "bound"), [("openvino{precision=mixed}", 1e-2), ("openvino{precision=bf16}", None)])
-def test_a_ladder_tells_mixed_precision_its_bound(asked: str, bound: float | None) -> None:
+@pytest.mark.parametrize(
+    ("asked", "told", "bound"),
+    [
+        ("openvino{precision=mixed}", 1e-2, 1e-2),
+        ("openvino{precision=mixed,max_error=0.02}", 1e-2, 2e-2),
+        ("openvino{precision=mixed,max_error=0.02}", None, 2e-2),
+        ("openvino{precision=bf16}", 1e-2, None),
+    ],
+)
+def test_a_ladder_tells_mixed_precision_its_bound(asked: str, told: float | None, bound: float | None) -> None:
     model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
     inputs = Inputs((x,), {})
-    found = climb(asked, model, fxopt.capture(model, (x,)).module, inputs, max_error=1e-2, budget_seconds=2.0)
+    found = climb(asked, model, fxopt.capture(model, (x,)).module, inputs, max_error=told, budget_seconds=2.0)
     assert found.chosen is not None and found.chosen.executable is not None
     engine = found.chosen.executable.engine
     assert isinstance(engine, OpenVINO) and engine.max_error == bound
