@@ -217,6 +217,12 @@ def test_a_bound_that_takes_too_many_layers_is_refused(rounds: None) -> None:
         fxopt.lower(Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="mixed", max_error=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "mixed", "max_error": 1e-2}])
+def test_a_model_without_weights_is_taken(options: dict[str, object]) -> None:
+    x = torch.randn(4, 5)
+    assert torch.equal(fxopt.lower(nn.ReLU().eval(), x, "openvino", **options)(x), x.relu())
+
+
 @pytest.mark.parametrize("options", [{"max_error": 1e-2}, {"precision": "mixed", "max_error": 0.0}])
 def test_a_bound_is_positive_and_for_mixed_precision_alone(options: dict[str, object]) -> None:
     with pytest.raises(EngineError, match="max_error is a positive number, and for precision=mixed alone"):

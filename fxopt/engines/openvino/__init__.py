@@ -15,7 +15,7 @@ from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
 from fxopt.engines.onnx import nested, output_structure, quiet
-from fxopt.engines.openvino.model import Model
+from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
 from fxopt.engines.openvino.rows import choose_rows
 from fxopt.errors import EngineError
@@ -102,8 +102,7 @@ class OpenVINO(Engine):
         run = nested(structure, call)
         run(*inputs.args, **inputs.kwargs)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
-            shapes = tuple([tensor.shape for tensor in inputs.tensors])
-            reasons += left_floats_by_openvino(model.session(shapes).compiled)
+            reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
         return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False)
 
     def _settle_precision(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> dict[str, Any]:

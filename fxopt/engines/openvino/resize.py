@@ -14,7 +14,7 @@ import numpy as np
 
 
 def keep_marks(model: Any) -> None:
-    """Write all resizes of a model so; those of unknown rank stay as they are."""
+    """Rewrite all resizes of a model to opset 4; those of unknown rank stay as they are."""
     for operator in model.get_ordered_ops():
         info = operator.get_type_info()
         if (info.name, info.version_id) == ("Interpolate", "opset11"):

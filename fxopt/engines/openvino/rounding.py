@@ -41,12 +41,13 @@ def add_means(model: Any) -> list[str]:
 
 
 def round_weights(model: Any, means: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
-    """Round the weights of the layers of these names; `means` are what `add_means` lets a model give."""
+    """Round the weights of some layers, by name; `means` has, for each, what `add_means` lets a model give."""
     from openvino import opset13
 
     for layer in model.get_ordered_ops():
-        weight, name = _weight(layer), layer.get_friendly_name()
-        if weight is None or name not in names or name not in means:
+        name = layer.get_friendly_name()
+        weight = _weight(layer) if name in names else None
+        if weight is None:
             continue
         swapped = layer.get_type_name() == "MatMul" and not layer.get_attributes()["transpose_b"]
         own = weight.T if swapped else weight
