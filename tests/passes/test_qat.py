@@ -108,8 +108,12 @@ class TestFakeQuantize:
     def test_works_under_autocast_and_in_half(self) -> None:
         layer = nn.Sequential(FakeQuantize(), nn.Linear(4, 4))
         with torch.autocast("cpu", torch.bfloat16):
-            layer(layer(torch.randn(2, 4))).float().sum().backward()
-        layer.bfloat16()(torch.randn(2, 4).bfloat16())
+            found = layer(layer(torch.randn(2, 4)))
+        assert found.dtype is torch.bfloat16
+        found.float().sum().backward()
+        gradient = layer[1].weight.grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.any()
+        assert layer.bfloat16()(torch.randn(2, 4).bfloat16()).dtype is torch.bfloat16
 
     def test_a_loaded_range_counts(self) -> None:
         fake = FakeQuantize()
