@@ -46,7 +46,7 @@ class OneDNN(Engine):
 
     name: ClassVar[str] = "onednn"
 
-    tune_seconds: float = field(default=0.7, metadata={"help": "about how long to try kernels; 0 packs every layer"})
+    tune_seconds: float = field(default=0.5, metadata={"help": "about how long to try kernels; 0 packs every layer"})
 
     def unavailable(self) -> str | None:
         """torch may be built without oneDNN."""
