@@ -99,6 +99,12 @@ def test_mixed_precision_keeps_sums_and_normalisations_and_what_they_are_handed(
     assert sorted(kept["Clamp"]) == [False] * 3 + [True] * 3, "behind each normalisation, and each layer a sum reads"
 
 
+def test_a_normalisation_that_is_an_output_is_not_rounded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval()
+    kept = marks(fxopt.lower(model, torch.randn(2, 8), "openvino", precision="mixed"), tmp_path)
+    assert kept["Clamp"] == [True], "the layer writes what the normalisation reads; nothing comes behind that"
+
+
 def running(executable: Executable, x: Tensor) -> list[tuple[str, str, str]]:
     """The operators that OpenVINO runs: their kind, what they write, and in which layout."""
     models: list[Model] = []

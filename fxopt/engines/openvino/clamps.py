@@ -34,9 +34,7 @@ def write_float32(model: Any, kept: Collection[str]) -> set[str]:
 
 
 def write_bfloat16(model: Any, kept: Collection[str]) -> None:
-    """Let normalisations in float32 write bfloat16 where nothing that reads them is kept in float32.
-
-    A normalisation that is scaled needs no clamp: the scale is fused into it.
+    """Let normalisations in float32 write bfloat16 where layers read them that compute in it.
 
     Args:
         model: as OpenVINO has read it; changed.
@@ -45,7 +43,7 @@ def write_bfloat16(model: Any, kept: Collection[str]) -> None:
     for norm in model.get_ordered_ops():
         if norm.get_type_name() == "MVN":
             last = with_affine(norm)[-1]
-            if not any(reader.get_friendly_name() in kept for reader in readers(last)):
+            if not any(each.get_type_name() == "Result" or each.get_friendly_name() in kept for each in readers(last)):
                 _clamp(last)
 
 
