@@ -18,6 +18,7 @@ import fxopt
 from fxopt.engines import Executable, climb
 from fxopt.engines.openvino import OpenVINO, mixed, precision, rounding
 from fxopt.engines.openvino.model import Model, shapes_of
+from fxopt.engines.openvino.session import Session
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.verify import relative_error
@@ -129,7 +130,7 @@ def test_nothing_is_copied_between_a_sum_in_float32_and_its_neighbours(rounds: N
     )
     assert [precision for kind, precision, _ in found if kind == "MVN"] == ["bf16"] * 3, "what a layer reads as well"
     activations = [operator for operator in found if operator[0] == "Reorder" and len(operator[2]) == 3]
-    assert len(activations) == 2, "what the convolution writes, once; no later one"
+    assert len(activations) <= 2, "what the convolution writes, once; no later one"
     assert not any(layout == "acb" for *_, layout in found), "no sum is transposed"
 
 
@@ -175,9 +176,11 @@ class Resizes(nn.Module):
         return nn.functional.interpolate(up, scale_factor=2.0, mode="nearest")
 
 
-def test_mixed_precision_keeps_resizes(rounds: None) -> None:
+def test_mixed_precision_keeps_resizes(tmp_path: Path, rounds: None) -> None:
     torch.manual_seed(0)
     model, x = Resizes().eval(), torch.randn(2, 3, 16, 16)
+    kept = marks(fxopt.lower(model, x, "openvino", precision="mixed"), tmp_path)
+    assert (kept["Interpolate"], kept["Convolution"]) == ([True, True], [False])
     example = Inputs((x,), {})
     executable = Executable(OpenVINO(precision="mixed"), fxopt.capture(model, (x,)).module, example)
     executable._choices = {"float32": 1.0, "rows": 0}
@@ -295,35 +298,48 @@ def test_more_layers_in_float32_are_closer(tmp_path: Path, rounds: None) -> None
     assert errors[2] < 1e-5 < errors[1] < errors[0]
 
 
-class Block(nn.Module):
-    """A residual block whose parts OpenVINO can't compile in float32 and bfloat16 beside each other."""
+def refuse_to_compile(below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let OpenVINO compile no smaller share of layers in float32, as it does at some parts of residual blocks."""
+    keep, session, shares = precision._Rounding.keep, Model.session, [1.0]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.pool = nn.Conv2d(3, 64, 7, 2, 3), nn.MaxPool2d(3, 2, 1)
-        self.first, self.second, self.third = nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, 1, 1), nn.Conv2d(64, 256, 1)
-        self.beside, self.last = nn.Conv2d(64, 256, 1), nn.Conv2d(256, 64, 1)
+    def remembered(self: precision._Rounding, model: Model, share: float) -> None:
+        shares.append(share)
+        keep(self, model, share)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.stem(x).relu())
-        x = self.third(self.second(self.first(x).relu()).relu()) + self.beside(x)
-        return torch.as_tensor(self.last(x.relu()))
+    def refused(self: Model, shapes: tuple[torch.Size, ...]) -> Session:
+        if shares[-1] < below:
+            raise RuntimeError("object is not initialized")
+        return session(self, shapes)
+
+    monkeypatch.setattr(precision._Rounding, "keep", remembered)
+    monkeypatch.setattr(Model, "session", refused)
 
 
-def test_a_share_that_openvino_cannot_compile_is_passed_over(monkeypatch: pytest.MonkeyPatch, rounds: None) -> None:
-    torch.manual_seed(0)
-    model, x = Block().eval(), torch.randn(1, 3, 64, 64)
-    monkeypatch.setattr(precision, "_SHARES", (4 / 6,))
-    with pytest.raises(EngineError, match="differ by inf"):
-        fxopt.lower(model, x, "openvino", precision="mixed", max_error=1e-2)
-    monkeypatch.setattr(precision, "_SHARES", (4 / 6, 1.0))
-    assert fxopt.lower(model, x, "openvino", precision="mixed", max_error=1e-2).choices["float32"] == 1.0
+def test_a_share_that_openvino_cannot_compile_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_compile(0.2, monkeypatch)
+    executable = fxopt.lower(
+        Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="mixed", max_error=0.5, pieces=False
+    )
+    assert executable.choices["float32"] == 0.2
+
+
+def test_a_model_that_openvino_compiles_in_no_mixed_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_compile(1.0, monkeypatch)
+    with pytest.raises(EngineError, match="compiles this model in no mixed precision; give precision=f32 or bf16"):
+        fxopt.lower(Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="mixed", max_error=0.5)
+
+
+def test_the_closest_share_is_taken_where_none_leaves_a_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([8e-2, 7e-2, 4.8e-2, 6e-2, 7e-2, 6e-2])
+    monkeypatch.setattr(precision._Rounding, "error", lambda self, model: next(errors))
+    executable = fxopt.lower(Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="mixed", max_error=5e-2)
+    assert executable.choices["float32"] == 0.1
 
 
 def test_a_bound_that_takes_too_many_layers_is_refused(rounds: None) -> None:
     torch.manual_seed(0)
     with pytest.raises(
-        EngineError, match=r"with 60 % of the layers in float32 its outputs differ by .* \(allowed 0\.0001\)"
+        EngineError, match=r"with \d+ % of the layers in float32 its outputs differ by .* \(allowed 0\.0001\)"
     ):
         fxopt.lower(Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="mixed", max_error=1e-4)
 

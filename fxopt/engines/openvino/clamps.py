@@ -1,7 +1,8 @@
 """Clamps that change nothing, by which an operator writes its output in the precision of what reads it.
 
 The last of what OpenVINO fuses into an operator decides what it writes, and a clamp is fused. Without one a linear
-layer in bfloat16 would round what a sum in float32 reads, and what goes from one precision to the other is copied.
+layer in bfloat16 would round what a sum in float32 reads, and what crosses from one precision to the other would be
+written twice.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from fxopt.engines.openvino.rounding import LAYERS
+from fxopt.engines.openvino.rounding import LAYERS, constant_behind
 from fxopt.errors import EngineError
 
 _KEEPS = frozenset({"MVN", "Interpolate"})
@@ -92,15 +92,10 @@ def with_affine(norm: Any) -> list[Any]:
 
 def shifts_or_scales(operator: Any) -> bool:
     """Whether it adds a constant or multiplies by one that has a value for each channel, or one for all."""
-    return operator.get_type_name() in ("Add", "Multiply") and any(map(_is_per_channel, operator.inputs()))
-
-
-def _is_per_channel(operand: Any) -> bool:
-    source = operand.get_source_output().get_node()
-    if source.get_type_name() == "Reshape":
-        source = source.input_value(0).get_node()
-    shape: tuple[int, ...] = tuple(source.get_output_shape(0)) if source.get_type_name() == "Constant" else (0, 0)
-    return sum(size != 1 for size in shape) <= 1
+    if operator.get_type_name() not in ("Add", "Multiply"):
+        return False
+    constants = filter(None, map(constant_behind, operator.input_values()))
+    return any(sum(size != 1 for size in constant.get_output_shape(0)) <= 1 for constant in constants)
 
 
 def _is_kept(operator: Any) -> bool:

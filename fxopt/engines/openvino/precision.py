@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,29 +53,36 @@ def keep_layers(model: Model, inputs: Inputs, share: float) -> None:
 
 
 def keep_enough_layers(model: Model, inputs: Inputs, max_error: float) -> float:
-    """See `keep_layers`; here with the smallest share that holds a bound on the relative error of outputs.
+    """See `keep_layers`; here with the smallest share that holds a bound on the relative error of outputs, with
+    a margin where one does.
 
     Returns:
         The share.
 
     Raises:
         RuntimeError: what OpenVINO says, where it cannot run the model.
-        EngineError: see there, and where the bound would leave too few layers to bfloat16.
+        EngineError: see there, and where no share that OpenVINO compiles holds the bound.
     """
     keep_marks(model.read)
     rounding = _Rounding.of(model, inputs, fresh=_FRESH)
-    share = error = 0.0
+    errors: dict[float, float] = {}
     for share in _SHARES:
         rounding.keep(model, share)
-        error = rounding.error(model)
-        if error <= _MARGIN * max_error:
-            break
-    if error > max_error:
+        # Of a residual block OpenVINO cannot compile some parts in float32 and the others in bfloat16.
+        with contextlib.suppress(RuntimeError):
+            errors[share] = rounding.error(model)
+            if errors[share] <= _MARGIN * max_error:
+                return share
+    if not errors:
+        raise EngineError("engine 'openvino': it compiles this model in no mixed precision; give precision=f32 or bf16")
+    best = min(errors, key=errors.__getitem__)
+    if errors[best] > max_error:
         raise EngineError(
-            f"engine 'openvino': with {100 * share:.0f} % of the layers in float32 its outputs differ by {error:.2e} "
-            f"(allowed {max_error:g}); allow more, or give precision=f32"
+            f"engine 'openvino': with {100 * best:.0f} % of the layers in float32 its outputs differ by "
+            f"{errors[best]:.2e} (allowed {max_error:g}); allow more, or give precision=f32"
         )
-    return share
+    rounding.keep(model, best)
+    return best
 
 
 @dataclass(frozen=True)
@@ -124,14 +131,8 @@ class _Rounding:
         mark(model.core, read, kept | write_float32(read, kept))
 
     def error(self, model: Model) -> float:
-        """The largest relative error of any output; infinite where OpenVINO cannot run it so.
-
-        Of a residual block it cannot compile some parts in float32 and the others in bfloat16.
-        """
-        try:
-            found = [zip(expected, model(tensors), strict=True) for tensors, expected in self.tries]
-        except RuntimeError:
-            return math.inf
+        """The largest relative error of any output."""
+        found = [zip(expected, model(tensors), strict=True) for tensors, expected in self.tries]
         return max(relative_error(want, got) for pairs in found for want, got in pairs)
 
 

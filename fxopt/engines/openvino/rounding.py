@@ -19,6 +19,14 @@ _NEAR_THE_MIDDLE = 0.25
 """Weights at least this far from the nearest value, as a share of the step to the other one, may go there."""
 
 
+def constant_behind(value: Any) -> Any | None:
+    """The constant that a value is, which may be reshaped; None where it is computed."""
+    source = value.get_node()
+    if source.get_type_name() == "Reshape":
+        source = source.input_value(0).get_node()
+    return source if source.get_type_name() == "Constant" else None
+
+
 def add_means(model: Any) -> list[str]:
     """Let a model give, behind its own outputs, the mean of each channel that a layer with a weight reads.
 
@@ -108,9 +116,7 @@ def _weight(layer: Any) -> torch.Tensor | None:
 
 def _constant(value: Any) -> torch.Tensor | None:
     """A constant in float32, which may be reshaped."""
-    source = value.get_node()
-    if source.get_type_name() == "Reshape":
-        source = source.input_value(0).get_node()
-    if source.get_type_name() != "Constant" or value.get_element_type().to_string() != "f32":
+    source = constant_behind(value)
+    if source is None or value.get_element_type().to_string() != "f32":
         return None
     return torch.from_numpy(np.array(source.data)).reshape(tuple(value.get_shape()))
