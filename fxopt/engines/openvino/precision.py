@@ -53,8 +53,7 @@ def keep_layers(model: Model, inputs: Inputs, share: float) -> None:
 
 
 def keep_enough_layers(model: Model, inputs: Inputs, max_error: float) -> float:
-    """See `keep_layers`; here with the smallest share that holds a bound on the relative error of outputs, with
-    a margin where one does.
+    """See `keep_layers`; here with the smallest share that holds a bound on the error with a margin, or the closest.
 
     Returns:
         The share.
