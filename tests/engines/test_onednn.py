@@ -14,8 +14,9 @@ from torch import nn
 import fxopt
 from fxopt import Inputs, spec
 from fxopt.engines import onednn
-from fxopt.engines.onednn import OneDNN
-from fxopt.engines.onednn.kernels import KERNELS
+from fxopt.engines.layer import Layer
+from fxopt.engines.onednn import OneDNN, kernels, tune
+from fxopt.engines.onednn.kernels import KERNELS, Kernel
 from fxopt.errors import EngineError
 from fxopt.pipeline import replay
 from fxopt.verify import relative_error
@@ -378,6 +379,56 @@ def test_a_graph_whose_first_calls_take_the_time_that_there_is_is_called_no_more
     assert min(times.values()) > 0
     assert called[:2] == ["as given", "channels_last"]
     assert max(map(called.count, times)) == calls
+
+
+@pytest.mark.parametrize(
+    ("seconds", "only", "rows"),
+    [(0.5, None, [8]), (2.0, None, [2]), (9.0, None, [1]), (2.0, 8, [2, 8])],
+    ids=["fast", "slow", "slower than all rows", "slow and of a fixed batch"],
+)
+def test_a_slow_graph_is_held_against_torchs_on_a_part_of_its_batch(
+    seconds: float, only: int | None, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "_WHOLE_SECONDS", 0.0)
+    given = []
+
+    def run(x: torch.Tensor) -> None:
+        given.append(len(x))
+        if only not in (None, len(x)):
+            raise RuntimeError("another batch")
+
+    assert list(onednn._time_shortly({"as given": run}, Inputs.of(torch.zeros(8, 1)), seconds)) == ["as given"]
+    assert given == rows
+
+
+def test_a_slow_graph_without_a_batch_is_held_against_torchs_on_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_WHOLE_SECONDS", 0.0)
+    given = []
+    onednn._time_shortly({"as given": given.append}, Inputs.of(torch.zeros(())), 9.0)
+    assert [x.shape for x in given] == [torch.Size()]
+
+
+def test_a_large_layer_is_tried_on_a_part_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.small(self.large(x) + x)
+
+    tried: dict[int, set[int]] = {4: set(), 2: set()}
+
+    def packed(layer: Layer) -> Kernel:
+        tried[len(layer.weight)].add(layer.shape[0])
+        return kernels.packed(layer)
+
+    monkeypatch.setattr(tune, "KERNELS", {"packed": packed})
+    # Of products the first layer has 4 * 4 * 9 * 64 in each row, the second 4 * 2 * 64.
+    monkeypatch.setattr(tune, "_MOST_PRODUCTS", 2 * 4 * 4 * 9 * 64)
+    model, x = Residual().eval(), torch.randn(6, 4, 8, 8)
+    check(fxopt.lower(model, x), model, x)
+    assert tried == {4: {2}, 2: {6}}
 
 
 def test_without_tuning_everything_is_packed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ _DTYPES: Mapping[torch.dtype, Callable[[], bool]] = {
 _ROUNDS = 5
 _WHOLE_SECONDS = 0.3
 """Time for holding the whole graph against torch's: for the first calls, and again for those behind them."""
+_SLOW_SECONDS = 1.0
+"""A graph of which a call takes longer is held against torch's on a part of its batch."""
 _LARGE_BYTES = 1 << 20
 """Weights from which on the memory that packing one leaves behind is handed back at once, which takes a millisecond."""
 
@@ -56,7 +59,9 @@ class OneDNN(Engine):
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""
+        began = time.perf_counter()
         propagate_shapes(module, inputs)
+        seconds = time.perf_counter() - began
         hand_back()
         made: dict[str, Kernel] = {}
         if choices:
@@ -73,7 +78,7 @@ class OneDNN(Engine):
         if not self.tune_seconds:
             return ours
         given = _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
-        times = _time({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs)
+        times = _time_shortly({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs, seconds)
         if times[_CHANNELS_LAST] <= times[_AS_GIVEN]:
             return ours
         why = f"packed, the graph took {times[_CHANNELS_LAST] / times[_AS_GIVEN]:.2f}x as long"
@@ -116,6 +121,16 @@ def _kernel(layer: Layer, name: str) -> Kernel | None:
     if layer.weight.nbytes >= _LARGE_BYTES:
         hand_back()
     return kernel
+
+
+def _time_shortly(runs: Mapping[str, Run], inputs: Inputs, seconds: float) -> dict[str, float]:
+    """See `_time`; by fewer rows where one call takes `seconds` and that is long."""
+    if seconds > _SLOW_SECONDS:
+        rows = (inputs.batch_size or 1) * _SLOW_SECONDS / 2 / seconds
+        few = inputs.with_batch(max(1, int(rows)))
+        with contextlib.suppress(Exception):  # a graph may hold for this batch alone
+            return _time(runs, few or inputs)
+    return _time(runs, inputs)
 
 
 def _time(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:

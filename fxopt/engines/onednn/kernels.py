@@ -94,7 +94,7 @@ def _adding(layer: Layer, weight: torch.Tensor, geometry: list[Any]) -> Kernel:
 
 
 def _packed_linear(layer: Layer) -> Kernel:
-    weight = _mkldnn._reorder_linear_weight(_apart(layer.weight), _rows(layer))
+    weight = _mkldnn._reorder_linear_weight(_apart(layer.weight), places(layer))
     bias = layer.bias
     if layer.other is not None:
         adding = _mkldnn._linear_pointwise.binary
@@ -115,10 +115,10 @@ def mkl(layer: Layer) -> Kernel | None:
     operators = getattr(torch.ops, "mkl", None)
     if not layer.is_pointwise or layer.weight.dtype is not torch.float32 or not torch.backends.mkl.is_available():
         return None
-    if operators is None or _rows(layer) == 0:
+    if operators is None or places(layer) == 0:
         return None
     plain = layer.weight.flatten(1).contiguous()
-    rows = _rows(layer)
+    rows = places(layer)
     weight = operators._mkl_reorder_linear_weight(_apart(plain), rows)
     run = operators._mkl_linear.default
     bias = layer.bias
@@ -204,12 +204,12 @@ def _then(run: Callable[[torch.Tensor], torch.Tensor], activation: Activation | 
     return kernel
 
 
-def _rows(layer: Layer) -> int:
-    """Rows of the matrix that its input is."""
+def places(layer: Layer) -> int:
+    """How often its weight is applied in all rows: for a matrix product the rows of the matrix that its input is."""
     if layer.kind == "linear":
         return math.prod(layer.shape[:-1])
-    places = [-(-size // step) for size, step in zip(layer.shape[2:], layer.stride, strict=True)]
-    return int(layer.shape[0]) * math.prod(places)
+    steps = [-(-size // step) for size, step in zip(layer.shape[2:], layer.stride, strict=True)]
+    return int(layer.shape[0]) * math.prod(steps)
 
 
 # By name of the activation: the attribute of oneDNN, its scalars by argument, its algorithm.

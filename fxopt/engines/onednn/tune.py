@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fxopt.engines.layer import Layer
 from fxopt.engines.memory import LARGE_BYTES, hand_back
-from fxopt.engines.onednn.kernels import KERNELS, Kernel
+from fxopt.engines.onednn.kernels import KERNELS, Kernel, places
 
 _ROUNDS = 5
 _HOPELESS = 1.3
 """Kernels this much slower than the best in the first round are not timed again."""
+_MOST_PRODUCTS = 5 * 10**9
+"""What a layer is tried on has fewer rows than the example, where it would multiply more often than this."""
 _FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -55,9 +58,11 @@ def fastest(candidates: dict[str, Callable[[], object]], rounds: int, budget_sec
 
 
 def _fastest(layer: Layer) -> str:
+    layer = _of_few_rows(layer)
     kernels = {name: kernel for name, make in KERNELS.items() if (kernel := make(layer)) is not None}
     x = _random(layer.shape, layer)
-    given = (x,) if layer.other is None else (x, _random(layer.last.meta["tensor_meta"].shape, layer))
+    added = layer.last.meta["tensor_meta"].shape
+    given = (x,) if layer.other is None else (x, _random(torch.Size((*x.shape[:1], *added[1:])), layer))
 
     def caller(kernel: Kernel) -> Callable[[], object]:
         return lambda: kernel(*given)
@@ -67,6 +72,14 @@ def _fastest(layer: Layer) -> str:
         call()
     times = fastest(calls, _ROUNDS, 0.1)
     return min(times, key=times.__getitem__)
+
+
+def _of_few_rows(layer: Layer) -> Layer:
+    """The layer with as much of its batch as tells its kernels apart: all of it could take a second for each call."""
+    rows = layer.shape[0]
+    products = layer.weight.numel() * places(layer) // max(1, rows)
+    few = max(1, _MOST_PRODUCTS // max(1, products))
+    return replace(layer, shape=torch.Size((few, *layer.shape[1:]))) if few < rows else layer
 
 
 def _random(shape: torch.Size, layer: Layer) -> torch.Tensor:
