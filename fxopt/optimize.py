@@ -15,7 +15,9 @@ from fxopt import bench, record, spec
 from fxopt.capture import Captured, capture
 from fxopt.contract import Pass, Promise
 from fxopt.engines import Executable, climb
+from fxopt.engines.eager import Eager
 from fxopt.engines.ladder import check as check_engine
+from fxopt.engines.place import place_for
 from fxopt.errors import FxoptError, LoadError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -89,7 +91,7 @@ def optimize(
         seed: of everything random.
         notes: to keep in the record.
         engine: the name of an engine to lower the result for; "auto" for the fastest, "all" to show them all. None
-            lowers nothing.
+            lowers nothing. It is built on the first of `devices` that is there and that it runs on.
         engine_seconds: about how long to build and measure engines.
         max_error: the relative error of outputs that an engine may have; None for what each dtype allows.
         prove: "pass" to measure each pass for speed against the module before it, on the first of `devices` that is
@@ -119,7 +121,7 @@ def optimize(
     captured = dataclasses.replace(captured, notes=(*notes, *captured.notes))
     prover = None
     if prove is not None:
-        place = next((device for device in devices if bench.unavailable(device) is None), "cpu")
+        place = place_for(engine or Eager.name, devices, example)
         prover = Prover(measuring(example, place, engine, seed), prove, prove_seconds, tell)
     precision = None
     if sensitivity or max_drop is not None:
@@ -134,6 +136,7 @@ def optimize(
             module,
             result,
             example,
+            device=place_for(engine, devices, example),
             oracle=None if changed else oracle,
             max_error=max_error,
             budget_seconds=engine_seconds,

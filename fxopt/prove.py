@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import cast
 
+import torch
+
 from fxopt import bench
 from fxopt.bench import Comparison, Verdict
 from fxopt.capture.independent import independent_copy
 from fxopt.contract import Change, Pass, Skip
 from fxopt.engines.ladder import ALL, AUTO
 from fxopt.engines.lower import build
+from fxopt.engines.place import on
 from fxopt.engines.table import find
 from fxopt.errors import SpecError
 from fxopt.graph import GraphModule
@@ -44,16 +47,16 @@ def check(level: str) -> None:
         raise SpecError(f"prove: expected '{PASS}' to measure each pass, or '{MATCH}' each change, not {level!r}")
 
 
-def measuring(inputs: Inputs, device: str, engine: str | None, seed: int) -> Measure:
+def measuring(inputs: Inputs, device: torch.device, engine: str | None, seed: int) -> Measure:
     """A comparison on a device, of modules as one engine runs them; as torch does where none is named."""
-    plain = engine in (None, "eager", AUTO, ALL)
+    plain, given = engine in (None, "eager", AUTO, ALL), inputs.to(device)
 
     def measure(before: GraphModule, after: GraphModule, seconds: float) -> Comparison:
         def side(module: GraphModule) -> Callable[..., object]:
-            return module if plain else build(find(str(engine), {}), module, inputs).forward
+            return module if plain else build(find(str(engine), {}), on(device, module), given).forward
 
         return bench.compare(
-            side(before), side(after), inputs, device, budget_seconds=seconds, margin=_MARGIN, seed=seed
+            side(before), side(after), given, device, budget_seconds=seconds, margin=_MARGIN, seed=seed
         )
 
     return measure

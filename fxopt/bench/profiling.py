@@ -102,7 +102,9 @@ def profile(
         arm.under(lambda call: call())
         with visible_operators():
             listed = arm.watched(operators_of)
-            with _named(arm.module), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+            # Keeping events is what one cycle does anyway; not asked for it, torch 2.11 warns that the next loses them.
+            profiling = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+            with _named(arm.module), profiling as profiler:
                 for _ in range(_CALLS):
                     arm.under(_recorded)
         if gpu:

@@ -10,7 +10,7 @@ import torch
 
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine
-from fxopt.engines.gpu import why_no_gpu
+from fxopt.engines.gpu import TF32_TOLERANCE, why_no_gpu
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
 from fxopt.engines.strides import hide
@@ -18,7 +18,6 @@ from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.rewriting import propagate_shapes
 
-_TF32_TOLERANCE = 5e-3
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -43,7 +42,7 @@ class CuDNN(Engine):
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """That of TF32 where it is asked for."""
-        return max(super().tolerance(dtype), _TF32_TOLERANCE if self.tf32 else 0.0)
+        return max(super().tolerance(dtype), TF32_TOLERANCE if self.tf32 else 0.0)
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""

@@ -16,6 +16,7 @@ class Eager(Engine):
     """Runs the graph operator by operator, on whatever device it is."""
 
     name: ClassVar[str] = "eager"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def unavailable(self) -> str | None:
         """It is always there."""

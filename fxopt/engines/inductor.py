@@ -31,6 +31,7 @@ class Inductor(Engine):
     """
 
     name: ClassVar[str] = "inductor"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     integers: ClassVar[bool] = True
 
     freezing: bool = field(default=True, metadata={"help": "treat weights as constants: fold and pack them"})

@@ -18,7 +18,9 @@ from fxopt.contract import Skip
 from fxopt.engines.eager import Eager
 from fxopt.engines.executable import Executable
 from fxopt.engines.exports import Exports
+from fxopt.engines.gpu import rounding_of_torch
 from fxopt.engines.lower import after_passes, build
+from fxopt.engines.place import on
 from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find, written
 from fxopt.errors import EngineError
@@ -46,7 +48,7 @@ class Rung:
         executable: what it made; None where it dropped out.
         build_seconds: that it took, with these passes and without capture.
         relative_error: the largest over all inputs that were tried, against the original.
-        resident_bytes: by which the process grew meanwhile; None where that is not known.
+        resident_bytes: by which what the process holds there grew meanwhile; None where that is not known.
         comparison: of the original with it.
         dropped: why it is out of the running; empty where it is not.
         closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.
@@ -80,9 +82,10 @@ class Rung:
     @property
     def is_rounded(self) -> bool:
         """Whether it computes in fewer bits than the module does."""
-        return bool(self.passes) or "precision" in self.options
+        return bool(self.passes) or not self.options.keys().isdisjoint(_ROUNDING)
 
 
+_ROUNDING = ("precision", "tf32")
 _CANDIDATES: Sequence[Rung] = (
     Rung("eager"),
     Rung("openvino", {"precision": "bf16"}),
@@ -94,8 +97,20 @@ _CANDIDATES: Sequence[Rung] = (
     Rung("onnxruntime"),
     Rung("inductor", compiles=True),
 )
-"""In the order in which they are built: what wins most often first, what builds slowly or seldom wins last, when the
-budget may be spent."""
+_CUDA_CANDIDATES: Sequence[Rung] = (
+    Rung("eager"),
+    Rung("cudagraph", passes="cast{dtype=bf16}"),
+    Rung("cudagraph", {"tf32": True}),
+    Rung("cudagraph"),
+    Rung("cudnn"),
+    Rung("cublas"),
+    Rung("cublas", {"precision": "fp8"}),
+    Rung("sparse"),
+    Rung("cudagraph", {"around": "inductor"}, compiles=True),
+    Rung("inductor", compiles=True),
+)
+"""Both in the order in which they are built: what wins most often first, what builds slowly or seldom wins last, when
+the budget may be spent."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ class Ladder:
 
     Attributes:
         asked: what for: an engine, "auto" or "all".
+        device: on which they were built and measured.
         rungs: in the order in which they were tried.
         chosen: the one to use; None where nothing was to be chosen.
         max_error: the relative error that was allowed; None for what each dtype allows.
@@ -112,6 +128,7 @@ class Ladder:
     """
 
     asked: str
+    device: str
     rungs: tuple[Rung, ...]
     chosen: Rung | None
     max_error: float | None
@@ -125,13 +142,14 @@ def climb(
     rewritten: GraphModule,
     inputs: Inputs,
     *,
+    device: torch.device | str = "cpu",
     oracle: Oracle | None = None,
     max_error: float | None = None,
     budget_seconds: float = 60.0,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Ladder:
-    """Build engines for a rewritten module, verify each, and measure them beside the original on the CPU.
+    """Build engines for a rewritten module, verify each, and measure them beside the original.
 
     Args:
         asked: an engine, such as `openvino{precision=bf16}`, which is then chosen, beside `eager`; "auto" for all, of
@@ -139,6 +157,7 @@ def climb(
         original: what they are held against, in latency and, by `oracle`, in outputs.
         rewritten: what they run.
         inputs: an example.
+        device: where engines run and are measured; what is elsewhere is copied there.
         oracle: knows what the outputs should be; None where passes changed them on purpose: then the rewritten module
             does.
         max_error: the largest relative error of outputs; None for what each dtype allows.
@@ -153,10 +172,12 @@ def climb(
     began = time.perf_counter()
     tell = progress or (lambda stage: None)
     judge = oracle or Oracle(rewritten, inputs, seed)
+    place = torch.device(device)
+    rewritten, inputs = on(place, rewritten), inputs.to(place)
     rungs: list[Rung] = []
     named = asked not in (AUTO, ALL)
     with Exports() as exports:
-        for rung in _candidates(asked, rewritten):
+        for rung in _candidates(asked, rewritten, place):
             why_not = _why_not_built(rung, rungs)
             spent = (time.perf_counter() - began) / budget_seconds
             # However short it is, there is to be something to choose beside eager.
@@ -169,7 +190,7 @@ def climb(
                 continue
             tell(f"build {rung.label}")
             with exports.after(rung.passes):
-                rungs.append(_built(rung, rewritten, inputs, judge, max_error))
+                rungs.append(_built(rung, rewritten, inputs, place, judge, max_error))
     if named and rungs[-1].dropped:
         raise EngineError(rungs[-1].dropped)
     running = [rung for rung in rungs if not rung.dropped]
@@ -181,12 +202,14 @@ def climb(
         tell(f"measure {rung.label}")
         left = until - time.perf_counter()
         each = max(left / (len(running) - count + 1), _SHORTEST_MEASUREMENT)
-        rungs[rungs.index(rung)] = dataclasses.replace(rung, comparison=_compared(original, rung, inputs, each, seed))
+        rungs[rungs.index(rung)] = dataclasses.replace(
+            rung, comparison=_compared(original, rung, inputs, place, each, seed)
+        )
     chosen = rungs[-1] if named else None
     if asked == AUTO:
         left = until - time.perf_counter()
-        chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, left, seed)
-    return Ladder(asked, tuple(rungs), chosen, max_error, budget_seconds, time.perf_counter() - began)
+        chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, place, left, seed)
+    return Ladder(asked, str(place), tuple(rungs), chosen, max_error, budget_seconds, time.perf_counter() - began)
 
 
 def check(asked: str) -> None:
@@ -199,9 +222,10 @@ def check(asked: str) -> None:
         find(asked, {})
 
 
-def _candidates(asked: str, module: GraphModule) -> Sequence[Rung]:
+def _candidates(asked: str, module: GraphModule, place: torch.device) -> Sequence[Rung]:
     if asked in (AUTO, ALL):
-        return [rung for rung in _CANDIDATES if rung.engine != Sparse.name or _has_zeros(module)]
+        candidates = _CUDA_CANDIDATES if place.type == "cuda" else _CANDIDATES
+        return [rung for rung in candidates if rung.engine != Sparse.name or _has_zeros(module)]
     return [Rung("eager")] if asked == Eager.name else [Rung("eager"), Rung(*written(asked))]
 
 
@@ -219,25 +243,27 @@ def _has_zeros(module: GraphModule) -> bool:
     return any(2 * int(weight.count_nonzero()) < weight.numel() for weight in weights)
 
 
-def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_error: float | None) -> Rung:
+def _built(
+    rung: Rung, module: GraphModule, inputs: Inputs, place: torch.device, oracle: Oracle, max_error: float | None
+) -> Rung:
     max_error = rung.options.get("max_error", max_error)  # its own goes first
     if rung.is_rounded and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
         return dataclasses.replace(
-            rung, dropped="not built: bfloat16 needs a bound on the error: give a max_error, such as 1e-2"
+            rung, dropped="not built: fewer bits need a bound on the error: give a max_error, such as 1e-2"
         )
-    before = _resident()
+    before = _resident(place)
     began = time.perf_counter()
     try:
         rewritten = after_passes(module, rung.passes) if rung.passes else module
         seconds = time.perf_counter() - began
         engine = find(rung.engine, rung.options)
         executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)
-        error, allowed = _error(executable, oracle)
+        error, allowed = _error(executable, place, oracle)
     except EngineError as error_:
         return dataclasses.replace(rung, dropped=str(error_))
     except Exception as error_:  # whatever the insides of another project raise
         return dataclasses.replace(rung, dropped=f"{type(error_).__name__}: {error_}")
-    after = _resident()
+    after = _resident(place)
     found = dataclasses.replace(
         rung,
         executable=executable,
@@ -251,11 +277,11 @@ def _built(rung: Rung, module: GraphModule, inputs: Inputs, oracle: Oracle, max_
     return found
 
 
-def _error(executable: Executable, oracle: Oracle) -> tuple[float, float]:
+def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple[float, float]:
     """The largest relative error over the trials that it takes, and what the dtype of that output allows."""
     worst, allowed = 0.0, 0.0
     for index, trial in enumerate(oracle.trials):
-        given = trial.inputs.map(lambda tensor: tensor.detach().clone())
+        given = trial.inputs.map(lambda tensor: tensor.detach().to(place, copy=True))
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -268,28 +294,31 @@ def _error(executable: Executable, oracle: Oracle) -> tuple[float, float]:
             raise EngineError(f"engine '{executable.engine.name}' gives outputs that are nested otherwise")
         for expected, found in zip(trial.reference.values, values, strict=True):
             if isinstance(expected, torch.Tensor):
-                error = relative_error(expected, found)
+                error = relative_error(expected, found.to(expected.device))
                 if error >= worst:
                     dtypes = {found.dtype, *executable.dtypes}
                     worst = error
-                    allowed = max(executable.rounding, *(TOLERANCE.get(dtype, 0.0) for dtype in dtypes))
+                    rounding = max(executable.rounding, rounding_of_torch(place))
+                    allowed = max(rounding, *(TOLERANCE.get(dtype, 0.0) for dtype in dtypes))
     return worst, allowed
 
 
-def _compared(original: nn.Module, rung: Rung, inputs: Inputs, seconds: float, seed: int) -> bench.Comparison:
+def _compared(
+    original: nn.Module, rung: Rung, inputs: Inputs, place: torch.device, seconds: float, seed: int
+) -> bench.Comparison:
     assert rung.executable is not None
-    return _pairs(original, rung.executable, inputs, seconds, seed)
+    return _pairs(original, rung.executable, inputs, place, seconds, seed)
 
 
 def _pairs(
-    before: Callable[..., Any], after: Executable, inputs: Inputs, seconds: float, seed: int
+    before: Callable[..., Any], after: Executable, inputs: Inputs, place: torch.device, seconds: float, seed: int
 ) -> bench.Comparison:
     # Its own call, since a copy would have to be built again.
-    found = bench.compare(before, after.forward, inputs, budget_seconds=seconds, seed=seed)
+    found = bench.compare(before, after.forward, inputs, place, budget_seconds=seconds, seed=seed)
     return dataclasses.replace(found, notes=tuple(note for note in found.notes if "cannot be copied" not in note))
 
 
-def _fastest(rungs: Sequence[Rung], inputs: Inputs, left: float, seed: int) -> Rung:
+def _fastest(rungs: Sequence[Rung], inputs: Inputs, place: torch.device, left: float, seed: int) -> Rung:
     """The rung with the smallest ratio; where the second may be as fast, the two are held against each other.
 
     Of two that are as fast as each other it is the one that builds sooner.
@@ -307,14 +336,17 @@ def _fastest(rungs: Sequence[Rung], inputs: Inputs, left: float, seed: int) -> R
     assert first.executable is not None and second.executable is not None
     if second.comparison.low > first.comparison.high:
         return first
-    final = _pairs(first.executable.forward, second.executable, inputs, max(left, _SHORTEST_MEASUREMENT), seed)
+    left = max(left, _SHORTEST_MEASUREMENT)
+    final = _pairs(first.executable.forward, second.executable, inputs, place, left, seed)
     if final.verdict is bench.Verdict.EQUIVALENT:
         return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
     return second if final.ratio < 1 else first
 
 
-def _resident() -> int | None:
-    """Bytes of this process that are in memory, as Linux tells them."""
+def _resident(place: torch.device) -> int | None:
+    """Bytes of this process that are in the memory of a device: for the CPU as Linux tells them."""
+    if place.type == "cuda":
+        return torch.cuda.memory_allocated(place)
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -13,6 +13,7 @@ from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
+from fxopt.engines.gpu import rounding_of_torch
 from fxopt.engines.memory import collect_beside, hand_back
 from fxopt.engines.table import find
 from fxopt.errors import EngineError
@@ -108,7 +109,8 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
         found = _run(executable, inputs)
     if expected[1] != found[1]:
         raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")
-    rounding = executable.rounding if engine.integers else 0.0
+    place = next((tensor.device for tensor in inputs.tensors), torch.device("cpu"))
+    rounding = max(rounding_of_torch(place), executable.rounding if engine.integers else 0.0)
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected[0], found[0], strict=True)):
         if isinstance(want, float) and isinstance(got, float):  # what `item()` made of a tensor

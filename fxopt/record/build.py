@@ -212,6 +212,7 @@ def of_ladder(ladder: Ladder) -> EnginesRecord:
     """Engines, and which was chosen."""
     return EnginesRecord(
         asked=ladder.asked,
+        device=ladder.device,
         chosen=next((index for index, rung in enumerate(ladder.rungs) if rung is ladder.chosen), None),
         max_error=ladder.max_error,
         budget_seconds=ladder.budget_seconds,

@@ -181,6 +181,7 @@ class EnginesRecord(TypedDict):
     """Engines held against each other; `chosen` is the index of a rung, or null."""
 
     asked: str
+    device: str
     chosen: int | None
     max_error: float | None
     budget_seconds: float

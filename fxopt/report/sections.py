@@ -178,8 +178,8 @@ def _engines(record: Record) -> Section:
             f"{name}: {group.shortened(_MOST_PLACES)}" for group in groups.reasons(rung["reasons"])[:_MOST_REASONS]
         ]
     headings = ("engine", "latency", "speed-up [95 % interval]", "verdict", "relative error", "build", "memory")
-    if found["chosen"] is not None:
-        notes.insert(0, "* is what was chosen; all are held against the original")
+    chosen = "* is what was chosen; " if found["chosen"] is not None else ""
+    notes.insert(0, f"{chosen}all are held against the original on {found['device']}")
     return Section("Engines", table=Table(headings, tuple(rows), (1, 4, 5, 6)), notes=tuple(notes))
 
 

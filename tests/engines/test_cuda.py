@@ -11,11 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxopt
-from fxopt import Inputs, spec
+from fxopt import Inputs, bench, spec
+from fxopt.engines import ladder
 from fxopt.engines.cudagraph import CudaGraph
 from fxopt.engines.cudnn import CuDNN
+from fxopt.engines.gpu import TF32_TOLERANCE, rounding_of_torch
+from fxopt.engines.ladder import Rung
+from fxopt.engines.place import place_for
+from fxopt.engines.table import ENGINES
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.pipeline import replay
@@ -136,15 +142,84 @@ def test_without_a_gpu_they_say_so(engine: str) -> None:
         fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), engine)
 
 
+@pytest.mark.parametrize(
+    ("asked", "devices", "gpu", "place"),
+    [
+        ("auto", ("cpu", "cuda"), True, "cpu"),
+        ("auto", ("cuda",), True, "cuda"),
+        ("all", ("cuda:1", "cpu"), True, "cuda:1"),
+        ("auto", ("cuda", "cpu"), False, "cpu"),
+        ("auto", (), True, "cpu"),
+        ("eager", ("cuda",), True, "cuda"),
+        ("cudagraph{tf32=true}", ("cpu", "cuda"), True, "cuda"),
+        ("cudnn", ("cpu",), True, "cuda"),
+        ("openvino", ("cuda", "cpu"), True, "cpu"),
+        ("openvino", ("cuda",), True, "cpu"),
+    ],
+)
+def test_an_engine_runs_on_the_first_device_that_suits_it(
+    asked: str, devices: tuple[str, ...], gpu: bool, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = {"cpu": None, "cuda": None if gpu else "no CUDA device", "cuda:1": None}
+    monkeypatch.setattr(bench, "unavailable", reasons.__getitem__)
+    assert place_for(asked, devices, Inputs.of(torch.zeros(1))) == torch.device(place)
+
+
+def test_an_engine_runs_where_the_inputs_are_that_a_gpu_holds() -> None:
+    assert place_for("auto", ("cpu",), Inputs.of(torch.zeros(1, device="meta"))) == torch.device("meta")
+
+
+@pytest.mark.parametrize("rung", ladder._CUDA_CANDIDATES, ids=lambda rung: rung.label)
+def test_candidates_for_a_gpu_run_there(rung: Rung) -> None:
+    kind = ENGINES[rung.engine]
+    assert "cuda" in kind.devices
+    assert kind(**rung.options).name == rung.engine
+
+
+@pytest.mark.parametrize("asked", ["auto", "all"])
+def test_on_a_gpu_the_candidates_are_others(asked: str) -> None:
+    _, module, _ = fused("simple_net")
+    on_cpu, on_cuda = (
+        [rung.label for rung in ladder._candidates(asked, module, torch.device(place))] for place in ("cpu", "cuda")
+    )
+    assert on_cpu[0] == on_cuda[0] == "eager"
+    assert {*on_cpu} & {*on_cuda} == {"eager", "inductor"}
+
+
+def test_what_torch_rounds_to_tf32_is_allowed_of_all_engines() -> None:
+    for allowed, error in ((True, TF32_TOLERANCE), (False, 0.0)):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            assert rounding_of_torch(torch.device("cuda")) == error
+            assert rounding_of_torch(torch.device("cpu")) == 0.0
+
+
+def on_cpu(value: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, value)
+
+
 @on_gpu
-@pytest.mark.parametrize("engine", ["eager", "cudnn", "cudagraph"])
+@pytest.mark.parametrize("engine", ["eager", "inductor", "cudnn", "cudagraph"])
 @pytest.mark.parametrize("name", ["staged_cnn", "simple_net", "encoder"])
 def test_on_a_gpu(name: str, engine: str) -> None:
     model, module, example = fused(name)
-    model, module = model.cuda(), module.cuda()
-    given = tuple(value.cuda() for value in example)
-    executable = fxopt.lower(module, given, engine)
+    fresh = tuple(torch.randn_like(value) for value in example)
+    executable = fxopt.lower(module.cuda(), tuple(value.cuda() for value in example), engine)
+    allowed = 1e-4 if engine in ("cudnn", "cudagraph") else rounding_of_torch(torch.device("cuda"))
+    for values in (example, fresh):
+        with torch.no_grad():
+            agree(on_cpu(executable(*(value.cuda() for value in values))), model(*values), allowed)
+
+
+@on_gpu
+@pytest.mark.parametrize(("engine", "max_error"), [("auto", None), ("auto", 2e-2), ("cudagraph", None)])
+def test_a_module_on_the_cpu_is_built_and_measured_on_a_gpu(engine: str, max_error: float | None) -> None:
+    case = STATIC["staged_cnn"]
+    model, example = case.build(), case.example()
+    options: dict[str, Any] = {"engine": engine, "max_error": max_error, "engine_seconds": 20.0}
+    result = fxopt.optimize(model, example, "clean,fuse", devices=("cuda",), budget_seconds=1.0, **options)
+    engines = result.record["engines"]
+    assert engines is not None and engines["device"] == "cuda"
+    assert result.executable is not None
     with torch.no_grad():
-        agree(executable(*given), model(*given), 1e-4)
-        fresh = tuple(torch.randn_like(value) for value in given)
-        agree(executable(*fresh), model(*fresh), 1e-4)
+        found = on_cpu(result.executable(*(value.cuda() for value in example)))
+        agree(found, model(*example), max_error or TF32_TOLERANCE)

@@ -93,7 +93,7 @@ def ladder() -> Ladder:
         Rung("onednn", {}, "", lowered, 0.62, 3.1e-7, 25_000_000, comparison(ratio=0.6)),
         Rung("openvino", {"precision": "bf16"}, dropped="OpenVINO is not installed; `pip install fxopt[openvino]`"),
     )
-    return Ladder("auto", rungs, rungs[1], 0.01, 60.0, 41.5)
+    return Ladder("auto", "cpu", rungs, rungs[1], 0.01, 60.0, 41.5)
 
 
 def example() -> Record:
