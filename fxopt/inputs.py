@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import LoadError
+from fxopt.nested import is_object, tensors_in, with_tensors
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Inputs:
     """Positional and keyword arguments of one call of a model.
 
     Attributes:
-        args: positional arguments; tensors may sit anywhere in nested lists, tuples and dicts.
+        args: positional arguments; tensors may sit anywhere in nested lists, tuples, dicts and objects.
         kwargs: keyword arguments, likewise.
     """
 
@@ -48,8 +49,12 @@ class Inputs:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors, in order."""
-        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return list(tensors_in((self.args, dict(self.kwargs))))
+
+    @property
+    def holds_objects(self) -> bool:
+        """Whether there is an object among them that a call may change, such as a cache."""
+        return any(map(is_object, pytree.tree_leaves((self.args, dict(self.kwargs)))))
 
     @property
     def batch_size(self) -> int | None:
@@ -58,9 +63,14 @@ class Inputs:
         return sizes.pop() if len(sizes) == 1 else None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
-        """The same structure with each tensor changed."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, change, (self.args, dict(self.kwargs)))
+        """The same structure with each tensor changed, and a copy of each object."""
+        args, kwargs = with_tensors((self.args, dict(self.kwargs)), change)
         return Inputs(args, kwargs)
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """Call a function with them, with a copy of each object, since a call may change it."""
+        given = self.map(lambda tensor: tensor) if self.holds_objects else self
+        return function(*given.args, **given.kwargs)
 
     def to(self, device: torch.device | str) -> Inputs:
         """All tensors on `device`."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 from fxopt.modules import FakeQuantize, QuantizedMultiheadAttention
+from fxopt.nested import tensors_in
 
 _RUNS = 5
 
@@ -120,8 +120,7 @@ def _exact(module: nn.Module, batches: list[Inputs]) -> torch.Tensor:
 def _outputs(module: nn.Module, batches: list[Inputs]) -> torch.Tensor:
     values = []
     for batch in batches:
-        leaves = pytree.tree_leaves(module(*batch.args, **batch.kwargs))
-        values += [leaf.double().flatten() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        values += [tensor.double().flatten() for tensor in tensors_in(batch.call(module))]
     return torch.cat(values)
 
 
@@ -137,7 +136,7 @@ def _seconds(module: nn.Module, batch: Inputs, names: Iterable[str]) -> Mapping[
         runs = []
         for _ in range(_RUNS):
             times.clear()
-            module(*batch.args, **batch.kwargs)
+            batch.call(module)
             runs.append(dict(times))
     return {name: min(run[name] for run in runs) for name in runs[0]}
 

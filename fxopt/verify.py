@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt.capture.blame import raised_in
 from fxopt.capture.independent import independent_copy
@@ -26,6 +25,7 @@ from fxopt.contract import Promise
 from fxopt.errors import GuardError, LoadError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.nested import flatten
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -44,7 +44,7 @@ class Outcome:
     """What one module gave for one input: flat values in order, their structure, gradients where it trains."""
 
     values: tuple[Any, ...]
-    structure: pytree.TreeSpec
+    structure: Any
     gradients: Mapping[str, torch.Tensor]
 
 
@@ -159,7 +159,7 @@ class Oracle:
             try:
                 with torch.set_grad_enabled(self._trains):
                     output = module(*given.args, **given.kwargs)
-                    values, structure = pytree.tree_flatten(output)
+                    values, structure = flatten(output)
                     gradients = _gradients(module, values) if self._trains else {}
             finally:
                 state.restore()

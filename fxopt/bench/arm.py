@@ -35,10 +35,10 @@ class Arm:
         self.copied = True
         self._device = device
         self.module = self._copy(module)
-        self._inputs = inputs.map(lambda tensor: tensor.detach().to(device, copy=True))
+        self._inputs = self._own(inputs)
         self._described = inputs.describe()
         self._replay: Callable[[], object] | None = None
-        self._pristine: list[torch.Tensor] = []
+        self._pristine: Inputs | None = None
         self._versions = [tensor._version for tensor in self._inputs.tensors]
 
     def _copy(self, module: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +57,9 @@ class Arm:
             self.copied = False
             return module
 
+    def _own(self, inputs: Inputs) -> Inputs:
+        return inputs.map(lambda tensor: tensor.detach().to(self._device, copy=True))
+
     def call(self) -> Any:
         """One forward, or the replay of one."""
         if self._replay is not None:
@@ -69,6 +72,11 @@ class Arm:
         Raises:
             EngineError: where none can be captured.
         """
+        if self._inputs.holds_objects:
+            raise EngineError(
+                f"{self.name!r} ({self.kind}): a CUDA graph replays kernels alone, and not what a call does to an "
+                f"object that it is given; the inputs are {self._described}"
+            )
         try:
             self._replay = graph_of(self.call, self._device)
         except EngineError as error:
@@ -98,15 +106,20 @@ class Arm:
 
     @property
     def writes_inputs(self) -> bool:
-        """Whether a call so far wrote into the inputs."""
-        return [tensor._version for tensor in self._inputs.tensors] != self._versions
+        """Whether a call so far wrote into the inputs, or may have changed an object among them."""
+        return self._inputs.holds_objects or [tensor._version for tensor in self._inputs.tensors] != self._versions
 
     def keep_inputs(self, inputs: Inputs) -> None:
         """From now on `refresh` puts these values into the inputs again."""
-        self._pristine = [tensor.detach().to(self._device, copy=True) for tensor in inputs.tensors]
+        self._pristine = self._own(inputs)
         self.refresh()
 
     def refresh(self) -> None:
         """Undo what calls wrote into the inputs, where `keep_inputs` asked for it."""
-        for tensor, pristine in zip(self._inputs.tensors, self._pristine, strict=False):
+        if self._pristine is None:
+            return
+        if self._inputs.holds_objects:
+            self._inputs = self._own(self._pristine)
+            return
+        for tensor, pristine in zip(self._inputs.tensors, self._pristine.tensors, strict=True):
             tensor.copy_(pristine)

@@ -106,7 +106,7 @@ def _measure(order: dict[str, Any]) -> ColdStart:
         for _ in range(2):
             start = time.perf_counter()
             module, inputs = loaded.module.to(order["device"]), loaded.inputs.to(order["device"])
-            module(*inputs.args, **inputs.kwargs)
+            inputs.call(module)
             if order["device"] != "cpu":
                 torch.cuda.synchronize(order["device"])
             calls.append(time.perf_counter() - start)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fxopt.capture.interception import replaced
-from fxopt.capture.structure import attributes_of, items_of
+from fxopt.nested import tensors_in
 
 
 @contextmanager
@@ -29,23 +29,10 @@ def exporting() -> Iterator[None]:
 
 def same_tensors(one: Any, other: Any) -> bool:
     """Whether two outputs hold the same tensors in the same order."""
-    left, right = list(_tensors(one, set())), list(_tensors(other, set()))
+    left, right = list(tensors_in(one)), list(tensors_in(other))
     return len(left) == len(right) and all(
-        a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all())
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bool(torch.isclose(a.detach(), b.detach(), 0.0, 0.0, equal_nan=True).all())
         for a, b in zip(left, right, strict=True)
     )
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value.detach()
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    items = items_of(value)
-    for item in items.values() if isinstance(items, dict) else items or ():
-        yield from _tensors(item, seen)
-    if items is None or not isinstance(value, dict):
-        for item in (attributes_of(value) or {}).values():
-            yield from _tensors(item, seen)

@@ -19,10 +19,11 @@ import torch.fx as fx
 from fxopt.capture.describe import describe
 from fxopt.capture.guards import guard_input, guard_items
 from fxopt.capture.provenance import Depends
-from fxopt.capture.structure import Build, TheClass, attributes_of, items_of, put_attribute, put_item, replace_items
+from fxopt.capture.structure import Build, TheClass, put_attribute, put_item, replace_items
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Origin, Tensors, holds_tensor
 from fxopt.capture.traced import Sink, Traced, plain, traced
+from fxopt.nested import attributes_of, items_of
 
 _LITERALS = (
     type(None),

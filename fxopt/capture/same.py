@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxopt.capture.structure import attributes_of, items_of
+from fxopt.nested import attributes_of, items_of
 
 
 def difference(expected: Any, actual: Any, name: str = "the output", seen: set[int] | None = None) -> str | None:

@@ -1,17 +1,15 @@
-"""Objects that hold tensors: model outputs, dataclasses, caches. How to take them apart and build them again."""
+"""Objects that hold tensors: model outputs, dataclasses, caches. How a graph builds and changes them."""
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxopt.capture.traced import Traced, plain
+from fxopt.nested import attributes_of, items_of
 
 
 class Build:
@@ -78,29 +76,6 @@ def replace_items(container: Any, items: Any) -> None:
         container.update(items)
     else:
         container.extend(items)
-
-
-def attributes_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object that can be built again from them, else None."""
-    if isinstance(value, (nn.Module, torch.Tensor, type, enum.Enum)) or callable(value):
-        return None
-    if isinstance(value, dict) and dataclasses.is_dataclass(value):
-        # The fields of a model output are its items and its attributes at once.
-        return dict(vars(value))
-    state = getattr(value, "__dict__", None)
-    if state is None:
-        return None if not isinstance(value, (dict, list, tuple)) else {}
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    return None if [name for name in slots if name not in ("__dict__", "__weakref__")] else dict(state)
-
-
-def items_of(value: Any) -> Any:
-    """The items of a subclass of dict, list or tuple, else None."""
-    if isinstance(value, dict):
-        return dict(dict.items(value))
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return None
 
 
 def put_item(container: Any, key: Any, item: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
@@ -21,6 +20,7 @@ from fxopt.errors import ArtifactError, EngineError, GuardError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import FakeQuantize, without_rounding
+from fxopt.nested import tensors_in
 from fxopt.verify import relative_error
 
 _ROUNDING = 0.1
@@ -109,8 +109,7 @@ class Executable(nn.Module):
         """The module's tensors for the example."""
         torch.manual_seed(0)
         given = self._inputs.map(lambda tensor: tensor.detach().clone())
-        found = pytree.tree_leaves(self.module(*given.args, **given.kwargs))
-        return [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+        return list(tensors_in(self.module(*given.args, **given.kwargs)))
 
     @property
     def dtypes(self) -> set[torch.dtype]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt import bench
 from fxopt.contract import Skip
@@ -27,6 +26,7 @@ from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import Mask
+from fxopt.nested import flatten
 from fxopt.verify import TOLERANCE, Oracle, relative_error
 
 AUTO, ALL = "auto", "all"
@@ -285,7 +285,7 @@ def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                values, structure = pytree.tree_flatten(executable(*given.args, **given.kwargs))
+                values, structure = flatten(executable(*given.args, **given.kwargs))
         except EngineError:
             if index == 0:
                 raise

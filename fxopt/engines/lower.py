@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt import spec
 from fxopt.capture import capture
@@ -19,6 +18,7 @@ from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.nested import flatten
 from fxopt.rewriting import run_pass
 from fxopt.verify import relative_error
 
@@ -138,4 +138,4 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
 def _run(module: nn.Module, inputs: Inputs) -> tuple[list[Any], Any]:
     torch.manual_seed(0)
     given = inputs.map(lambda tensor: tensor.detach().clone())
-    return pytree.tree_flatten(module(*given.args, **given.kwargs))
+    return flatten(module(*given.args, **given.kwargs))

@@ -61,15 +61,18 @@ def output_structure(engine: str, module: GraphModule, inputs: Inputs) -> pytree
     """How the outputs of the module are nested.
 
     Raises:
-        EngineError: where an input or output is no tensor that NumPy could hold.
+        EngineError: where an input or output is no tensor that NumPy could hold, or an object that holds some.
     """
+    takes = f"engine '{engine}' takes and gives dense tensors that NumPy knows, in lists, tuples or dicts, not"
+    if inputs.holds_objects:
+        raise EngineError(f"{takes} objects, as among {inputs.describe()}")
     with torch.no_grad():
         given = inputs.map(lambda tensor: tensor.detach().clone())
         leaves, structure = pytree.tree_flatten(module(*given.args, **given.kwargs))
     for value in (*inputs.tensors, *leaves):
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.dtype in _NO_NUMPY:
             what = f"{value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else repr(value)
-            raise EngineError(f"engine '{engine}' takes and gives dense tensors that NumPy knows, not {what}")
+            raise EngineError(f"{takes} {what}")
     return structure
 
 

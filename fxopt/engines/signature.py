@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxopt.engines.contract import Sizes
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
+from fxopt.nested import flatten
 
 
 class Signature:
@@ -30,7 +30,7 @@ class Signature:
         self._sizes = sizes
         self._batch = inputs.batch_size
         self.devices = {tensor.device.type for tensor in inputs.tensors}
-        leaves, self._structure = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        leaves, self._structure = flatten((inputs.args, dict(inputs.kwargs)))
         self._leaves = [leaf if not isinstance(leaf, torch.Tensor) else _Tensor(leaf) for leaf in leaves]
         self._flat = not inputs.kwargs and all(isinstance(value, torch.Tensor) for value in inputs.args)
 
@@ -42,7 +42,7 @@ class Signature:
         """
         given: Any = args
         if not self._flat or kwargs or len(args) != len(self._leaves):
-            given, structure = pytree.tree_flatten((args, dict(kwargs)))
+            given, structure = flatten((args, dict(kwargs)))
             if structure != self._structure:
                 raise self._refused("the arguments are nested otherwise than those of the example")
         elif all(map(_is_alike, args, self._leaves)):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt import spec
 from fxopt.bench.arm import Arm
@@ -30,6 +29,7 @@ from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
 from fxopt.errors import BaselineError
 from fxopt.inputs import Inputs
+from fxopt.nested import tensors_in
 from fxopt.pipeline import replay, run_passes
 from fxopt.record import plain
 from fxopt.rewriting import run_pass
@@ -234,8 +234,8 @@ def _outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         given = inputs.map(torch.clone)
-        leaves = pytree.tree_leaves(copy.deepcopy(module)(*given.args, **given.kwargs))
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
+        found = tensors_in(copy.deepcopy(module)(*given.args, **given.kwargs))
+    return [tensor.detach().clone() for tensor in found if tensor.layout is torch.strided]
 
 
 def _graph(module: Any) -> list[dict[str, str]]:

@@ -124,7 +124,7 @@ def _try(module: nn.Module, inputs: Inputs) -> Exception | None:
     """What a forward of a copy raises; a copy, since a forward may change the module."""
     try:
         with torch.no_grad(), same_randomness():
-            copy.deepcopy(module)(*inputs.args, **inputs.kwargs)
+            inputs.call(copy.deepcopy(module))
     except Exception as error:
         return error
     return None

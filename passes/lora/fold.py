@@ -12,6 +12,7 @@ from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import Fused, Mask
 from fxopt.modules.mask import SUFFIX
+from fxopt.nested import tensors_in
 from fxopt.verify import TOLERANCE, relative_error
 from passes.lora.active import adapters
 from passes.lora.adapter import Adapter, LayerAdapter
@@ -123,6 +124,4 @@ def _put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:
 def _outputs(module: nn.Module, inputs: Any) -> list[torch.Tensor] | None:
     if inputs is None:
         return None
-    given = Inputs.of(inputs)
-    found = torch.utils._pytree.tree_leaves(module(*given.args, **given.kwargs))
-    return [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+    return list(tensors_in(Inputs.of(inputs).call(module)))

@@ -70,7 +70,7 @@ def _observe(module: nn.Module, data: Iterable[Any]) -> None:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise PassError(f"calibrate: batch {count} holds NaN or Inf in its tensor {index}; leave it out")
         try:
-            module(*inputs.args, **inputs.kwargs)
+            inputs.call(module)
         except (RuntimeError, TypeError, ValueError, IndexError, FxoptError) as error:
             raise PassError(
                 f"calibrate: the module does not take batch {count} ({inputs.describe()}): {error}; {_ADVICE}, "

@@ -65,7 +65,7 @@ def correct_biases(module: nn.Module, batches: Sequence[Inputs]) -> tuple[str, .
 
 def _run(module: nn.Module, batches: Sequence[Inputs]) -> None:
     for batch in batches:
-        module(*batch.args, **batch.kwargs)
+        batch.call(module)
 
 
 def _channels(out: torch.Tensor, layer: Fused) -> int:

@@ -138,7 +138,7 @@ def _time(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:
 
     def caller(run: Run) -> Callable[[], object]:
         given = inputs.map(lambda tensor: tensor.detach().clone())
-        return lambda: run(*given.args, **given.kwargs)
+        return lambda: given.call(run)
 
     calls, first = {name: caller(run) for name, run in runs.items()}, {}
     for name, call in calls.items():

@@ -72,7 +72,7 @@ def run_times(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:
 
     def caller(run: Run) -> Callable[[], object]:
         given = inputs.map(lambda tensor: tensor.detach().clone())
-        return lambda: run(*given.args, **given.kwargs)
+        return lambda: given.call(run)
 
     return shortest({name: caller(run) for name, run in runs.items()}, _WHOLE_SECONDS)
 
