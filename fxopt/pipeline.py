@@ -37,9 +37,18 @@ def check_order(passes: Sequence[Pass]) -> None:
                 raise SpecError(f"'{each.name}' and '{other}' can't be in one pipeline; leave one of them out")
         for earlier in each.after:
             if earlier in names[position + 1 :]:
-                rest = [name for name in names if name != earlier]
-                rest.insert(rest.index(each.name), earlier)
-                raise SpecError(f"'{each.name}' must come after '{earlier}': write {','.join(rest)}")
+                raise SpecError(f"'{each.name}' must come after '{earlier}': write {','.join(_ordered(passes))}")
+
+
+def _ordered(passes: Sequence[Pass]) -> list[str]:
+    """The names of passes, each as early as what it declares lets it be."""
+    left, names = list(passes), list[str]()
+    while left:
+        waiting = {each.name for each in left}
+        found = next((each for each in left if waiting.isdisjoint(each.after)), left[0])
+        left.remove(found)
+        names.append(found.name)
+    return names
 
 
 def run_passes(

@@ -205,6 +205,12 @@ class Second(Scale):
 
 
 @dataclass(frozen=True)
+class Third(Scale):
+    name: ClassVar[str] = "third"
+    after: ClassVar[tuple[str, ...]] = ("second",)
+
+
+@dataclass(frozen=True)
 class Rival(Scale):
     name: ClassVar[str] = "rival"
     conflicts: ClassVar[tuple[str, ...]] = ("first",)
@@ -215,6 +221,8 @@ def test_the_order_that_passes_declare_is_held() -> None:
     check_order([Second()])
     with pytest.raises(SpecError, match="'second' must come after 'first': write first,second"):
         check_order([Second(), First()])
+    with pytest.raises(SpecError, match="'third' must come after 'second': write first,second,third"):
+        check_order([Third(), Second(), First()])
     with pytest.raises(SpecError, match="'rival' and 'first' can't be in one pipeline"):
         check_order([First(), Rival()])
 

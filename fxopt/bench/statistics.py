@@ -20,7 +20,7 @@ _SAME_CLOCK = 0.01
 """Share by which the clocks of two arms may differ and their times still be compared."""
 
 
-class Verdict(str, enum.Enum):
+class Verdict(enum.StrEnum):
     """What a comparison found."""
 
     FASTER = "faster"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -12,7 +11,6 @@ from torch import nn
 
 from fxopt.capture.chance import RandomState
 from fxopt.capture.frames import is_users
-from fxopt.errors import CaptureError
 from fxopt.graph import Source
 
 
@@ -40,11 +38,9 @@ def came_from(error: BaseException, root: nn.Module) -> None:
     """Add a line to an error that the model's own forward raised, so that nobody looks for it in fxopt."""
     _, location = raised_in(error, root)
     where = f" at {location}" if location else ""
-    text = f"raised by the forward of '{type(root).__name__}' itself{where}, run as it is on the example inputs"
-    if sys.version_info >= (3, 11):
-        error.add_note(text)
-    elif error.__cause__ is None:
-        error.__cause__ = CaptureError(text)
+    error.add_note(
+        f"raised by the forward of '{type(root).__name__}' itself{where}, run as it is on the example inputs"
+    )
 
 
 def drew_numbers(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import typer
 from fxopt.cli.progress import progress
 
 
-class Style(str, enum.Enum):
+class Style(enum.StrEnum):
     """The form of the report."""
 
     TEXT = "text"
@@ -24,7 +24,7 @@ class Style(str, enum.Enum):
     GITHUB = "github"
 
 
-class FailOn(str, enum.Enum):
+class FailOn(enum.StrEnum):
     """The mildest finding that fails the command."""
 
     ERROR = "error"

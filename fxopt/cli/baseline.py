@@ -145,7 +145,7 @@ def _measured(
         size = asdict(measure_size(loaded.module, loaded.inputs, device))
         metrics = loaded.evaluate(loaded.module) if loaded.evaluate is not None else None
         machine = plain(asdict(fingerprint()))
-        moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         described = loaded.inputs.describe()
         return baseline.entry(target, described, commit, moment, machine, latency, size, plain(metrics))
 

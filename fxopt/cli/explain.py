@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 
-class Form(str, enum.Enum):
+class Form(enum.StrEnum):
     """Text to read, Markdown to paste, JSON to read by machine, or a drawing for Graphviz."""
 
     TEXT = "text"

@@ -3,7 +3,7 @@
 import enum
 
 
-class Format(str, enum.Enum):
+class Format(enum.StrEnum):
     """A table to read, Markdown to paste, or JSON to read by machine."""
 
     TABLE = "table"
@@ -11,7 +11,7 @@ class Format(str, enum.Enum):
     JSON = "json"
 
 
-class Device(str, enum.Enum):
+class Device(enum.StrEnum):
     """What to measure on."""
 
     CPU = "cpu"

@@ -6,16 +6,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 from fxopt.errors import BaselineError
 from fxopt.gate.revision import Repository
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _LISTS = ("requirements.txt", "constraints.txt")
 

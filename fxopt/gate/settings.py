@@ -6,18 +6,13 @@ import dataclasses
 import difflib
 import itertools
 import re
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxopt.errors import GateError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILE = "fxopt.toml"
 

@@ -13,7 +13,7 @@ from fxopt.gate.window import Window, joined
 _SAME_CLOCK = 0.01
 
 
-class GateVerdict(str, enum.Enum):
+class GateVerdict(enum.StrEnum):
     """What a gate found of the latency."""
 
     OK = "OK"

@@ -43,7 +43,6 @@ def test_memory_freed_between_living_blocks_is_handed_back() -> None:
     assert freed > 0.8 * 512 * BLOCK
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="a caller keeps the arguments of a call until it returns")
 def test_a_module_that_nobody_else_holds_is_gone_when_the_engine_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[nn.Module]] = []
     alive: list[bool] = []
