@@ -38,7 +38,7 @@ def items_of(value: Any) -> Any:
 
 def is_object(leaf: Any) -> bool:
     """Whether what pytree takes for a leaf is made of others."""
-    return bool(attributes_of(leaf)) or items_of(leaf) is not None
+    return not isinstance(leaf, torch.Size) and (bool(attributes_of(leaf)) or items_of(leaf) is not None)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

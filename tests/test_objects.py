@@ -13,7 +13,9 @@ from torch import nn
 import fxopt
 from fxopt.bench.arm import Arm
 from fxopt.contract import Promise
+from fxopt.engines.contract import Engine
 from fxopt.engines.onnxruntime import OnnxRuntime
+from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.nested import flatten, tensors_in, with_tensors
@@ -41,7 +43,7 @@ class Decoder(nn.Module):
         self.project, self.kept = nn.Linear(4, 4), kept
 
     def forward(self, x: torch.Tensor, cache: Cache | None = None) -> dict[str, Any]:
-        cache = Cache(x.new_zeros(len(x), 0, 4)) if cache is None else cache
+        cache = Cache(x.new_zeros(x.shape[0], 0, 4)) if cache is None else cache
         keys = cache.update(torch.relu(self.project(x)))
         cache.keys = cache.keys * self.kept
         return {"out": F.softmax(x @ keys.transpose(1, 2), -1) @ keys, "cache": cache}
@@ -116,17 +118,27 @@ def test_no_cuda_graph_replays_what_a_call_does_to_an_object() -> None:
         arm.replay_graph()
 
 
-@pytest.mark.skipif(OnnxRuntime().unavailable() is not None, reason="onnxruntime is not installed")
-@pytest.mark.parametrize(("inputs", "what"), [((X,), "not <.*Cache"), ((X, cache()), "not objects, as among 2x1x4")])
-def test_who_takes_tensors_alone_says_so(inputs: tuple[Any, ...], what: str) -> None:
-    with pytest.raises(EngineError, match=f"dense tensors that NumPy knows, in lists, tuples or dicts, {what}"):
-        fxopt.lower(Decoder().eval(), inputs, "onnxruntime")
+@pytest.mark.parametrize("engine", [OnnxRuntime(), OpenVINO()], ids=lambda engine: engine.name)
+def test_engines_that_read_files_give_a_cache_and_take_none(engine: Engine) -> None:
+    if engine.unavailable() is not None:
+        pytest.skip(f"{engine.name} is not installed")
+    model = Decoder().eval()
+    executable = fxopt.lower(model, X, engine.name)
+    assert not executable.reasons, "the batch size is free"
+    for x in (X, torch.randn(5, 1, 4)):
+        with torch.no_grad():
+            found, again, expected = executable(x), executable(x + 1), model(x)
+        assert type(found["cache"]) is Cache and found["cache"] is not again["cache"]
+        torch.testing.assert_close(found["out"], expected["out"])
+        torch.testing.assert_close(found["cache"].keys, expected["cache"].keys)
+    with pytest.raises(EngineError, match=r"no object that a call may change, as among 2x1x4 float32, <.*Cache"):
+        fxopt.lower(model, (X, cache()), engine.name)
 
 
 def test_inputs_with_an_object() -> None:
     mine = cache()
     inputs = Inputs((X,), {"cache": mine})
-    assert inputs.holds_objects and not Inputs((X, None, 3, "text", torch.float32), {"sizes": [X]}).holds_objects
+    assert inputs.holds_objects and not Inputs((X, None, 3, "text", X.dtype, X.shape), {"sizes": [X]}).holds_objects
     assert [tensor.shape for tensor in inputs.tensors] == [X.shape, mine.keys.shape]
     assert inputs.batch_size == 2
     wide, more = inputs.double().kwargs["cache"], inputs.with_batch(3)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxopt.contract import Skip
-from fxopt.engines.onnx import export
+from fxopt.engines.onnx import Outputs, export
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -51,7 +51,7 @@ class Exports:
         finally:
             _shared.reset(token)
 
-    def get(self, passes: str, module: GraphModule, inputs: Inputs) -> Exported:
+    def get(self, passes: str, module: GraphModule, inputs: Inputs, outputs: Outputs) -> Exported:
         """The module after `passes`, exported now where it is not yet.
 
         Raises:
@@ -61,7 +61,7 @@ class Exports:
             directory = Path(self._directory.name) / str(len(self._made))
             directory.mkdir()
             try:
-                program, reasons = export(module, inputs)
+                program, reasons = export(module, inputs, outputs)
                 program.save(directory / "model.onnx")
                 self._made[passes] = Exported(directory / "model.onnx", reasons)
             except EngineError as error:
@@ -73,7 +73,7 @@ class Exports:
 
 
 @contextlib.contextmanager
-def exported(engine: str, module: GraphModule, inputs: Inputs) -> Iterator[Exported]:
+def exported(engine: str, module: GraphModule, inputs: Inputs, outputs: Outputs) -> Iterator[Exported]:
     """The module as a file.
 
     Raises:
@@ -82,7 +82,7 @@ def exported(engine: str, module: GraphModule, inputs: Inputs) -> Iterator[Expor
     with contextlib.ExitStack() as held:
         exports, passes = _shared.get() or (held.enter_context(Exports()), "")
         try:
-            found = exports.get(passes, module, inputs)
+            found = exports.get(passes, module, inputs, outputs)
         except EngineError as error:
             raise EngineError(f"engine '{engine}' needs an ONNX model, and {error}") from error.__cause__
         yield found

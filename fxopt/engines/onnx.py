@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,34 @@ from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 from fxopt.modules import for_onnx
+from fxopt.nested import is_object, tensors_in, with_tensors
 
 _BATCH = "batch"
 _NO_NUMPY = frozenset({torch.bfloat16})
 
 
-def export(module: GraphModule, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram, tuple[Skip, ...]]:
+@dataclass(frozen=True)
+class Outputs:
+    """What the tensors that a module gives are nested in.
+
+    Attributes:
+        structure: the lists, tuples and dicts.
+        with_objects: an example, of tensors that hold nothing, where objects are among it, such as a cache: a file has
+            the tensors within alone. None where there are no objects.
+    """
+
+    structure: pytree.TreeSpec
+    with_objects: Any
+
+    def holding(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The same with these tensors, in order."""
+        if self.with_objects is None:
+            return tensors[0] if self.structure.is_leaf() else pytree.tree_unflatten(tensors, self.structure)
+        each = iter(tensors)
+        return with_tensors(self.with_objects, lambda _: next(each))
+
+
+def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> tuple[torch.onnx.ONNXProgram, tuple[Skip, ...]]:
     """The module as ONNX, with a free batch size where it has one; a `Skip` says why it has not.
 
     Raises:
@@ -41,7 +64,7 @@ def export(module: GraphModule, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram,
         shapes = pytree.tree_map(lambda leaf: {0: shape} if _has_rows(leaf) else None, (several.args, several.kwargs))
         try:
             decided = without_decided_guards(module, _of_two_batches(several))
-            program = _export(decided, several, _by_parameter(module, *shapes))
+            program = _export(decided, several, outputs, shapes)
             # The exporter fixes what the module turns out to hold for only, and says so nowhere.
             if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
                 reason = f"the module does not hold for another one than that of the example, {batch}"
@@ -50,37 +73,39 @@ def export(module: GraphModule, inputs: Inputs) -> tuple[torch.onnx.ONNXProgram,
         except Exception as error:  # the exporter raises anything
             reason = f"the exporter says: {_first_line(error)}"
     try:
-        return _export(without_decided_guards(module, [inputs]), inputs, None), (
+        return _export(without_decided_guards(module, [inputs]), inputs, outputs, None), (
             Skip("", f"the batch size is fixed: {reason}"),
         )
     except Exception as error:
         raise EngineError(f"torch cannot export one: {_first_line(error)}{_opaque(module)}") from error
 
 
-def output_structure(engine: str, module: GraphModule, inputs: Inputs) -> pytree.TreeSpec:
-    """How the outputs of the module are nested.
+def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
+    """What the module gives for the example.
 
     Raises:
-        EngineError: where an input or output is no tensor that NumPy could hold, or an object that holds some.
+        EngineError: where an input or output is no tensor that NumPy could hold, or an input is an object.
     """
-    takes = f"engine '{engine}' takes and gives dense tensors that NumPy knows, in lists, tuples or dicts, not"
     if inputs.holds_objects:
-        raise EngineError(f"{takes} objects, as among {inputs.describe()}")
+        raise EngineError(
+            f"engine '{engine}' takes tensors in lists, tuples or dicts, and no object that a call may change, as among"
+            f" {inputs.describe()}"
+        )
     with torch.no_grad():
         given = inputs.map(lambda tensor: tensor.detach().clone())
-        leaves, structure = pytree.tree_flatten(module(*given.args, **given.kwargs))
-    for value in (*inputs.tensors, *leaves):
+        output = module(*given.args, **given.kwargs)
+    leaves = pytree.tree_leaves(output)
+    objects = [leaf for leaf in leaves if is_object(leaf)]
+    for value in (*inputs.tensors, *(leaf for leaf in leaves if not is_object(leaf)), *tensors_in(objects)):
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.dtype in _NO_NUMPY:
             what = f"{value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else repr(value)
-            raise EngineError(f"{takes} {what}")
-    return structure
+            raise EngineError(f"engine '{engine}' takes and gives dense tensors that NumPy knows, not {what}")
+    example = with_tensors(output, lambda tensor: tensor.new_empty(0)) if objects else None
+    return Outputs(pytree.tree_structure(output), example)
 
 
-def nested(
-    structure: pytree.TreeSpec, call: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-) -> Callable[..., Any]:
-    """A function of nested tensors, whose outputs are nested as `structure` says, around one of flat dense tensors."""
-    single = structure.is_leaf()
+def nested(outputs: Outputs, call: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]) -> Callable[..., Any]:
+    """A function of nested tensors around one of flat dense tensors."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # The common case is one of tensors alone; to look into structures costs as much as a small layer.
@@ -88,15 +113,30 @@ def nested(
         if kwargs or not all(type(value) is torch.Tensor for value in args):
             flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         found = call([leaf.detach().contiguous() for leaf in flat])
-        return found[0] if single else pytree.tree_unflatten(found, structure)
+        return outputs.holding(found)
 
     return run
 
 
-def _export(module: GraphModule, inputs: Inputs, shapes: Any) -> torch.onnx.ONNXProgram:
+class _TensorsWithin(nn.Module):
+    """Gives the tensors that the outputs of a module are made of."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors_in(self.module(*args, **kwargs)))
+
+
+def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) -> torch.onnx.ONNXProgram:
+    prepared = for_onnx(module)
+    if outputs.with_objects is not None:
+        prepared = _TensorsWithin(prepared)
+    dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
     with quiet():
         program = torch.onnx.export(
-            for_onnx(module), inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False
+            prepared, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=dynamic, verbose=False
         )
     assert program is not None
     if len(program.model.graph.inputs) != len(inputs.tensors):

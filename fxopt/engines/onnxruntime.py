@@ -15,7 +15,7 @@ import torch
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
-from fxopt.engines.onnx import export, nested, output_structure
+from fxopt.engines.onnx import export, nested, outputs_of
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -44,14 +44,14 @@ class OnnxRuntime(Engine):
         """See `Engine.build`."""
         import onnxruntime
 
-        structure = output_structure(self.name, module, inputs)
+        outputs = outputs_of(self.name, module, inputs)
         quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         with (
-            exported(self.name, module, inputs) as file,
+            exported(self.name, module, inputs, outputs) as file,
             tempfile.TemporaryDirectory(prefix="fxopt-") as directory,
         ):
             reasons, optimized = file.reasons, Path(directory) / "optimized.onnx"
@@ -79,6 +79,6 @@ class OnnxRuntime(Engine):
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
         def write(directory: Path) -> None:
-            export(module, inputs)[0].save(directory / "model.onnx")
+            export(module, inputs, outputs)[0].save(directory / "model.onnx")
 
-        return Built(nested(structure, call), reasons, write=write, recorded=False)
+        return Built(nested(outputs, call), reasons, write=write, recorded=False)

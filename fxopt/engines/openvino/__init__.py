@@ -14,7 +14,7 @@ import torch
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
-from fxopt.engines.onnx import nested, output_structure, quiet
+from fxopt.engines.onnx import nested, outputs_of, quiet
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
 from fxopt.engines.openvino.rows import choose_rows
@@ -74,8 +74,8 @@ class OpenVINO(Engine):
         """See `Engine.build`."""
         import openvino
 
-        structure = output_structure(self.name, module, inputs)
-        with exported(self.name, module, inputs) as file, quiet():
+        outputs = outputs_of(self.name, module, inputs)
+        with exported(self.name, module, inputs, outputs) as file, quiet():
             try:
                 model = Model(file.path)
             except RuntimeError as error:
@@ -99,7 +99,7 @@ class OpenVINO(Engine):
                 choose_rows(model, inputs, self.tolerance(torch.float32))
         except RuntimeError as error:
             raise EngineError(f"engine 'openvino' fails: {error}") from error
-        run = nested(structure, call)
+        run = nested(outputs, call)
         run(*inputs.args, **inputs.kwargs)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
