@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import LoadError
-from fxopt.nested import is_object, tensors_in, with_tensors
+from fxopt.nested import flatten, is_object, tensors_in, with_tensors
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Inputs:
         return list(tensors_in((self.args, dict(self.kwargs))))
 
     @property
-    def holds_objects(self) -> bool:
-        """Whether there is an object among them that a call may change, such as a cache."""
-        return any(map(is_object, pytree.tree_leaves((self.args, dict(self.kwargs)))))
+    def objects(self) -> list[Any]:
+        """The objects among them that a call may change, such as a cache."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if is_object(leaf)]
 
     @property
     def batch_size(self) -> int | None:
@@ -69,8 +69,12 @@ class Inputs:
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call a function with them, with a copy of each object, since a call may change it."""
-        given = self.map(lambda tensor: tensor) if self.holds_objects else self
+        given = self.map(lambda tensor: tensor) if self.objects else self
         return function(*given.args, **given.kwargs)
+
+    def flatten_with(self, output: Any) -> tuple[list[Any], Any]:
+        """All values of what a call with them gave, and of what it left in the objects among them; see `flatten`."""
+        return flatten([output, self.objects]) if self.objects else flatten(output)
 
     def to(self, device: torch.device | str) -> Inputs:
         """All tensors on `device`."""

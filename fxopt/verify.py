@@ -25,7 +25,6 @@ from fxopt.contract import Promise
 from fxopt.errors import GuardError, LoadError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.nested import flatten
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -159,7 +158,7 @@ class Oracle:
             try:
                 with torch.set_grad_enabled(self._trains):
                     output = module(*given.args, **given.kwargs)
-                    values, structure = flatten(output)
+                    values, structure = given.flatten_with(output)
                     gradients = _gradients(module, values) if self._trains else {}
             finally:
                 state.restore()

@@ -103,6 +103,18 @@ def test_what_a_model_leaves_in_its_cache_is_compared() -> None:
         assert compare_outcomes(oracle.expected(), oracle.outcomes(module), Promise.CLOSE).is_broken is broken
 
 
+def test_what_a_model_leaves_in_a_cache_that_it_does_not_give_is_compared() -> None:
+    class Silent(Decoder):
+        def forward(self, x: torch.Tensor, cache: Cache | None = None) -> Any:
+            return super().forward(x, cache)["out"]
+
+    inputs = Inputs((X, cache()))
+    oracle = Oracle(Silent().eval(), inputs)
+    for kept, broken in ((1.0, False), (0.5, True)):
+        module = fxopt.capture(Silent(kept).eval(), inputs.args).module
+        assert compare_outcomes(oracle.expected(), oracle.outcomes(module), Promise.CLOSE).is_broken is broken
+
+
 def test_every_timed_call_finds_the_cache_as_it_was_given() -> None:
     Counts.seen = []
     model, mine = Counts().eval(), cache()
@@ -138,7 +150,7 @@ def test_engines_that_read_files_give_a_cache_and_take_none(engine: Engine) -> N
 def test_inputs_with_an_object() -> None:
     mine = cache()
     inputs = Inputs((X,), {"cache": mine})
-    assert inputs.holds_objects and not Inputs((X, None, 3, "text", X.dtype, X.shape), {"sizes": [X]}).holds_objects
+    assert inputs.objects == [mine] and not Inputs((X, None, 3, "text", X.dtype, X.shape), {"sizes": [X]}).objects
     assert [tensor.shape for tensor in inputs.tensors] == [X.shape, mine.keys.shape]
     assert inputs.batch_size == 2
     wide, more = inputs.double().kwargs["cache"], inputs.with_batch(3)

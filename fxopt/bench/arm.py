@@ -72,7 +72,7 @@ class Arm:
         Raises:
             EngineError: where none can be captured.
         """
-        if self._inputs.holds_objects:
+        if self._inputs.objects:
             raise EngineError(
                 f"{self.name!r} ({self.kind}): a CUDA graph replays kernels alone, and not what a call does to an "
                 f"object that it is given; the inputs are {self._described}"
@@ -107,7 +107,7 @@ class Arm:
     @property
     def writes_inputs(self) -> bool:
         """Whether a call so far wrote into the inputs, or may have changed an object among them."""
-        return self._inputs.holds_objects or [tensor._version for tensor in self._inputs.tensors] != self._versions
+        return bool(self._inputs.objects) or [tensor._version for tensor in self._inputs.tensors] != self._versions
 
     def keep_inputs(self, inputs: Inputs) -> None:
         """From now on `refresh` puts these values into the inputs again."""
@@ -118,7 +118,7 @@ class Arm:
         """Undo what calls wrote into the inputs, where `keep_inputs` asked for it."""
         if self._pristine is None:
             return
-        if self._inputs.holds_objects:
+        if self._inputs.objects:
             self._inputs = self._own(self._pristine)
             return
         for tensor, pristine in zip(self._inputs.tensors, self._pristine.tensors, strict=True):

@@ -26,7 +26,6 @@ from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import Mask
-from fxopt.nested import flatten
 from fxopt.verify import TOLERANCE, Oracle, relative_error
 
 AUTO, ALL = "auto", "all"
@@ -285,7 +284,7 @@ def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                values, structure = flatten(executable(*given.args, **given.kwargs))
+                values, structure = given.flatten_with(executable(*given.args, **given.kwargs))
         except EngineError:
             if index == 0:
                 raise

@@ -18,7 +18,6 @@ from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.nested import flatten
 from fxopt.rewriting import run_pass
 from fxopt.verify import relative_error
 
@@ -138,4 +137,4 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
 def _run(module: nn.Module, inputs: Inputs) -> tuple[list[Any], Any]:
     torch.manual_seed(0)
     given = inputs.map(lambda tensor: tensor.detach().clone())
-    return flatten(module(*given.args, **given.kwargs))
+    return given.flatten_with(module(*given.args, **given.kwargs))

@@ -86,7 +86,7 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
     Raises:
         EngineError: where an input or output is no tensor that NumPy could hold, or an input is an object.
     """
-    if inputs.holds_objects:
+    if inputs.objects:
         raise EngineError(
             f"engine '{engine}' takes tensors in lists, tuples or dicts, and no object that a call may change, as among"
             f" {inputs.describe()}"

@@ -9,7 +9,7 @@ import torch
 
 from fxopt import bench
 from fxopt.capture.independent import independent_copy
-from fxopt.engines.table import ENGINES, written
+from fxopt.engines.table import ENGINES
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 
@@ -27,8 +27,8 @@ def place_for(asked: str, devices: Sequence[str], inputs: Inputs) -> torch.devic
     held = next((tensor.device for tensor in inputs.tensors if tensor.device.type != "cpu"), None)
     if held is not None:
         return held
-    name = asked.partition("{")[0].strip()
-    fits = ENGINES[written(asked)[0]].devices if name in ENGINES else _WITH_CANDIDATES
+    engine = ENGINES.get(asked.partition("{")[0].strip())
+    fits = _WITH_CANDIDATES if engine is None else engine.devices
     there = (torch.device(device) for device in devices if bench.unavailable(device) is None)
     return next((device for device in there if device.type in fits), torch.device(fits[0]))
 
