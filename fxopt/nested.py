@@ -42,8 +42,9 @@ def is_object(leaf: Any) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors, those within objects too, each object once."""
-    return _tensors(value, set())
+    """All tensors in order, those within objects too."""
+    for leaf in pytree.tree_leaves(value):
+        yield from _tensors(leaf, set())
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
@@ -81,7 +82,10 @@ def _flatten(value: Any, within: frozenset[int]) -> tuple[list[Any], Any]:
 
 
 def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same with each tensor changed; lists, dicts and objects are copied, unless they can't be."""
+    """The same with each tensor changed; lists, dicts and objects are copied, unless they can't be.
+
+    Tensors are changed in the order of `tensors_in`, each as often as it is there.
+    """
     memo: dict[int, Any] = {}
 
     def changed(leaf: Any) -> Any:
@@ -89,7 +93,7 @@ def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
             return change(leaf)
         if not is_object(leaf):
             return leaf
-        memo.update((id(tensor), change(tensor)) for tensor in tensors_in(leaf) if id(tensor) not in memo)
+        memo.update((id(tensor), change(tensor)) for tensor in tensors_in(leaf))
         try:
             return copy.deepcopy(leaf, memo)
         except Exception:  # locks and handles

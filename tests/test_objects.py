@@ -181,6 +181,17 @@ def test_what_cannot_be_copied_is_shared() -> None:
     assert with_tensors([mine], torch.clone)[0] is mine
 
 
+def test_tensors_are_told_and_changed_in_one_order_each_as_often_as_it_is_there() -> None:
+    mine, sizes = cache(), [X]
+    mine.last = mine.keys  # type: ignore[attr-defined]
+    value = (sizes, mine, X, {"again": mine}, sizes)
+    changed: list[torch.Tensor] = []
+    with_tensors(value, lambda tensor: (changed.append(tensor), tensor)[1])
+    expected = [X, mine.keys, mine.keys, X, mine.keys, mine.keys, X]
+    for found in (changed, list(tensors_in(value))):
+        assert list(map(id, found)) == list(map(id, expected))
+
+
 def test_one_object_given_twice_stays_one() -> None:
     mine = cache()
     one, two = with_tensors((mine, {"again": mine}), torch.Tensor.double)
