@@ -27,7 +27,7 @@ class Cache:
     """Keys of all steps so far."""
 
     def __init__(self, keys: torch.Tensor) -> None:
-        self.keys = keys
+        self.keys, self.dtype = keys, keys.dtype
 
     def update(self, keys: torch.Tensor) -> torch.Tensor:
         self.keys = torch.cat([self.keys, keys], 1)
@@ -75,6 +75,7 @@ def test_a_cache_is_verified_and_stays_as_it_is(given: bool, engine: str | None)
     inputs = {"x": X, "cache": mine} if given else {"x": X}
     result = fxopt.optimize(model, inputs, "clean,fuse", devices=(), engine=engine, engine_seconds=1.0)
     assert result.record["verified"] and sum(len(entry.changes) for entry in result.ledger.entries) == 1
+    assert max(entry.relative_error for entry in result.ledger.entries) < 1e-6, "in float64 its dtype is another"
     assert torch.equal(mine.keys, cache().keys)
     with torch.no_grad():
         expected = model(**({"x": X, "cache": cache()} if given else {"x": X}))
@@ -163,7 +164,9 @@ def test_inputs_with_an_object() -> None:
 def test_objects_are_taken_apart() -> None:
     one, other = Cache(X), Cache(X + 1)
     leaves, structure = flatten({"a": [one, 3], "b": X})
-    assert [leaf is X or leaf for leaf in leaves] == [True, None, 3, True], "an object's attributes, then its items"
+    assert [leaf is X or leaf for leaf in leaves] == [True, X.dtype, None, 3, True], (
+        "an object's attributes, then its items"
+    )
     assert structure == flatten({"a": [other, 4], "b": X})[1]
 
     class Another(Cache):
@@ -171,7 +174,7 @@ def test_objects_are_taken_apart() -> None:
 
     assert structure != flatten({"a": [Another(X), 3], "b": X})[1]
     one.keys = one  # type: ignore[assignment]
-    assert flatten(one)[0] == [one, None], "what holds itself ends there"
+    assert flatten(one)[0] == [one, X.dtype, None], "what holds itself ends there"
     assert list(tensors_in(one)) == []
 
 
@@ -215,6 +218,7 @@ def test_a_language_model_of_transformers_by_its_defaults(step: bool) -> None:
     result = fxopt.optimize(model, inputs, "clean,merge,attention,fuse", devices=("cpu",), budget_seconds=0.2)
     assert result.record["verified"]
     assert [entry.pass_name for entry in result.ledger.entries if entry.changes][:3] == ["clean", "merge", "attention"]
+    assert max(entry.relative_error for entry in result.ledger.entries) < 1e-5
     with torch.no_grad():
         found, expected = (Inputs.of(inputs).call(each) for each in (result.module, model))
     torch.testing.assert_close(found.logits, expected.logits)
