@@ -96,23 +96,19 @@ def test_an_executable_decodes_step_by_step(engine: str) -> None:
     assert mine.keys.shape == theirs.keys.shape == (2, 8, 4)
 
 
-def test_what_a_model_leaves_in_its_cache_is_compared() -> None:
+class Silent(Decoder):
+    """Does not hand its cache on."""
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> Any:
+        return super().forward(x, cache)["out"]
+
+
+@pytest.mark.parametrize("form", [Decoder, Silent])
+def test_what_a_model_leaves_in_a_cache_that_it_was_given_is_compared(form: type[Decoder]) -> None:
     inputs = Inputs((X, cache()))
-    oracle = Oracle(Decoder().eval(), inputs)
+    oracle = Oracle(form().eval(), inputs)
     for kept, broken in ((1.0, False), (0.5, True)):
-        module = fxopt.capture(Decoder(kept).eval(), inputs.args).module
-        assert compare_outcomes(oracle.expected(), oracle.outcomes(module), Promise.CLOSE).is_broken is broken
-
-
-def test_what_a_model_leaves_in_a_cache_that_it_does_not_give_is_compared() -> None:
-    class Silent(Decoder):
-        def forward(self, x: torch.Tensor, cache: Cache | None = None) -> Any:
-            return super().forward(x, cache)["out"]
-
-    inputs = Inputs((X, cache()))
-    oracle = Oracle(Silent().eval(), inputs)
-    for kept, broken in ((1.0, False), (0.5, True)):
-        module = fxopt.capture(Silent(kept).eval(), inputs.args).module
+        module = fxopt.capture(form(kept).eval(), inputs.args).module
         assert compare_outcomes(oracle.expected(), oracle.outcomes(module), Promise.CLOSE).is_broken is broken
 
 

@@ -246,7 +246,8 @@ def _built(
     rung: Rung, module: GraphModule, inputs: Inputs, place: torch.device, oracle: Oracle, max_error: float | None
 ) -> Rung:
     max_error = rung.options.get("max_error", max_error)  # its own goes first
-    if rung.is_rounded and (max_error is None or max_error < _LOWEST_BFLOAT16_ERROR):
+    lowest = 0.0 if "tf32" in rung.options else _LOWEST_BFLOAT16_ERROR
+    if rung.is_rounded and (max_error is None or max_error < lowest):
         return dataclasses.replace(
             rung, dropped="not built: fewer bits need a bound on the error: give a max_error, such as 1e-2"
         )

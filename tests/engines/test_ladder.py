@@ -361,6 +361,17 @@ def test_what_compiles_is_begun_early_or_not_at_all(
     assert not any(rung.dropped for rung in run("auto", budget_seconds=60).rungs)
 
 
+@pytest.mark.parametrize(("max_error", "needs_one"), [(None, True), (5e-4, False)])
+def test_tf32_needs_a_bound_and_may_hold_one_that_bfloat16_cannot(
+    max_error: float | None, needs_one: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0}
+    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], Rung("cudnn", {"tf32": True})))
+    dropped = run("auto", max_error=max_error).rungs[1].dropped
+    assert ("fewer bits need a bound" in dropped) is needs_one
+    assert needs_one or "CUDA" in dropped or "cuda" in dropped
+
+
 @pytest.mark.parametrize(("max_error", "first"), [(None, "openvino"), (1e-2, "openvino{precision=bf16}")])
 def test_a_budget_that_is_short_goes_to_what_wins_most_often(
     max_error: float | None,
