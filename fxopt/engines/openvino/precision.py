@@ -19,7 +19,7 @@ from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.verify import relative_error
 
-_SHARES = (0.0, 0.02, 0.1, 0.2, 0.4, 0.6)
+_SHARES = (0.0, 0.02, 0.1, 0.2, 0.4, 0.6, 0.75)
 """Of the layers, kept in float32 one after the other: with more of them little of the speed is left."""
 _MARGIN = 0.9
 """Share of the bound that is used up on the inputs that were tried: others may do worse."""
