@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
+from fxopt.engines.keys import transpose_keys
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -141,6 +142,7 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     assert program is not None
     if len(program.model.graph.inputs) != len(inputs.tensors):
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
+    transpose_keys(program.model)
     _drop_metadata(program.model)
     return program
 
