@@ -19,7 +19,7 @@ def transpose_keys(model: Any) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in list(model.graph):
-        if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1]:
+        if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [0, 2, 1]:
             _replace(model.graph, node)
     RemoveUnusedNodesPass()(model)
 
@@ -32,7 +32,7 @@ def _replace(graph: Any, transpose: Any) -> None:
     if before is None or len(readers) != 1 or {before.op_type, readers[0].op_type} != {"Reshape"}:
         return
     keys, after = before.inputs[0], readers[0]
-    if keys.shape is None:
+    if keys.shape is None or len(keys.shape) < 3:
         return
     *first, second_last, last = _sizes(keys)
     flat, back = (_entries(reshape.inputs[1], keys) for reshape in (before, after))
@@ -63,17 +63,17 @@ def _sizes(value: Any) -> _Entries:
 def _entries(shape: Any, of: Any) -> _Entries | None:
     """What a computed shape is made of, where these are numbers and sizes of a value."""
     if shape.const_value is not None:
-        return tuple(shape.const_value.numpy().tolist())
+        return tuple(shape.const_value.numpy().flatten().tolist())
     node = shape.producer()
-    if node is None:
+    if node is None or node.op_type not in ("Shape", "Concat", "Slice"):
         return None
     if node.op_type == "Shape":
         whole = node.inputs[0] is of and node.attributes.get_int("start", 0) == 0 and "end" not in node.attributes
         return _sizes(of) if whole else None
     parts = [_entries(each, of) for each in node.inputs]
-    if node.op_type == "Concat" and None not in parts:
-        return tuple(entry for part in parts if part is not None for entry in part)
-    match node.op_type, parts:
-        case "Slice", [tuple(sliced), (int(start),), (int(end),)]:
+    if node.op_type == "Concat":
+        return None if None in parts else tuple(entry for part in parts if part is not None for entry in part)
+    match parts:
+        case [tuple(sliced), (int(start),), (int(end),)]:
             return sliced[start:end]
     return None

@@ -61,11 +61,19 @@ def test_keys_are_transposed_by_one_operator(model: Attention, batch: int, tmp_p
 class Batches(nn.Module):
     """Transposes what it made a batch of, and goes on with another shape."""
 
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.shape = shape
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, 4, 6).transpose(1, 2).reshape(2, 3, 4, 6)
+        return x.reshape(-1, 4, 6).transpose(1, 2).reshape(self.shape)
 
 
-def test_matrices_of_another_shape_stay() -> None:
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [((2, 3, 4, 6), (2, 3, 4, 6)), ((2, 3, 4, 6), (3, 2, 6, 4)), ((6, 24), (6, 24)), ((144,), (144,))],
+)
+def test_matrices_of_another_shape_stay(given: tuple[int, ...], shape: tuple[int, ...]) -> None:
     needs("onnxruntime")
-    x = torch.randn(2, 3, 4, 6)
-    assert torch.equal(fxopt.lower(Batches().eval(), x, "onnxruntime")(x), Batches()(x))
+    x, model = torch.randn(given), Batches(*shape).eval()
+    assert torch.equal(fxopt.lower(model, x, "onnxruntime")(x), model(x))
