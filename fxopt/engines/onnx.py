@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
-from fxopt.engines.keys import transpose_keys
+from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs

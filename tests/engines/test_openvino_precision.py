@@ -336,6 +336,13 @@ def test_the_closest_share_is_taken_where_none_leaves_a_margin(monkeypatch: pyte
     assert executable.choices["float32"] == 0.1
 
 
+def test_a_bound_may_take_three_quarters_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision._Rounding, "error", lambda self, model: next(errors))
+    errors = iter([9e-2, 8e-2, 8e-2, 7e-2, 7e-2, 6e-2, 4.8e-2])
+    executable = fxopt.lower(Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="mixed", max_error=5e-2)
+    assert executable.choices["float32"] == 0.75
+
+
 def test_a_bound_that_takes_too_many_layers_is_refused(rounds: None) -> None:
     torch.manual_seed(0)
     with pytest.raises(
