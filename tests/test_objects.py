@@ -128,15 +128,17 @@ def test_no_cuda_graph_replays_what_a_call_does_to_an_object() -> None:
 
 
 @pytest.mark.parametrize("engine", [OnnxRuntime(), OpenVINO()], ids=lambda engine: engine.name)
-def test_engines_that_read_files_give_a_cache_and_take_none(engine: Engine) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_engines_that_read_files_give_a_cache_and_take_none(engine: Engine, named: bool) -> None:
     if engine.unavailable() is not None:
         pytest.skip(f"{engine.name} is not installed")
     model = Decoder().eval()
-    executable = fxopt.lower(model, X, engine.name)
+    executable = fxopt.lower(model, {"x": X} if named else X, engine.name)
     assert not executable.reasons, "the batch size is free"
     for x in (X, torch.randn(5, 1, 4)):
         with torch.no_grad():
-            found, again, expected = executable(x), executable(x + 1), model(x)
+            found, again = (executable(x=each) if named else executable(each) for each in (x, x + 1))
+            expected = model(x)
         assert type(found["cache"]) is Cache and found["cache"] is not again["cache"]
         torch.testing.assert_close(found["out"], expected["out"])
         torch.testing.assert_close(found["cache"].keys, expected["cache"].keys)

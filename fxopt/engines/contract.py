@@ -39,6 +39,7 @@ class Built:
         choices: what was decided by measuring, as JSON can hold it; given back to `build`, nothing is measured.
         write: writes the engine's own form of the model into a directory; None where it has none.
         recorded: whether autograd would record what `run` does, and has to be kept from it.
+        sizes: which may differ from those of the example, where that is less than the engine says; `reasons` tell why.
     """
 
     run: Run
@@ -46,6 +47,7 @@ class Built:
     choices: Mapping[str, Any] = field(default_factory=dict)
     write: Callable[[Path], None] | None = None
     recorded: bool = True
+    sizes: Sizes | None = None
 
 
 class Engine(ABC):

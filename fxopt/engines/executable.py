@@ -47,6 +47,8 @@ class Executable(nn.Module):
     """
 
     module: GraphModule
+    _signature: Signature
+    """Of what was built."""
 
     def __init__(self, engine: Engine, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any] | None = None):
         super().__init__()
@@ -55,7 +57,6 @@ class Executable(nn.Module):
         self.engine = engine
         self.relative_error: float | None = None
         self._inputs = inputs
-        self._signature = Signature(engine.name, inputs, engine.sizes)
         self._choices = dict(choices or {})
         self._built: Built | None = None
         self._build_seconds = 0.0
@@ -69,6 +70,7 @@ class Executable(nn.Module):
             with torch.no_grad():
                 self._built = self.engine.build(self.module, self._inputs, self._choices)
             self._choices = dict(self._built.choices)
+            self._signature = Signature(self.engine.name, self._inputs, self._built.sizes or self.engine.sizes)
             self._build_seconds = time.perf_counter() - began
         return self._built
 
@@ -123,13 +125,13 @@ class Executable(nn.Module):
             EngineError: for inputs of another structure, device or dtype, of sizes that it was not built for, that
                 require a gradient, or under autocast.
         """
+        built = self._built or self.built
         self._signature.check(args, kwargs)
         if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(
                 f"engine '{self.engine.name}' has its precision built in, and autocast would change nothing: call it "
                 "outside of autocast, and cast by a pass before lowering"
             )
-        built = self._built or self.built
         try:
             if not built.recorded:
                 return built.run(*args, **kwargs)
@@ -194,11 +196,8 @@ class Executable(nn.Module):
         return str(self.engine)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_built": None, "_signature": None, "_choices": dict(self.choices)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._signature = Signature(self.engine.name, self._inputs, self.engine.sizes)
+        state = {**self.__dict__, "_built": None, "_choices": dict(self.choices)}
+        return {name: value for name, value in state.items() if name != "_signature"}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Executable:
         """What `to`, `half`, `cuda` and their kin call: fine where it changes nothing."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxopt.contract import Skip
+from fxopt.engines.contract import Sizes
 from fxopt.engines.onnx import Outputs, export
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -27,6 +28,11 @@ class Exported:
 
     path: Path
     reasons: tuple[Skip, ...]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Which sizes of the inputs may differ from those of the example."""
+        return Sizes.FIXED if self.reasons else Sizes.BATCH
 
 
 class Exports:

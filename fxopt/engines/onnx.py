@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -126,8 +127,12 @@ class _TensorsWithin(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(tensors_in(self.module(*args, **kwargs)))
+        # The exporter finds free sizes by the names of the parameters.
+        @functools.wraps(module.forward)
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(tensors_in(module(*args, **kwargs)))
+
+        self.forward = forward
 
 
 def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) -> torch.onnx.ONNXProgram:

@@ -81,4 +81,4 @@ class OnnxRuntime(Engine):
         def write(directory: Path) -> None:
             export(module, inputs, outputs)[0].save(directory / "model.onnx")
 
-        return Built(nested(outputs, call), reasons, write=write, recorded=False)
+        return Built(nested(outputs, call), reasons, write=write, recorded=False, sizes=file.sizes)

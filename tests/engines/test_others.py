@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,15 @@ def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
     torch.testing.assert_close(executable(torch.ones(7, 5)), torch.full((7, 5), 2.0))
 
 
-def test_what_the_number_of_rows_decides_holds_for_that_number() -> None:
-    needs("onnxruntime")
-    executable = fxopt.lower(Asking("rows").eval(), torch.ones(3, 5), "onnxruntime")
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_what_the_number_of_rows_decides_holds_for_that_number(engine: str) -> None:
+    needs(engine)
+    executable = fxopt.lower(Asking("rows").eval(), torch.ones(3, 5), engine)
     assert "the batch size is fixed" in executable.reasons[0].reason
-    torch.testing.assert_close(executable(torch.ones(3, 5)), torch.full((3, 5), 2.0))
+    for each in (executable, pickle.loads(pickle.dumps(executable))):
+        torch.testing.assert_close(each(torch.ones(3, 5)), torch.full((3, 5), 2.0))
+        with pytest.raises(EngineError, match=r"input 0 is 7x5 .*, it was built for 3x5 .*, and its sizes are fixed"):
+            each(torch.ones(7, 5))
 
 
 def test_what_the_input_decides_is_not_exported() -> None:

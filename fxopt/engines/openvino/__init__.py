@@ -95,7 +95,7 @@ class OpenVINO(Engine):
             decided = self._settle_precision(model, inputs, choices)
             if choices:
                 model.rows = choices["rows"]
-            elif self.pieces and not reasons:  # the batch size is free
+            elif self.pieces and file.sizes is Sizes.BATCH:
                 choose_rows(model, inputs, self.tolerance(torch.float32))
         except RuntimeError as error:
             raise EngineError(f"engine 'openvino' fails: {error}") from error
@@ -103,7 +103,7 @@ class OpenVINO(Engine):
         run(*inputs.args, **inputs.kwargs)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
-        return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False)
+        return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False, sizes=file.sizes)
 
     def _settle_precision(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> dict[str, Any]:
         """Let a model compute in the precision that is asked for; returns what was decided, as `choices` have it."""
