@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from turns import Run, in_turns
 
 from fxopt import capture
 from fxopt.bench import fingerprint
@@ -35,7 +35,6 @@ from passes.lora.adapter import LowRank
 from passes.lora.inject import inject
 
 RESULTS = Path(__file__).parent / "results"
-Call = Callable[[], Any]
 
 
 def models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], list[str]]]:
@@ -115,7 +114,7 @@ def _randomize(module: nn.Module) -> None:
     assert any(isinstance(child, LowRank) for child in module.modules()) or "lora" in str(module).lower()
 
 
-def inference(module: nn.Module, x: torch.Tensor) -> Call:
+def inference(module: nn.Module, x: torch.Tensor) -> Run:
     """One forward without gradients."""
 
     def call() -> None:
@@ -125,7 +124,7 @@ def inference(module: nn.Module, x: torch.Tensor) -> Call:
     return call
 
 
-def training(module: nn.Module, x: torch.Tensor) -> Call:
+def training(module: nn.Module, x: torch.Tensor) -> Run:
     """Forward, backward and a step of AdamW on what trains."""
     module.train()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], 1e-5)
@@ -136,29 +135,6 @@ def training(module: nn.Module, x: torch.Tensor) -> Call:
         optimizer.step()
 
     return call
-
-
-def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Times of each arm: equal positions were taken right after each other."""
-    shortest = 1e9
-    for call in calls.values():
-        for _ in range(3):
-            began = time.perf_counter()
-            call()
-            shortest = min(shortest, time.perf_counter() - began)
-    repeats = max(1, int(1e-3 / shortest))  # shorter calls are timed several at once
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, end = list(calls), time.perf_counter() + seconds
-    generator = random.Random(0)
-    while time.perf_counter() < end or len(times[order[0]]) < 20:
-        generator.shuffle(order)
-        for turn in (order, order[::-1]):
-            for name in turn:
-                began = time.perf_counter()
-                for _ in range(repeats):
-                    calls[name]()
-                times[name].append((time.perf_counter() - began) / repeats)
-    return times
 
 
 def ratio(times: dict[str, list[float]], arm: str, base: str) -> list[float]:
@@ -203,7 +179,7 @@ def main() -> None:
                     made["again"] = copy.deepcopy(made["peft"])
                 else:
                     made["again"] = copy.deepcopy(made["base"])
-                times = interleaved({arm: make(module, x) for arm, module in made.items()}, options.seconds)
+                times = in_turns({arm: make(module, x) for arm, module in made.items()}, options.seconds)
                 base = "base" if kind == "inference" else "peft"
                 row: dict[str, Any] = {"model": name, "rank": rank, "kind": kind, "relative_to": base}
                 row["ratios"] = {arm: ratio(times, arm, base) for arm in times if arm != base}

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from turns import in_turns
 
 import fxopt
 from fxopt.bench import fingerprint
@@ -30,7 +28,6 @@ from fxopt.bench.statistics import paired_interval
 from fxopt.engines.executable import Executable
 
 RESULTS = Path(__file__).parent / "results"
-Call = Callable[[], Any]
 
 
 def mlp(amount: float, layers: int = 6, block: int = 1) -> nn.Sequential:
@@ -81,24 +78,6 @@ class Masks(nn.Module):
         return x
 
 
-def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Times of each arm: equal positions were taken right after each other."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, end = list(calls), time.perf_counter() + seconds
-    generator = random.Random(0)
-    while time.perf_counter() < end or len(times[order[0]]) < 20:
-        generator.shuffle(order)
-        for turn in (order, order[::-1]):
-            for name in turn:
-                began = time.perf_counter()
-                calls[name]()
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
 def row(amount: float, batch: int, block: int, seconds: float) -> dict[str, Any]:
     """One amount and one batch size, measured."""
     torch.manual_seed(0)
@@ -114,7 +93,7 @@ def row(amount: float, batch: int, block: int, seconds: float) -> dict[str, Any]
         errors = {name: float((arm(x) - expected).abs().max() / expected.abs().max()) for name, arm in arms.items()}
         if max(errors.values()) > 1e-4:
             raise SystemExit(f"the arms compute different things: {errors}")
-        times = interleaved({name: (lambda arm=arm: arm(x)) for name, arm in arms.items()}, seconds)  # type: ignore[misc]
+        times = in_turns({name: (lambda arm=arm: arm(x)) for name, arm in arms.items()}, seconds)  # type: ignore[misc]
     found = {name: paired_interval(each, times["dense"]) for name, each in times.items() if name != "dense"}
     return {
         "amount": amount,

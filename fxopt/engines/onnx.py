@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
-from fxopt.engines.onnx_attention import FourAxes, transpose_keys
+from fxopt.engines.onnx_attention import transpose_keys
+from fxopt.engines.onnx_functions import ExportedOtherwise
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -140,7 +141,7 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     if outputs.with_objects is not None:
         prepared = _TensorsWithin(prepared)
     dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
-    with quiet(), FourAxes():
+    with quiet(), ExportedOtherwise():
         program = torch.onnx.export(
             prepared, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=dynamic, verbose=False
         )

@@ -1,41 +1,11 @@
-"""Attention in an ONNX model: it has four axes, and its keys are transposed by one operator."""
+"""Attention in an ONNX model: its keys are transposed by one operator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 _Entries = tuple[int | str, ...]
 """A shape: numbers, and names of axes whose sizes are not known."""
-
-
-class FourAxes(TorchFunctionMode):
-    """F.scaled_dot_product_attention of two or three axes  =>  of four, with axes of size 1 before them
-
-    It is in force for what is called meanwhile: torch's exporter takes no attention but that of four axes.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call, and attention as said."""
-        call = _attention if func is F.scaled_dot_product_attention else func
-        return call(*args, **(kwargs or {}))
-
-
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any
-) -> torch.Tensor:
-    missing = 4 - query.dim()
-    if missing <= 0:
-        return F.scaled_dot_product_attention(query, key, value, *others, **options)
-    # Masks stay: axes that they are short of are taken for those of size 1 anyway.
-    query, key, value = (each[(None,) * missing] for each in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, *others, **options)[(0,) * missing]
 
 
 def transpose_keys(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Attention in ONNX files: it may have less than four axes, and keys are transposed as one operator."""
+"""Attention in ONNX files: keys are transposed as one operator."""
 
 from __future__ import annotations
 
@@ -56,33 +56,6 @@ def test_keys_are_transposed_by_one_operator(model: Attention, batch: int, tmp_p
     assert swaps == [[0, 1, 3, 2]]
     if not model.causal and model.groups == 1:
         assert kinds["Shape"] == 0, "nothing is left of the shapes that were computed"
-
-
-class OneHead(nn.Module):
-    """Attention of as many axes as its input has."""
-
-    def __init__(self, masked: bool):
-        super().__init__()
-        self.project, self.masked = nn.Linear(16, 48), masked
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.project(x).chunk(3, -1)
-        mask = x[..., :5] > 0 if self.masked else None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not self.masked)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)], ids=["two axes", "three axes"])
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_attention_of_fewer_axes(engine: str, shape: tuple[int, ...], masked: bool) -> None:
-    needs(engine)
-    torch.manual_seed(0)
-    model = OneHead(masked).eval()
-    executable = fxopt.lower(model, torch.randn(shape).abs(), engine)
-    x = torch.randn(shape if len(shape) == 2 else (3, *shape[1:])).abs()
-    x[..., 2:4, 1] *= -1
-    with torch.no_grad():
-        assert relative_error(model(x), executable(x)) < 1e-5
 
 
 class Batches(nn.Module):

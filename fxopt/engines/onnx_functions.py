@@ -1,0 +1,57 @@
+"""Functions of torch that its ONNX exporter refuses, computed by others that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class ExportedOtherwise(TorchFunctionMode):
+    """While it is in force, attention has four axes, and products by groups of rows are those of matrices."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, or what stands for it."""
+        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention of two or three axes  =>  of four, with axes of size 1 before them"""
+    missing = 4 - query.dim()
+    if missing <= 0:
+        return F.scaled_dot_product_attention(query, key, value, *others, **options)
+    # Masks stay: axes that they are short of are taken for those of size 1 anyway.
+    query, key, value = (each[(None,) * missing] for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, *others, **options)[(0,) * missing]
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """The rows of `a` (rows, K) up to offs[0] by b[0] of `b` (groups, K, N), those up to offs[1] by b[1], ...
+
+    Mixtures of experts are made of it. Each row takes its matrix; where there are more rows than matrices, which would
+    be copied several times over, each takes its row of the product with all of them: more arithmetic, less memory.
+    """
+    if offs is None or (a.dim(), b.dim()) != (2, 3) or any(option is not None for option in options.values()):
+        return torch._grouped_mm(a, b, offs=offs, **options)
+    row = torch.arange(a.shape[0], device=a.device)
+    # What lies behind the last offset is in no group, and nobody may read what comes of it.
+    group = (row[:, None] >= offs).sum(1).clamp(max=b.shape[0] - 1)
+    rows = a.shape[0]
+    # To compare a free number of rows would bind it.
+    example = rows.node.hint if isinstance(rows, torch.SymInt) else rows
+    if example is not None and example <= b.shape[0]:
+        return torch.bmm(a[:, None], b[group])[:, 0]
+    return torch.matmul(a, b)[group, row]
+
+
+_INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    torch._grouped_mm: _grouped_mm,
+}

@@ -1,0 +1,76 @@
+"""Functions that torch's ONNX exporter refuses reach ONNX files as others that compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxopt
+from fxopt.engines.onnx_functions import ExportedOtherwise
+from fxopt.verify import relative_error
+from tests.engines.test_others import EXPORTING, needs
+
+
+class OneHead(nn.Module):
+    """Attention of as many axes as its input has."""
+
+    def __init__(self, masked: bool):
+        super().__init__()
+        self.project, self.masked = nn.Linear(16, 48), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).chunk(3, -1)
+        mask = x[..., :5] > 0 if self.masked else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not self.masked)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)], ids=["two axes", "three axes"])
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_attention_of_fewer_axes(engine: str, shape: tuple[int, ...], masked: bool) -> None:
+    needs(engine)
+    torch.manual_seed(0)
+    model = OneHead(masked).eval()
+    executable = fxopt.lower(model, torch.randn(shape).abs(), engine)
+    x = torch.randn(shape if len(shape) == 2 else (3, *shape[1:])).abs()
+    x[..., 2:4, 1] *= -1
+    with torch.no_grad():
+        assert relative_error(model(x), executable(x)) < 1e-5
+
+
+class Experts(nn.Module):
+    """Each row goes to the expert that its first feature names."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts = len(self.weight)
+        expert = x[:, 0].abs().clamp(max=experts - 1).long()
+        order = expert.argsort()
+        ends = (expert[:, None] <= torch.arange(experts)).sum(0).int()
+        return F.grouped_mm(x[order], self.weight, offs=ends)[order.argsort()]
+
+
+@pytest.mark.parametrize("experts", [4, 12], ids=["more rows than experts", "fewer rows than experts"])
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_experts_take_their_rows(engine: str, experts: int) -> None:
+    needs(engine)
+    torch.manual_seed(0)
+    model = Experts(experts).eval()
+    executable = fxopt.lower(model, 5 * torch.randn(8, 16), engine)
+    assert not executable.reasons, "the number of rows is free"
+    for rows in (8, 3, 20):
+        x = 5 * torch.randn(rows, 16)
+        with torch.no_grad():
+            assert relative_error(model(x), executable(x)) < 1e-5
+
+
+def test_other_products_by_groups_stay() -> None:
+    a, b = torch.randn(3, 8, 16), torch.randn(3, 16, 8)
+    found = F.grouped_mm(a, b)
+    with ExportedOtherwise():
+        assert torch.equal(F.grouped_mm(a, b), found)
