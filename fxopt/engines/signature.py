@@ -51,7 +51,8 @@ class Signature:
         for index, (value, expected) in enumerate(zip(given, self._leaves, strict=True)):
             if not isinstance(expected, _Tensor):
                 if value is not expected and (type(value) is not type(expected) or value != expected):
-                    raise self._refused(f"input {index} is {value!r}, it was built for {expected!r}")
+                    found = _Tensor(value) if isinstance(value, torch.Tensor) else repr(value)
+                    raise self._refused(f"input {index} is {found}, it was built for {expected!r}")
             elif not isinstance(value, torch.Tensor):
                 raise self._refused(f"input {index} is a {type(value).__name__}, it was built for {expected}")
             elif value.dtype is not expected.dtype or value.device != expected.device:

@@ -90,6 +90,33 @@ def test_what_the_input_decides_is_not_exported() -> None:
         fxopt.lower(Asking("the input").eval(), torch.ones(3, 5), "onnxruntime")
 
 
+class Optional(nn.Module):
+    """Takes a tensor and, in the middle, one that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: Any = 0) -> torch.Tensor:
+        return self.linear(x if scale is None else x * scale) + shift
+
+
+@pytest.mark.parametrize("engine", ["eager", "onednn", *EXPORTING])
+def test_arguments_may_be_named_in_any_order_and_left_out(engine: str) -> None:
+    needs(engine)
+    model = Optional().eval()
+    x, shift = torch.randn(3, 4), torch.randn(3, 4)
+    executable = fxopt.lower(model, {"shift": torch.randn(2, 4), "x": torch.randn(2, 4)}, engine)
+    expected = model(x, shift=shift).detach()
+    agree(executable(x, shift=shift), expected)
+    agree(executable(shift=shift, x=x), expected)
+    agree(pickle.loads(pickle.dumps(executable))(x, None, shift), expected)
+    with pytest.raises(EngineError, match="input 1 is 3x4 float32 on cpu, it was built for None"):
+        executable(x, scale=x, shift=shift)
+    with pytest.raises(EngineError, match="nested otherwise"):
+        executable(x, shifted=shift)
+
+
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path: Path) -> None:
     needs(engine)
