@@ -1,4 +1,4 @@
-"""Guards on values that come of sizes alone: where the sizes are fixed, they are decided before any call.
+"""Guards on values that come of sizes alone: they are decided before any call, or once for each batch size.
 
 if (torch.arange(x.size(1)).diff() == 1).all(): ...   =>   (nothing)     in a model built for one x.size(1)
 
@@ -12,9 +12,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from fxopt.capture.guards import guard, guard_tensor
+from fxopt.engines.contract import Run
 from fxopt.errors import GuardError
 from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead, observe
 from fxopt.inputs import Inputs
@@ -24,10 +26,14 @@ _ATTRIBUTES = ("shape", "ndim", "device", "dtype")
 _OUT_OF_TENSORS = ("item", "tolist")
 
 
-def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> GraphModule:
-    """`module`, or a copy without the guards that only sizes decide which are the same in all `tries`."""
+def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tuple[GraphModule, bool]:
+    """`module`, or a copy without the guards that only sizes decide, where they hold in all `tries`.
+
+    Returns:
+        The module, and whether a guard that it lacks depends on sizes in which `tries` differ: see `asking`.
+    """
     if not _candidates(module):
-        return module
+        return module, False
     module = copy.deepcopy(module)
     candidates = _candidates(module)
     seen: dict[fx.Node, list[Any]] = {}
@@ -40,15 +46,36 @@ def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> Grap
             given = inputs.map(lambda tensor: tensor.detach().clone())
             observe(module, given.args, given.kwargs, visit)
     except GuardError:  # one of the tries is none that the graph holds for
-        return module
+        return module, False
+    depends = False
     for region in Program(module).regions:
-        decided = [node for node in region.graph.nodes if node in candidates and _same(candidates[node], seen)]
+        decided = [node for node in region.graph.nodes if node in candidates]
         for node in decided:
+            depends = depends or not _same(candidates[node], seen)
             region.graph.erase_node(node)
         if decided:
             eliminate_dead(region)
             region.module.recompile()
-    return module
+    return module, depends
+
+
+def asking(module: GraphModule, inputs: Inputs, run: Run) -> Run:
+    """`run`, behind a call of `module` for each batch size but that of `inputs` when it first comes: its guards tell.
+
+    Raises:
+        GuardError: when called with a batch size that `module` does not hold for.
+    """
+    held = {inputs.batch_size}
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        batch = Inputs(args, kwargs).batch_size
+        if batch not in held:
+            with torch.no_grad():
+                module(*args, **kwargs)
+            held.add(batch)
+        return run(*args, **kwargs)
+
+    return asked
 
 
 def _candidates(module: GraphModule) -> dict[fx.Node, list[fx.Node]]:

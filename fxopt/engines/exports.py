@@ -24,10 +24,12 @@ class Exported:
     Attributes:
         path: of the file; what lies beside it belongs to it.
         reasons: why the batch size is fixed; empty where it is free.
+        asks: see `Export`.
     """
 
     path: Path
     reasons: tuple[Skip, ...]
+    asks: bool
 
     @property
     def sizes(self) -> Sizes:
@@ -67,15 +69,15 @@ class Exports:
             directory = Path(self._directory.name) / str(len(self._made))
             directory.mkdir()
             try:
-                program, reasons = export(module, inputs, outputs)
-                program.save(directory / "model.onnx")
-                self._made[passes] = Exported(directory / "model.onnx", reasons)
+                found = export(module, inputs, outputs)
+                found.program.save(directory / "model.onnx")
+                self._made[passes] = Exported(directory / "model.onnx", found.reasons, found.asks)
             except EngineError as error:
                 self._made[passes] = error
-        found = self._made[passes]
-        if isinstance(found, EngineError):
-            raise found
-        return found
+        made = self._made[passes]
+        if isinstance(made, EngineError):
+            raise made
+        return made
 
 
 @contextlib.contextmanager

@@ -51,8 +51,23 @@ class Outputs:
         return with_tensors(self.with_objects, lambda _: next(each))
 
 
-def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> tuple[torch.onnx.ONNXProgram, tuple[Skip, ...]]:
-    """The module as ONNX, with a free batch size where it has one; a `Skip` says why it has not.
+@dataclass(frozen=True)
+class Export:
+    """A module as ONNX.
+
+    Attributes:
+        program: the model.
+        reasons: why its batch size is fixed; empty where it is free.
+        asks: whether it holds only for batch sizes that guards of the module allow, which it has not: see `asking`.
+    """
+
+    program: torch.onnx.ONNXProgram
+    reasons: tuple[Skip, ...] = ()
+    asks: bool = False
+
+
+def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
+    """The module as ONNX, with a free batch size where it has one.
 
     Raises:
         EngineError: where torch cannot export it, with its reason.
@@ -66,19 +81,18 @@ def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> tuple[torch
         shape = torch.export.Dim(_BATCH, min=1)
         shapes = pytree.tree_map(lambda leaf: {0: shape} if _has_rows(leaf) else None, (several.args, several.kwargs))
         try:
-            decided = without_decided_guards(module, _of_two_batches(several))
+            decided, asks = without_decided_guards(module, _of_two_batches(several))
             program = _export(decided, several, outputs, shapes)
             # The exporter fixes what the module turns out to hold for only, and says so nowhere.
             if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
                 reason = f"the module does not hold for another one than that of the example, {batch}"
             else:
-                return program, ()
+                return Export(program, asks=asks)
         except Exception as error:  # the exporter raises anything
             reason = f"the exporter says: {_first_line(error)}"
     try:
-        return _export(without_decided_guards(module, [inputs]), inputs, outputs, None), (
-            Skip("", f"the batch size is fixed: {reason}"),
-        )
+        program = _export(without_decided_guards(module, [inputs])[0], inputs, outputs, None)
+        return Export(program, (Skip("", f"the batch size is fixed: {reason}"),))
     except Exception as error:
         raise EngineError(f"torch cannot export one: {_first_line(error)}{_opaque(module)}") from error
 

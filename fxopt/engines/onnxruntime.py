@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.decided import asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import export, nested, outputs_of
@@ -79,6 +80,9 @@ class OnnxRuntime(Engine):
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
         def write(directory: Path) -> None:
-            export(module, inputs, outputs)[0].save(directory / "model.onnx")
+            export(module, inputs, outputs).program.save(directory / "model.onnx")
 
-        return Built(nested(outputs, call), reasons, write=write, recorded=False, sizes=file.sizes)
+        run = nested(outputs, call)
+        if file.asks:
+            run = asking(module, inputs, run)
+        return Built(run, reasons, write=write, recorded=False, sizes=file.sizes)

@@ -58,7 +58,8 @@ class Asking(nn.Module):
         asked = {
             "sizes": lambda: (positions.diff() == 1).all(),
             "a number of sizes": lambda: positions.sum().item() == 10,
-            "rows": lambda: (rows.diff() == 1).all(),
+            "rows": lambda: (rows < 5).all(),
+            "this many rows": lambda: (rows < 3).all(),
             "the input": lambda: (x > 0).all(),
         }[self.of]
         return x * 2 if asked() else x * 3
@@ -74,9 +75,20 @@ def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
-def test_what_the_number_of_rows_decides_holds_for_that_number(engine: str) -> None:
+def test_what_the_number_of_rows_decides_is_asked_for_each(engine: str) -> None:
     needs(engine)
     executable = fxopt.lower(Asking("rows").eval(), torch.ones(3, 5), engine)
+    assert not executable.reasons
+    for rows in (5, 4, 5):
+        torch.testing.assert_close(executable(torch.ones(rows, 5)), torch.full((rows, 5), 2.0))
+    with pytest.raises(EngineError, match=r"the captured graph holds for .*; lower the module again"):
+        executable(torch.ones(7, 5))
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_where_only_this_number_of_rows_is_allowed_it_is_fixed(engine: str) -> None:
+    needs(engine)
+    executable = fxopt.lower(Asking("this many rows").eval(), torch.ones(3, 5), engine)
     assert "the batch size is fixed" in executable.reasons[0].reason
     for each in (executable, pickle.loads(pickle.dumps(executable))):
         torch.testing.assert_close(each(torch.ones(3, 5)), torch.full((3, 5), 2.0))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
+from fxopt.engines.decided import asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
 from fxopt.engines.onnx import nested, outputs_of, quiet
@@ -101,6 +102,8 @@ class OpenVINO(Engine):
             raise EngineError(f"engine 'openvino' fails: {error}") from error
         run = nested(outputs, call)
         run(*inputs.args, **inputs.kwargs)
+        if file.asks:
+            run = asking(module, inputs, run)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
         return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False, sizes=file.sizes)
