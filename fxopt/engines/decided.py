@@ -49,9 +49,9 @@ def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tupl
         return module, False
     depends = False
     for region in Program(module).regions:
-        decided = [node for node in region.graph.nodes if node in candidates]
+        decided = [node for node in region.graph.nodes if node in candidates and seen.keys() >= {*candidates[node]}]
         for node in decided:
-            depends = depends or not _same(candidates[node], seen)
+            depends = depends or any(value != seen[size][0] for size in candidates[node] for value in seen[size])
             region.graph.erase_node(node)
         if decided:
             eliminate_dead(region)
@@ -120,7 +120,3 @@ def _is_out_of_tensor(node: fx.Node) -> bool:
 
 def _is_pure(node: fx.Node, effects: Effects) -> bool:
     return effects.is_known(node) and not effects.is_random(node) and not effects.writes(node)
-
-
-def _same(sizes: Sequence[fx.Node], seen: dict[fx.Node, list[Any]]) -> bool:
-    return all(size in seen and all(value == seen[size][0] for value in seen[size]) for size in sizes)

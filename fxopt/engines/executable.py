@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
@@ -16,6 +15,7 @@ from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
+from fxopt.engines.one_form import OneForm
 from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
 from fxopt.graph import GraphModule
@@ -50,8 +50,8 @@ class Executable(nn.Module):
     module: GraphModule
     _signature: Signature
     """Of what was built."""
-    _call: inspect.Signature
-    """Of the module."""
+    _one_form: OneForm
+    """Of its calls."""
 
     def __init__(self, engine: Engine, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any] | None = None):
         super().__init__()
@@ -60,7 +60,7 @@ class Executable(nn.Module):
         self.engine = engine
         self.relative_error: float | None = None
         # One form for all ways to write a call; torch's exporter takes named arguments for positional ones.
-        self._inputs = Inputs(*_bound(inspect.signature(module.forward), inputs.args, inputs.kwargs))
+        self._inputs = Inputs(*OneForm(module.forward)(inputs.args, inputs.kwargs))
         self._choices = dict(choices or {})
         self._built: Built | None = None
         self._build_seconds = 0.0
@@ -74,7 +74,7 @@ class Executable(nn.Module):
             with torch.no_grad():
                 self._built = self.engine.build(self.module, self._inputs, self._choices)
             self._choices = dict(self._built.choices)
-            self._call = inspect.signature(self.module.forward)
+            self._one_form = OneForm(self.module.forward)
             self._signature = Signature(self.engine.name, self._inputs, self._built.sizes or self.engine.sizes)
             self._build_seconds = time.perf_counter() - began
         return self._built
@@ -132,7 +132,7 @@ class Executable(nn.Module):
         """
         built = self._built or self.built
         if kwargs or len(args) != len(self._inputs.args):
-            args, kwargs = _bound(self._call, args, kwargs)
+            args, kwargs = self._one_form(args, kwargs)
         self._signature.check(args, kwargs)
         if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(
@@ -204,7 +204,7 @@ class Executable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_built": None, "_choices": dict(self.choices)}
-        return {name: value for name, value in state.items() if name not in ("_signature", "_call")}
+        return {name: value for name, value in state.items() if name not in ("_signature", "_one_form")}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Executable:
         """What `to`, `half`, `cuda` and their kin call: fine where it changes nothing."""
@@ -217,15 +217,3 @@ class Executable(nn.Module):
                     f"{moved.dtype} on '{moved.device}': move or cast the module, and lower it again"
                 )
         return self
-
-
-def _bound(
-    parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with all that can be positional so, defaults too; as it is where the module takes no such call."""
-    try:
-        bound = parameters.bind(*args, **kwargs)
-    except TypeError:
-        return args, dict(kwargs)
-    bound.apply_defaults()
-    return bound.args, bound.kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ class Signature:
         self.devices = {tensor.device.type for tensor in inputs.tensors}
         leaves, self._structure = flatten((inputs.args, dict(inputs.kwargs)))
         self._leaves = [leaf if not isinstance(leaf, torch.Tensor) else _Tensor(leaf) for leaf in leaves]
-        self._flat = not inputs.kwargs and all(isinstance(value, torch.Tensor) for value in inputs.args)
+        self._flat = (
+            not inputs.kwargs and len(leaves) == len(inputs.args) and all(map(operator.is_, leaves, inputs.args))
+        )
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse a call that lies outside.
@@ -82,6 +85,8 @@ class Signature:
 
 
 def _is_alike(value: Any, expected: Any) -> bool:
+    if not isinstance(expected, _Tensor):
+        return value is expected
     return (
         type(value) is torch.Tensor
         and value.shape == expected.shape
