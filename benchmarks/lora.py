@@ -162,7 +162,7 @@ def import_seconds(what: str, repeats: int = 5) -> float:
 def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=12.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="*", choices=list(models()), default=list(models()))
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Sparse linear layers beside dense ones: one interleaved run, each time relative to the dense model.
 
-python benchmarks/sparsity.py            # ten minutes; writes benchmarks/results/sparsity.json and sparsity.md
+python benchmarks/sparsity.py            # a quarter of an hour; writes benchmarks/results/sparsity.json and sparsity.md
 
 The model is six linear layers 768-3072-768-... with ReLUs between them, its weights zero at random places. `engine` is
 `fxopt.lower(model, x, "sparse")` with its own gate; `onednn` the engine of that name, which looks at no zeros; `csr`
@@ -129,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=12.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--amounts", type=float, nargs="*", default=[0.5, 0.7, 0.9, 0.95])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
