@@ -127,12 +127,15 @@ class Executable(nn.Module):
         """Run.
 
         Raises:
-            EngineError: for inputs of another structure, device or dtype, of sizes that it was not built for, that
-                require a gradient, or under autocast.
+            EngineError: for a call that the module does not take, for inputs of another structure, device or dtype, of
+                sizes that it was not built for, that require a gradient, or under autocast.
         """
         built = self._built or self.built
         if kwargs or len(args) != len(self._inputs.args):
-            args, kwargs = self._one_form(args, kwargs)
+            try:
+                args, kwargs = self._one_form(args, kwargs)
+            except TypeError as error:
+                raise EngineError(f"engine '{self.engine.name}': the module takes no such call: {error}") from error
         self._signature.check(args, kwargs)
         if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(

@@ -23,11 +23,14 @@ def many(*parts: Any, **others: Any) -> None: ...
         pytest.param(plain, (), {"scale": 2, "x": "x"}, (("x", None, 2), {}), id="named in another order"),
         pytest.param(named, ("x",), {}, (("x",), {"mask": None}), id="what only a name can give"),
         pytest.param(many, (1, 2), {"b": 3, "a": 4}, ((1, 2), {"b": 3, "a": 4}), id="as many as there are"),
-        pytest.param(plain, (1, 2, 3, 4), {}, ((1, 2, 3, 4), {}), id="too many stay"),
-        pytest.param(plain, (1,), {"other": 2}, ((1,), {"other": 2}), id="an unknown name stays"),
     ],
 )
 def test_a_call_in_one_form(function: Callable[..., None], args: Any, kwargs: Any, expected: Any) -> None:
     form = OneForm(function)
     assert form(args, kwargs) == expected
     assert form(args, kwargs) == expected, "and again, by what is known"
+
+
+def test_a_call_that_the_function_does_not_take() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        OneForm(plain)((1,), {"other": 2})

@@ -125,7 +125,7 @@ def test_arguments_may_be_named_in_any_order_and_left_out(engine: str) -> None:
     agree(pickle.loads(pickle.dumps(executable))(x, None, shift), expected)
     with pytest.raises(EngineError, match="input 1 is 3x4 float32 on cpu, it was built for None"):
         executable(x, scale=x, shift=shift)
-    with pytest.raises(EngineError, match="nested otherwise"):
+    with pytest.raises(EngineError, match="takes no such call: got an unexpected keyword argument 'shifted'"):
         executable(x, shifted=shift)
 
 
