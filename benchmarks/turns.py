@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fxopt.bench.idle import wait_until_idle
-from fxopt.bench.timer import CpuTimer
+from fxopt.bench.timer import LEAD, CpuTimer
 
 Run = Callable[[], Any]
 _FEWEST_ROUNDS = 8
 _SHORTEST_BLOCK = 10e-3
 """Seconds."""
-_LEAD = 20e-3
-"""Seconds of untimed calls: after a rest of 30 ms the calls of a model for AMX took 8.0, 6.6, 6.1, 5.9, 5.8, 5.6 ms."""
 
 
 def in_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
@@ -40,7 +38,7 @@ def in_turns(runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
         for name in order:
             wait_until_idle()
             led = time.perf_counter()
-            while time.perf_counter() - led < _LEAD:
+            while time.perf_counter() - led < LEAD:
                 runs[name]()
             times[name].append(timer.time(runs[name], calls[name]).seconds)
         rounds += 1

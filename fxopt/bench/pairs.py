@@ -20,7 +20,7 @@ from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.memory import peak_memory
 from fxopt.bench.statistics import FEWEST_PAIRS, hold_clocks, judge, paired_interval
 from fxopt.bench.surroundings import quiet
-from fxopt.bench.timer import SHORTEST_SAMPLE, CpuTimer, Sample, Timer
+from fxopt.bench.timer import LEAD, SHORTEST_SAMPLE, CpuTimer, Sample, Timer
 from fxopt.inputs import Inputs
 
 _ENOUGH_PAIRS = 30
@@ -31,9 +31,6 @@ _TICK = 1e-6
 """Seconds: no call is taken for shorter."""
 _LONG_CALL = 0.05
 """Seconds: what slows a CPU down at first takes a few milliseconds in all, which hardly count in a longer call."""
-_LEAD = 0.02
-"""Seconds of calls before those that are timed, on a CPU. After a rest of 30 ms, which alone empties no cache, calls of
-a model for matrix units (AMX) took 8.0, 6.6, 6.1, 5.9, 5.8, 5.6, 5.6 and 5.6 ms one after the other."""
 
 Progress = Callable[[float], None]
 """Told the share of the work that is done, from 0 to 1."""
@@ -113,9 +110,9 @@ def compare(
         shortest = min(map(min, each.values()))
         calls = 1 if writes else math.ceil(SHORTEST_SAMPLE / shortest)
         # Where the budget is short, more pairs tell more.
-        affordable = budget_seconds > _ENOUGH_PAIRS * len(arms) * (calls * shortest + max(_LEAD, shortest))
+        affordable = budget_seconds > _ENOUGH_PAIRS * len(arms) * (calls * shortest + max(LEAD, shortest))
         led = place.type == "cpu" and not writes and shortest < _LONG_CALL and affordable
-        leads = {name: math.ceil(_LEAD / statistics.median(taken)) if led else 0 for name, taken in each.items()}
+        leads = {name: math.ceil(LEAD / statistics.median(taken)) if led else 0 for name, taken in each.items()}
         samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, leads, seed, progress)
         seconds, had_threads = clock.now() - start, torch.get_num_threads()
     return _conclude(
