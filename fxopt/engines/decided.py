@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.capture.guards import guard, guard_tensor
+from fxopt.contract import Skip
 from fxopt.engines.contract import Run
 from fxopt.errors import GuardError
 from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead, observe
@@ -24,6 +25,11 @@ from fxopt.inputs import Inputs
 _OF_SHAPE = ("size", "dim", "numel")
 _ATTRIBUTES = ("shape", "ndim", "device", "dtype")
 _OUT_OF_TENSORS = ("item", "tolist")
+
+ASKED = Skip(
+    "", "guards on the batch size are asked of the module at each new one; a saved file by itself asks nothing"
+)
+"""Told of an engine that runs behind `asking`."""
 
 
 def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tuple[GraphModule, bool]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
-from fxopt.engines.decided import asking
+from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import export, nested, outputs_of
@@ -84,5 +84,5 @@ class OnnxRuntime(Engine):
 
         run = nested(outputs, call)
         if file.asks:
-            run = asking(module, inputs, run)
+            run, reasons = asking(module, inputs, run), (*reasons, ASKED)
         return Built(run, reasons, write=write, recorded=False, sizes=file.sizes)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fxopt.engines.contract import Built, Engine, Sizes
-from fxopt.engines.decided import asking
+from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
 from fxopt.engines.onnx import nested, outputs_of, quiet
@@ -103,7 +103,7 @@ class OpenVINO(Engine):
         run = nested(outputs, call)
         run(*inputs.args, **inputs.kwargs)
         if file.asks:
-            run = asking(module, inputs, run)
+            run, reasons = asking(module, inputs, run), (*reasons, ASKED)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
         return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False, sizes=file.sizes)
