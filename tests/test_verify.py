@@ -125,3 +125,18 @@ def test_a_nan_that_a_rewrite_brings_breaks_every_promise_but_changes() -> None:
         if outcome is not None
     ]
     assert compare_outcomes(oracle.expected(), list(broken), Promise.CLOSE).is_broken
+
+
+@pytest.mark.parametrize("place", [0, (1 << 18) - 1, 1 << 18, 3 << 17, (1 << 19) + 4])
+def test_relative_error_of_a_long_output_is_the_largest_anywhere(place: int) -> None:
+    expected = torch.ones((1 << 19) + 5)
+    expected[1], expected[-2] = float("inf"), 4.0
+    found = expected.clone()
+    found[place] += 0.5
+    assert relative_error(expected, found) == 0.125
+    found[place] = float("nan")
+    assert relative_error(expected, found) == float("inf")
+
+
+def test_relative_error_of_other_shapes_is_infinite() -> None:
+    assert relative_error(torch.ones(2, 3), torch.zeros(3)) == float("inf")
