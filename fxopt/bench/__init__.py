@@ -6,7 +6,7 @@ from fxopt.bench.comparison import BeforeAfter, Comparison, Times
 from fxopt.bench.device import unavailable
 from fxopt.bench.fingerprint import Fingerprint, fingerprint
 from fxopt.bench.latency import Latency, measure_latency
-from fxopt.bench.pairs import Progress, compare
+from fxopt.bench.pairs import Progress, compare, compare_all
 from fxopt.bench.profiling import Cost, Profile, profile
 from fxopt.bench.roofline import Roofline, measure_roofline
 from fxopt.bench.rows import compare_on
@@ -36,6 +36,7 @@ __all__ = [
     "Verdict",
     "cold_start",
     "compare",
+    "compare_all",
     "compare_on",
     "fingerprint",
     "measure_latency",

@@ -1,4 +1,4 @@
-"""Two modules timed in turns, together with a copy of the first."""
+"""Modules timed in turns with another, together with a copy of that one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WARM_UP = 0.1
 """Share of the budget."""
 _TICK = 1e-6
 """Seconds: no call is taken for shorter."""
-_LONG_CALL = 0.05
+_LONG_CALL = 0.1
 """Seconds: what slows a CPU down at first takes a few milliseconds in all, which hardly count in a longer call."""
 
 Progress = Callable[[float], None]
@@ -81,10 +81,58 @@ def compare(
         EngineError: where the device is not there, a module raises, or no graph can be captured of it.
         ValueError: for less than one pair, a budget or margin that is not positive, or what only a GPU has.
     """
+    together = compare_all(
+        before,
+        {"after": after},
+        inputs,
+        device,
+        pairs=pairs,
+        budget_seconds=budget_seconds,
+        margin=margin,
+        threads=threads,
+        cold_cache=cold_cache,
+        graph=graph,
+        seed=seed,
+        progress=progress,
+        timer=timer,
+    )
+    return together["after"]
+
+
+def compare_all(
+    before: Callable[..., Any],
+    afters: Mapping[str, Callable[..., Any]],
+    inputs: Any,
+    device: torch.device | str = "cpu",
+    *,
+    pairs: int | None = None,
+    budget_seconds: float = 10.0,
+    margin: float = 0.02,
+    threads: int | None = None,
+    cold_cache: bool = False,
+    graph: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+    timer: Timer | None = None,
+) -> dict[str, Comparison]:
+    """Compare several modules with one, as `compare` does, and all in the same rounds.
+
+    So the one is timed once for all of them, and two of the others may be held against each other: equal positions of
+    their times are of one round.
+
+    Args:
+        afters: by the names that errors and results call them; neither "before" nor "again" is free.
+
+    Raises:
+        EngineError: as `compare`.
+        ValueError: as `compare`, and for a name that is not free.
+    """
     if (pairs is not None and pairs < 1) or budget_seconds <= 0 or margin <= 0:
         raise ValueError(
             f"compare: pairs, budget_seconds and margin must be positive, got {pairs}, {budget_seconds}, {margin}"
         )
+    if taken := afters.keys() & {"again", "before"}:
+        raise ValueError(f"compare_all: what is held against 'before' has another name, got {sorted(taken)}")
     place = measurable(device)
     if (cold_cache or graph) and place.type != "cuda":
         raise ValueError(f"compare: cold_cache and graph are for a GPU, and the device is {str(place)!r}")
@@ -96,37 +144,36 @@ def compare(
         arms = {
             "again": Arm("before", before, given, place),
             "before": Arm("before", before, given, place),
-            "after": Arm("after", after, given, place),
+            **{name: Arm(name, after, given, place) for name, after in afters.items()},
         }
         first = {name: _sample(arm, clock, 1).seconds for name, arm in arms.items()}
         # Inputs that a call writes into are put back before each, so then each is timed by itself.
         writes = any(arm.writes_inputs for arm in arms.values())
         for arm in arms.values() if writes else ():
             arm.keep_inputs(given)
-        peaks = {name: _peak(arms[name], place) for name in ("before", "after")}
+        peaks = {name: _peak(arm, place) for name, arm in arms.items() if name != "again"}
         for arm in arms.values() if graph else ():
             arm.replay_graph()
         each = _warm_up(arms, clock, start, budget_seconds)
-        shortest = min(map(min, each.values()))
-        calls = 1 if writes else math.ceil(SHORTEST_SAMPLE / shortest)
-        # Where the budget is short, more pairs tell more.
-        affordable = budget_seconds > _ENOUGH_PAIRS * len(arms) * (calls * shortest + max(LEAD, shortest))
-        led = place.type == "cpu" and not writes and shortest < _LONG_CALL and affordable
-        leads = {name: math.ceil(LEAD / statistics.median(taken)) if led else 0 for name, taken in each.items()}
+        calls = 1 if writes else math.ceil(SHORTEST_SAMPLE / min(map(min, each.values())))
+        leads = _leads(each, calls, budget_seconds) if place.type == "cpu" and not writes else dict.fromkeys(arms, 0)
         samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, leads, seed, progress)
         seconds, had_threads = clock.now() - start, torch.get_num_threads()
-    return _conclude(
-        samples,
-        margin=margin,
-        seed=seed,
-        device=str(device),
-        threads=had_threads,
-        calls=calls,
-        first_call=BeforeAfter(first["before"], first["after"]),
-        peak_memory=BeforeAfter(peaks["before"], peaks["after"]),
-        seconds=seconds,
-        notes=(*_limits(arms), *clock.limits),
-    )
+    return {
+        name: _conclude(
+            {"again": samples["again"], "before": samples["before"], "after": samples[name]},
+            margin=margin,
+            seed=seed,
+            device=str(device),
+            threads=had_threads,
+            calls=calls,
+            first_call=BeforeAfter(first["before"], first[name]),
+            peak_memory=BeforeAfter(peaks["before"], peaks[name]),
+            seconds=seconds,
+            notes=(*_limits("before", arms["before"]), *_limits(name, arms[name]), *clock.limits),
+        )
+        for name in afters
+    }
 
 
 def _sample(arm: Arm, timer: Timer, calls: int, lead: int = 0) -> Sample:
@@ -148,6 +195,15 @@ def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float)
             taken[name].append(max(_sample(arm, timer, 1).seconds, _TICK))
         if timer.now() - start > _WARM_UP * budget:
             return taken
+
+
+def _leads(each: Mapping[str, Sequence[float]], calls: int, budget: float) -> dict[str, int]:
+    """How many calls go before those that are timed."""
+    usual = {name: statistics.median(taken) for name, taken in each.items()}
+    leads = {name: math.ceil(LEAD / seconds) if seconds < _LONG_CALL else 0 for name, seconds in usual.items()}
+    a_round = sum((calls + leads[name]) * seconds for name, seconds in usual.items())
+    # Where the budget is short, more pairs tell more.
+    return leads if _ENOUGH_PAIRS * a_round < budget else dict.fromkeys(each, 0)
 
 
 def _take_pairs(
@@ -197,7 +253,7 @@ def _is_tight(samples: Mapping[str, Sequence[Sample]], margin: float, seed: int)
     times = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
     return all(
         paired_interval(times["before"], times[other], seed=seed, resamples=300).width < margin / 2
-        for other in ("after", "again")
+        for other in times.keys() - {"before"}
     )
 
 
@@ -208,12 +264,10 @@ def _peak(arm: Arm, device: torch.device) -> int | None:
     return arm.watched(lambda call: peak_memory(call, device))
 
 
-def _limits(arms: Mapping[str, Arm]) -> tuple[str, ...]:
-    return tuple(
-        f"{name!r} ({arm.kind}) cannot be copied: it ran itself, beside no copy with memory of its own"
-        for name, arm in arms.items()
-        if not arm.copied and name != "again"
-    )
+def _limits(name: str, arm: Arm) -> tuple[str, ...]:
+    if arm.copied:
+        return ()
+    return (f"{name!r} ({arm.kind}) cannot be copied: it ran itself, beside no copy with memory of its own",)
 
 
 def _conclude(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fxopt import bench
+from fxopt.bench.statistics import paired_interval
 from fxopt.contract import Skip
 from fxopt.engines.eager import Eager
 from fxopt.engines.executable import Executable
@@ -33,6 +34,9 @@ _LOWEST_BFLOAT16_ERROR = 1e-3
 """bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""
 _BUILDING, _SLOW_BUILDING = 0.6, 0.25
 """Shares of the budget after which no further build begins, and none that compiles: it takes up to minutes."""
+_TOGETHER = 0.75
+"""Share of the time to measure that goes to all engines; the rest is for the two that are ahead, where these rounds
+can't tell them apart."""
 _SHORTEST_MEASUREMENT = 1.0
 
 
@@ -197,13 +201,10 @@ def climb(
         raise EngineError(rungs[0].dropped)
     # What is measured in too short a time is chosen by chance, so builds that took too long leave it its share.
     until = max(began + budget_seconds, time.perf_counter() + (1 - _BUILDING) * budget_seconds)
-    for count, rung in enumerate(running):
-        tell(f"measure {rung.label}")
-        left = until - time.perf_counter()
-        each = max(left / (len(running) - count + 1), _SHORTEST_MEASUREMENT)
-        rungs[rungs.index(rung)] = dataclasses.replace(
-            rung, comparison=_compared(original, rung, inputs, place, each, seed)
-        )
+    tell(f"measure {', '.join(rung.label for rung in running)}")
+    share = _TOGETHER if asked == AUTO else 1.0
+    found = _together(original, running, inputs, place, share * (until - time.perf_counter()), seed)
+    rungs = [rung if rung.dropped else dataclasses.replace(rung, comparison=found[rung.label]) for rung in rungs]
     chosen = rungs[-1] if named else None
     if asked == AUTO:
         left = until - time.perf_counter()
@@ -303,23 +304,21 @@ def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple
     return worst, allowed
 
 
-def _compared(
-    original: nn.Module, rung: Rung, inputs: Inputs, place: torch.device, seconds: float, seed: int
-) -> bench.Comparison:
-    assert rung.executable is not None
-    return _pairs(original, rung.executable, inputs, place, seconds, seed)
-
-
-def _pairs(
-    before: Callable[..., Any], after: Executable, inputs: Inputs, place: torch.device, seconds: float, seed: int
-) -> bench.Comparison:
-    # Its own call, since a copy would have to be built again.
-    found = bench.compare(before, after.forward, inputs, place, budget_seconds=seconds, seed=seed)
-    return dataclasses.replace(found, notes=tuple(note for note in found.notes if "cannot be copied" not in note))
+def _together(
+    before: Callable[..., Any], rungs: Sequence[Rung], inputs: Inputs, place: torch.device, seconds: float, seed: int
+) -> dict[str, bench.Comparison]:
+    """What was before with each rung, by label: all in the same rounds."""
+    # Their own calls, since copies would have to be built again.
+    calls = {rung.label: rung.executable.forward for rung in rungs if rung.executable is not None}
+    found = bench.compare_all(before, calls, inputs, place, budget_seconds=seconds, seed=seed)
+    return {
+        label: dataclasses.replace(one, notes=tuple(note for note in one.notes if "cannot be copied" not in note))
+        for label, one in found.items()
+    }
 
 
 def _fastest(rungs: Sequence[Rung], inputs: Inputs, place: torch.device, left: float, seed: int) -> Rung:
-    """The rung with the smallest ratio; where the second may be as fast, the two are held against each other.
+    """The rung with the smallest ratio; where the second may be as fast, and there is time, the two meet once more.
 
     Of two that are as fast as each other it is the one that builds sooner.
     """
@@ -333,11 +332,11 @@ def _fastest(rungs: Sequence[Rung], inputs: Inputs, place: torch.device, left: f
         return ranked[0]
     first, second = ranked[:2]
     assert first.comparison is not None and second.comparison is not None
-    assert first.executable is not None and second.executable is not None
-    if second.comparison.low > first.comparison.high:
+    apart = paired_interval(first.comparison.times.after, second.comparison.times.after, seed=seed)
+    if apart.low > 1 or left < _SHORTEST_MEASUREMENT:
         return first
-    left = max(left, _SHORTEST_MEASUREMENT)
-    final = _pairs(first.executable.forward, second.executable, inputs, place, left, seed)
+    assert first.executable is not None
+    final = _together(first.executable.forward, [second], inputs, place, left, seed)[second.label]
     if final.verdict is bench.Verdict.EQUIVALENT:
         return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
     return second if final.ratio < 1 else first

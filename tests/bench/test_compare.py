@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.bench import Comparison, Sample, Verdict, compare
+from fxopt.bench import Comparison, Sample, Verdict, compare, compare_all
 from fxopt.errors import EngineError, LoadError
 
 
@@ -358,3 +358,32 @@ def test_a_device_that_is_not_there(device: str, reason: str) -> None:
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         compare(nn.Identity(), nn.Identity(), torch.zeros(1), **wrong)
+
+
+def test_several_are_compared_in_the_same_rounds() -> None:
+    clock = Clock()
+    found = compare_all(
+        Takes(clock, 0.01, 0.01),
+        {
+            "slow": Takes(clock, 0.02, 0.01, 1),
+            "fast": Takes(clock, 0.005, 0.01, 2),
+            "same": Takes(clock, 0.01, 0.01, 3),
+        },
+        torch.zeros(1),
+        timer=clock,
+    )
+    assert [one.verdict for one in found.values()] == [Verdict.SLOWER, Verdict.FASTER, Verdict.EQUIVALENT]
+    assert len({one.times.before for one in found.values()}) == len({one.pairs for one in found.values()}) == 1
+    assert found["same"].times.after != found["same"].times.before
+
+
+@pytest.mark.parametrize("name", ["before", "again"])
+def test_names_that_are_not_free(name: str) -> None:
+    with pytest.raises(ValueError, match=f"has another name, got \\['{name}'\\]"):
+        compare_all(nn.Identity(), {name: nn.Identity()}, torch.zeros(1))
+
+
+def test_a_long_call_has_no_lead_and_the_short_one_beside_it_has() -> None:
+    clock = Clock()
+    found = compare(SlowAtFirst(clock, 0.2), SlowAtFirst(clock, 0.01), torch.zeros(1), timer=clock, budget_seconds=100)
+    assert (found.before_ms, found.after_ms) == pytest.approx((400, 10))

@@ -16,7 +16,7 @@ from torch import nn
 import fxopt
 from fxopt import Inputs, record, report
 from fxopt.artifact import save
-from fxopt.bench import Verdict
+from fxopt.bench import Times, Verdict
 from fxopt.engines import Executable, exports, ladder
 from fxopt.engines.ladder import Ladder, Rung, climb
 from fxopt.engines.onednn import OneDNN
@@ -33,21 +33,30 @@ HERE = (Rung("eager"), Rung("onednn"))
 ALL_RUNGS = ladder._CANDIDATES
 
 
+def verdict_on(ratio: float) -> Verdict:
+    return Verdict.FASTER if ratio < 0.98 else Verdict.EQUIVALENT if ratio <= 1.02 else Verdict.SLOWER
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
     """Ratios that measuring gives: by engine, or by the pair of engines that meet at the end."""
     ratios: dict[Any, float] = {}
 
-    def pairs(before: Any, after: Executable, *_: Any) -> fxopt.Comparison:
-        name = "cast" if torch.bfloat16 in after.dtypes else after.engine.name
+    def together(before: Any, rungs: list[Rung], *_: Any) -> dict[str, fxopt.Comparison]:
         first = getattr(before, "__self__", None)
-        ratio = ratios[(first.engine.name, name) if isinstance(first, Executable) else name]
-        if isinstance(ratio, tuple):
-            return comparison(ratio[1], ratio[0])
-        verdict = Verdict.FASTER if ratio < 0.98 else Verdict.EQUIVALENT
-        return comparison(verdict if ratio <= 1.02 else Verdict.SLOWER, ratio)
+        found = {}
+        for number, rung in enumerate(rungs):
+            assert rung.executable is not None
+            name = "cast" if torch.bfloat16 in rung.executable.dtypes else rung.engine
+            ratio = ratios[(first.engine.name, name) if isinstance(first, Executable) else name]
+            ratio, verdict = ratio if isinstance(ratio, tuple) else (ratio, verdict_on(ratio))
+            # By 4 %, so that 0.98 and 0.99 are not told apart in the same rounds.
+            noise = (0.98, 1.02) if number % 2 else (1.02, 0.98)
+            times = Times((1.0,) * 6, tuple(ratio * factor for factor in noise * 3), (1.0,) * 6)
+            found[rung.label] = comparison(verdict, ratio, times=times)
+        return found
 
-    monkeypatch.setattr(ladder, "_pairs", pairs)
+    monkeypatch.setattr(ladder, "_together", together)
     monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
     return ratios
 
@@ -393,8 +402,14 @@ def test_builds_that_take_too_long_leave_time_to_measure(
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     given = []
-    pairs = ladder._pairs
-    monkeypatch.setattr(ladder, "_pairs", lambda a, b, c, place, seconds, seed: (given.append(seconds), pairs(a, b))[1])
+    together = ladder._together
+    monkeypatch.setattr(ladder, "_together", lambda *how: (given.append(how[4]), together(*how))[1])
     build_seconds |= {"eager": 1, "onednn": 200}
     run("auto", budget_seconds=60)
-    assert given == [pytest.approx(8), pytest.approx(12)], "the clock stands still: of 24 s a third, then half"
+    assert given == [pytest.approx(18)], "three quarters of 24 s, and none of the rest where one is clearly ahead"
+    measured |= {"onednn": 0.99, ("onednn", "eager"): 1.0}
+    run("auto", budget_seconds=60)
+    assert given[1:] == [pytest.approx(18), pytest.approx(24)], "the clock stands still"
+    monkeypatch.setattr(ladder, "_SHORTEST_MEASUREMENT", 25)
+    assert getattr(run("auto", budget_seconds=60).chosen, "engine", None) == "onednn"
+    assert given[3:] == [pytest.approx(18)], "nor where nothing is left"
