@@ -5,7 +5,8 @@
 A row is a model at a batch size and runs in a process of its own; it is written to peers.json as soon as it is there,
 and rows that are there are not run again, so a stopped run goes on where it was. peers.md has the tables of all rows:
 speed-ups over eager, each of ours beside each peer, geometric means, builds and memory; peers.svg draws the first. The
-plot needs matplotlib, which the extra `bench` brings.
+plot needs matplotlib, which the extra `bench` brings. The fastest peers are built twice: what the two builds differ by
+is chance, and so is as small a difference of another arm.
 
 Models come with random weights; outputs of every arm are held against eager's. Compilers begin each row with empty
 caches. Times hold for the machine that peers.json names, and only if nothing else ran on it.
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_report import plot, render
+from peers_report import TWICE, again, plot, render
 from torch import nn
 from torch.utils import _pytree as pytree
 from turns import Run, in_turns
@@ -287,6 +288,7 @@ def measure(name: str, batch: int, *, seconds: float, budget: float, only: Seque
     """Build all arms of a row, hold them against eager, and time them in turns."""
     model, inputs = build(name, batch)
     every = {**PEERS, "onednn": _onednn, "auto": _auto(None, budget), "auto 1e-2": _auto(1e-2, budget)}
+    every |= {again(peer): PEERS[peer] for peer in TWICE}
     runs: dict[str, Run] = {}
     arms: dict[str, dict[str, Any]] = {}
     with quiet(torch.device("cpu")), warnings.catch_warnings():

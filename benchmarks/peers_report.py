@@ -14,9 +14,16 @@ from fxopt.bench.statistics import paired_interval
 OURS = ("onednn", "auto", "auto 1e-2")
 ROUNDED = ("openvino bf16", "auto 1e-2")
 """Arms that compute in fewer bits: float32 is not held against them."""
+TWICE = ("onnxruntime", "openvino", "openvino bf16")
+"""Peers that are built a second time, for what two builds of the same model differ by."""
 Row = Mapping[str, Any]
 Effect = tuple[float, float, float]
 """How many times as fast, and the ends of the 95 % interval."""
+
+
+def again(peer: str) -> str:
+    """The arm that is another build of a peer."""
+    return f"{peer}, again"
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -25,7 +32,7 @@ def render(rows: Sequence[Row]) -> str:
         return "no rows yet\n"
     done = [row for row in rows if not row.get("failed")]
     machine: Mapping[str, Any] = next((row["machine"] for row in done if "machine" in row), {})
-    arms = list(dict.fromkeys(arm for row in rows for arm in row["arms"]))
+    arms = _arms(rows)
     parts = [
         "# fxopt's engines beside their peers",
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
@@ -42,6 +49,10 @@ def render(rows: Sequence[Row]) -> str:
         means = _means(done, peers, lambda row, peer, ours=ours: _over(row, peer, ours))  # type: ignore[misc]
         parts += [f"## `{ours}` beside each: how many times as fast", _table(["", *peers], [*body, *means])]
     parts += [
+        "## Another build of the same",
+        "How many times as fast a second build of each is, by the same script in the same process: chance alone, such "
+        "as where its memory lies. No arm is ahead or behind by less.",
+        _table(["", *TWICE], _second_builds(done)),
         "## Seconds to build, and relative error",
         "From the module to the first outputs; in parentheses what the chosen engine took of it, without capture and "
         "passes.",
@@ -65,7 +76,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     from matplotlib import pyplot
 
     done = [row for row in rows if not row.get("failed")][::-1]
-    arms = [arm for arm in dict.fromkeys(arm for row in done for arm in row["arms"]) if arm != "eager"]
+    arms = [arm for arm in _arms(done) if arm != "eager"]
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.32 * len(done)), layout="constrained")
     markers = dict(zip(arms, "ox+svD^v<>*P", strict=False))
     for arm in arms:
@@ -86,6 +97,12 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _arms(rows: Sequence[Row]) -> list[str]:
+    """All but the second builds."""
+    second = {again(peer) for peer in TWICE}
+    return [arm for arm in dict.fromkeys(arm for row in rows for arm in row["arms"]) if arm not in second]
 
 
 def _table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -117,6 +134,14 @@ def _speedups(rows: Sequence[Row], arms: Sequence[str]) -> list[list[str]]:
         return _effect(_over(row, "eager", arm)) + (f" ({found['chosen']})" if found.get("chosen") else "")
 
     return [[_name(row), *(cell(row, arm) for arm in arms)] for row in rows]
+
+
+def _second_builds(rows: Sequence[Row]) -> list[list[str]]:
+    effects = [[_over(row, peer, again(peer)) for peer in TWICE] for row in rows]
+    sizes = [[abs(math.log(effect[0])) for effect in column if effect] for column in zip(*effects, strict=True)]
+    typical = [f"{math.exp(sum(size) / len(size)):.2f} of {len(size)}" if size else "-" for size in sizes]
+    body = [[_name(row), *map(_effect, each)] for row, each in zip(rows, effects, strict=True)]
+    return [*body, ["**geometric mean, whichever is faster**", *typical]]
 
 
 def _means(rows: Sequence[Row], arms: Sequence[str], over: Callable[[Row, str], Effect | None]) -> list[list[str]]:

@@ -52,7 +52,7 @@ def arm(milliseconds: float, **facts: Any) -> dict[str, Any]:
 
 
 def row(model: str, kind: str, **arms: dict[str, Any]) -> dict[str, Any]:
-    named = {"fuse": "fx fuse", "bf16": "openvino bf16", "auto2": "auto 1e-2"}
+    named = {"fuse": "fx fuse", "bf16": "openvino bf16", "bf16_again": "openvino bf16, again", "auto2": "auto 1e-2"}
     arms = {named.get(name, name): found for name, found in arms.items()}
     return {"model": model, "batch": 1, "kind": kind, "weights_bytes": 2**21, "arms": arms}
 
@@ -67,6 +67,7 @@ ROWS = [
         onednn=arm(5),
         auto=arm(2.5, chosen="openvino"),
         auto2=arm(2, chosen="openvino{precision=bf16}"),
+        bf16_again=arm(5),
     ),
     row("bert", "transformers", eager=arm(10), fuse=arm(8), bf16=arm(5), onednn=arm(20), auto=arm(4), auto2=arm(4)),
     {"model": "gpt2", "batch": 1, "arms": {}, "failed": "out of memory"},
@@ -99,6 +100,15 @@ def test_each_of_ours_is_held_against_each_peer_of_its_precision(benchmarks: Cal
     rounded = table(text, "`auto 1e-2` beside each: how many times as fast")
     assert rounded[""] == ["eager", "fx fuse", "openvino bf16"]
     assert rounded["**geometric mean, all**"][2] == "1.58 [1.58, 1.58]"
+
+
+def test_two_builds_of_the_same_are_held_against_each_other(benchmarks: Callable[[str], ModuleType]) -> None:
+    rows = [*ROWS[:2], row("swin_t", "transformers", eager=arm(10), bf16=arm(5), bf16_again=arm(4))]
+    text = benchmarks("peers_report").render(rows)
+    found = table(text, "Another build of the same")
+    assert found["resnet18 at 1"] == ["-", "-", "0.80 [0.80, 0.80]"]
+    assert found["**geometric mean, whichever is faster**"] == ["-", "-", "1.25 of 2"]
+    assert text.count("again") == 0, "they are no arms of their own elsewhere"
 
 
 def test_builds_and_memory_are_told(benchmarks: Callable[[str], ModuleType]) -> None:
