@@ -10,7 +10,7 @@ import torch
 
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine
-from fxopt.engines.gpu import TF32_TOLERANCE, why_no_gpu
+from fxopt.engines.gpu import TF32_TOLERANCE, products_in_float32, why_no_gpu
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
 from fxopt.engines.strides import hide
@@ -61,14 +61,14 @@ class CuDNN(Engine):
         run = bind(found.root)
 
         def with_precision(*args: Any, **kwargs: Any) -> Any:
-            matmul = torch.backends.cuda.matmul
-            before = matmul.allow_tf32
-            matmul.allow_tf32 = self.tf32
+            cudnn = torch.backends.cudnn
+            before = cudnn.enabled, cudnn.benchmark
+            cudnn.enabled = cudnn.benchmark = True
             try:
-                with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.tf32):
+                with products_in_float32(tf32=self.tf32):
                     return run(*args, **kwargs)
             finally:
-                matmul.allow_tf32 = before
+                cudnn.enabled, cudnn.benchmark = before
 
         return Built(with_precision, tuple(reasons))
 

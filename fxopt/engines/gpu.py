@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 TF32_TOLERANCE = 5e-3
@@ -23,5 +27,29 @@ def rounding_of_torch(device: torch.device) -> float:
     """
     if device.type != "cuda":
         return 0.0
-    rounds = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    return TF32_TOLERANCE if rounds else 0.0
+    return TF32_TOLERANCE if any(one.fp32_precision == "tf32" for one in _settings()) else 0.0
+
+
+@contextmanager
+def products_in_float32(*, tf32: bool) -> Iterator[None]:
+    """Let torch multiply float32 on CUDA with its operands rounded to TF32, or whole, whatever it is set to.
+
+    Afterwards each setting is what it was. They are read and written by `fp32_precision`, since torch refuses to read
+    `allow_tf32` where somebody has set the new one.
+    """
+    before = [one.fp32_precision for one in _settings()]
+    try:
+        for one in _settings():
+            one.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for one, precision in zip(_settings(), before, strict=True):
+            one.fp32_precision = "none"  # takes it from the settings above it
+            if one.fp32_precision != precision:
+                one.fp32_precision = precision
+
+
+def _settings() -> tuple[Any, ...]:
+    """What holds them: for products of matrices, convolutions and recurrent layers."""
+    cudnn: Any = torch.backends.cudnn
+    return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)

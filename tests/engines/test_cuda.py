@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from fxopt import Inputs, bench, spec
 from fxopt.engines import ladder
 from fxopt.engines.cudagraph import CudaGraph
 from fxopt.engines.cudnn import CuDNN
-from fxopt.engines.gpu import TF32_TOLERANCE, rounding_of_torch
+from fxopt.engines.gpu import TF32_TOLERANCE, products_in_float32, rounding_of_torch
 from fxopt.engines.ladder import Rung
 from fxopt.engines.place import place_for
 from fxopt.engines.table import ENGINES
@@ -70,12 +70,12 @@ def test_cudnn_fuses_what_it_can_and_says_what_it_cannot(calls: list[str]) -> No
 
 def test_cudnn_keeps_float32_unless_asked(calls: list[str]) -> None:
     _, module, example = fused("conv_block")
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    before = (*tf32_settings(), torch.backends.cudnn.benchmark)
     for tf32 in (False, True):
         engine = CuDNN(tf32=tf32)
         built = engine.build(module, Inputs(example), {})
         built.run(*example)
-        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+        assert (*tf32_settings(), torch.backends.cudnn.benchmark) == before
         assert engine.tolerance(torch.float32) == (5e-3 if tf32 else 1e-4)
 
 
@@ -191,6 +191,65 @@ def test_what_torch_rounds_to_tf32_is_allowed_of_all_engines() -> None:
         with torch.backends.cudnn.flags(allow_tf32=allowed):
             assert rounding_of_torch(torch.device("cuda")) == error
             assert rounding_of_torch(torch.device("cpu")) == 0.0
+
+
+def tf32_settings() -> tuple[str, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+
+
+def set_generic(precision: str) -> None:
+    torch._C._set_fp32_precision_setter("generic", "all", precision)
+
+
+def set_matmul(precision: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def set_conv(precision: str) -> None:
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = precision
+
+
+SETS: dict[str, tuple[Callable[[str], None], str]] = {
+    "nothing": (lambda value: None, ""),
+    "the old setting of torch": (torch.set_float32_matmul_precision, "high"),
+    "the new setting of products": (set_matmul, "tf32"),
+    "the new setting of convolutions": (set_conv, "ieee"),
+    "the new setting of all": (set_generic, "tf32"),
+}
+
+
+@pytest.fixture
+def settings_kept() -> Iterator[None]:
+    yield
+    set_generic("none")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("settings_kept")
+@pytest.mark.parametrize("name", SETS)
+def test_products_are_rounded_as_asked_whatever_torch_is_set_to(name: str) -> None:
+    change, value = SETS[name]
+    change(value)
+    before = tf32_settings()
+    assert rounding_of_torch(torch.device("cuda")) == (TF32_TOLERANCE if "tf32" in before else 0.0)
+    for tf32 in (False, True):
+        with products_in_float32(tf32=tf32):
+            assert set(tf32_settings()) == {"tf32" if tf32 else "ieee"}
+            assert rounding_of_torch(torch.device("cuda")) == (TF32_TOLERANCE if tf32 else 0.0)
+        assert tf32_settings() == before
+
+
+@pytest.mark.usefixtures("settings_kept")
+def test_what_follows_the_setting_of_all_follows_it_afterwards() -> None:
+    set_matmul("none")
+    set_generic("tf32")
+    with products_in_float32(tf32=False):
+        pass
+    set_generic("ieee")
+    assert tf32_settings()[0] == "ieee"
 
 
 def on_cpu(value: Any) -> Any:

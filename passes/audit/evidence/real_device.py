@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from fxopt.engines.gpu import products_in_float32
 from fxopt.findings import Place, Subject
 from fxopt.verify import relative_error
 from passes.audit.evidence.driver import call, copied, floating, kept
@@ -41,7 +40,7 @@ def run_on_device(subject: Subject) -> OnDevice:
     """
     expected = _outputs(subject, torch.device("cpu"))
     try:
-        with _whole_float32():
+        with products_in_float32(tf32=False):  # the rounding of TF32 is no fault of the model
             found = _outputs(subject, DEVICE)
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or ["no message"])[0]
@@ -55,14 +54,3 @@ def _outputs(subject: Subject, device: torch.device) -> list[torch.Tensor]:
     with kept(), torch.no_grad():
         moved = Subject(subject.name, subject.module, subject.inputs.to(device))
         return floating(call(copied(subject, training=False).to(device), moved))
-
-
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Without TF32, whose rounding is no fault of the model."""
-    products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
