@@ -15,6 +15,7 @@ from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
+from fxopt.engines.gpu import current_among
 from fxopt.engines.one_form import OneForm
 from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
@@ -71,7 +72,7 @@ class Executable(nn.Module):
         """What the engine made, made now where that is not done yet."""
         if self._built is None:
             began = time.perf_counter()
-            with torch.no_grad():
+            with torch.no_grad(), current_among(tensor.device for tensor in self._inputs.tensors):
                 self._built = self.engine.build(self.module, self._inputs, self._choices)
             self._choices = dict(self._built.choices)
             self._one_form = OneForm(self.module.forward)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,15 @@ def why_no_gpu() -> str | None:
     if torch.cuda.is_available():
         return None
     return "there is no CUDA device; on a machine with one, `pip install torch` brings a build for it"
+
+
+def current_among(devices: Iterable[torch.device]) -> AbstractContextManager[Any]:
+    """Make the GPU among some devices the current one: where graphs are recorded, and what is waited for.
+
+    Work on another GPU than the current one is in no graph that is recorded meanwhile, and nothing says so.
+    """
+    gpu = next((device for device in devices if device.type == "cuda"), None)
+    return nullcontext() if gpu is None else torch.cuda.device(gpu)
 
 
 def rounding_of_torch(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +15,12 @@ from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import Inputs, bench, spec
-from fxopt.engines import ladder
+from fxopt.engines import executable, ladder
+from fxopt.engines.contract import Built
 from fxopt.engines.cudagraph import CudaGraph
 from fxopt.engines.cudnn import CuDNN
-from fxopt.engines.gpu import TF32_TOLERANCE, products_in_float32, rounding_of_torch
+from fxopt.engines.eager import Eager
+from fxopt.engines.gpu import TF32_TOLERANCE, current_among, products_in_float32, rounding_of_torch
 from fxopt.engines.ladder import Rung
 from fxopt.engines.place import place_for
 from fxopt.engines.table import ENGINES
@@ -250,6 +252,39 @@ def test_what_follows_the_setting_of_all_follows_it_afterwards() -> None:
         pass
     set_generic("ieee")
     assert tf32_settings()[0] == "ieee"
+
+
+def test_an_engine_is_built_with_its_gpu_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        entered.append(str(place))
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with current_among([torch.device("cpu")]):
+        assert not entered
+    with current_among([torch.device("cpu"), torch.device("cuda:1")]):
+        assert entered == ["cuda:1"]
+
+    def among(_: Iterable[torch.device]) -> contextlib.AbstractContextManager[None]:
+        return device(torch.device("cuda:1"))
+
+    monkeypatch.setattr(executable, "current_among", among)
+    built: list[list[str]] = []
+    monkeypatch.setattr(Eager, "build", lambda self, module, *_: (built.append([*entered]), Built(module))[1])
+    fxopt.lower(nn.Linear(2, 2).eval(), torch.randn(1, 2), "eager")
+    assert built == [["cuda:1", "left", "cuda:1"]]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="less than two CUDA devices")
+def test_a_graph_is_recorded_on_the_second_gpu() -> None:
+    model = nn.Linear(3, 3).eval().to("cuda:1")
+    lowered = fxopt.lower(model, torch.randn(2, 3, device="cuda:1"), "cudagraph", around="eager")
+    fresh = torch.randn(2, 3, device="cuda:1")
+    agree(on_cpu(lowered(fresh)), on_cpu(model(fresh)))
 
 
 def on_cpu(value: Any) -> Any:
