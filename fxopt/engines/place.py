@@ -36,6 +36,6 @@ def place_for(asked: str, devices: Sequence[str], inputs: Inputs) -> torch.devic
 def on(place: torch.device, module: GraphModule) -> GraphModule:
     """A module on a device: itself where it is there already."""
     tensors = [*module.parameters(), *module.buffers()]
-    if all(tensor.device.type == place.type for tensor in tensors):
+    if all(tensor.device.type == place.type and place.index in (None, tensor.device.index) for tensor in tensors):
         return module
     return cast(GraphModule, independent_copy(module)).to(place)

@@ -22,7 +22,7 @@ from fxopt.engines.cudnn import CuDNN
 from fxopt.engines.eager import Eager
 from fxopt.engines.gpu import TF32_TOLERANCE, current_among, products_in_float32, rounding_of_torch
 from fxopt.engines.ladder import Rung
-from fxopt.engines.place import place_for
+from fxopt.engines.place import on, place_for
 from fxopt.engines.table import ENGINES
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -193,6 +193,25 @@ def test_what_torch_rounds_to_tf32_is_allowed_of_all_engines() -> None:
         with torch.backends.cudnn.flags(allow_tf32=allowed):
             assert rounding_of_torch(torch.device("cuda")) == error
             assert rounding_of_torch(torch.device("cpu")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "moves"),
+    [
+        ("cuda:0", "cuda", False),
+        ("cuda:1", "cuda:1", False),
+        ("cuda:0", "cuda:1", True),
+        ("cpu", "cuda", True),
+        ("cpu", "cpu", False),
+    ],
+)
+def test_a_module_is_moved_where_it_is_not_there_yet(
+    there: str, asked: str, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxopt.engines.place.independent_copy", lambda module: SimpleNamespace(to=str))
+    tensor = SimpleNamespace(device=torch.device(there))
+    module: Any = SimpleNamespace(parameters=lambda: [tensor], buffers=list)
+    assert on(torch.device(asked), module) == (asked if moves else module)
 
 
 def tf32_settings() -> tuple[str, ...]:
