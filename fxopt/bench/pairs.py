@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from fxopt.bench.arm import Arm
-from fxopt.bench.clocks import Clocks, median_clocks
-from fxopt.bench.comparison import BeforeAfter, Comparison, Times
+from fxopt.bench.comparison import BeforeAfter, Comparison
+from fxopt.bench.conclusion import conclude
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
-from fxopt.bench.drift import drift_notes
 from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.memory import peak_memory
-from fxopt.bench.statistics import FEWEST_PAIRS, hold_clocks, judge, paired_interval
+from fxopt.bench.statistics import FEWEST_PAIRS, paired_interval
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import LEAD, SHORTEST_SAMPLE, CpuTimer, Sample, Timer
 from fxopt.inputs import Inputs
@@ -160,7 +159,7 @@ def compare_all(
         samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, leads, seed, progress)
         seconds, had_threads = clock.now() - start, torch.get_num_threads()
     return {
-        name: _conclude(
+        name: conclude(
             {"again": samples["again"], "before": samples["before"], "after": samples[name]},
             margin=margin,
             seed=seed,
@@ -268,66 +267,3 @@ def _limits(name: str, arm: Arm) -> tuple[str, ...]:
     if arm.copied:
         return ()
     return (f"{name!r} ({arm.kind}) cannot be copied: it ran itself, beside no copy with memory of its own",)
-
-
-def _conclude(
-    samples: Mapping[str, Sequence[Sample]],
-    *,
-    margin: float,
-    seed: int,
-    threads: int,
-    notes: tuple[str, ...],
-    **facts: Any,
-) -> Comparison:
-    times = Times(**{name: tuple(sample.seconds for sample in taken) for name, taken in samples.items()})
-    pairs = len(times.before)
-    effect = paired_interval(times.before, times.after, seed=seed)
-    noise = paired_interval(times.before, times.again, seed=seed)
-    half = pairs // 2
-    halves = [_median_ratio(times, slice(0, half)), _median_ratio(times, slice(half, None))] if half else []
-    flags = [one.preempted or two.preempted for one, two in zip(samples["before"], samples["after"], strict=True)]
-    preempted = None if any(flag is None for flag in flags) else sum(map(bool, flags)) / pairs
-    clocks = _clocks(samples)
-    judgement = judge(effect, noise, halves, pairs=pairs, preempted=preempted, margin=margin, threads=threads)
-    judgement = judgement if clocks is None else hold_clocks(judgement, clocks.before, clocks.after)
-    return Comparison(
-        verdict=judgement.verdict,
-        ratio=effect.ratio,
-        low=effect.low,
-        high=effect.high,
-        noise_floor=judgement.noise_floor,
-        margin=margin,
-        before_ms=1e3 * statistics.median(times.before),
-        after_ms=1e3 * statistics.median(times.after),
-        threads=threads,
-        pairs=pairs,
-        preempted=preempted,
-        times=times,
-        wall_ms=_walls(samples),
-        clocks=clocks,
-        notes=(*judgement.notes, *drift_notes(times.before), *notes),
-        **facts,
-    )
-
-
-def _median_ratio(times: Times, part: slice) -> float:
-    return statistics.median(
-        after / before for before, after in zip(times.before[part], times.after[part], strict=True)
-    )
-
-
-def _clocks(samples: Mapping[str, Sequence[Sample]]) -> BeforeAfter[Clocks] | None:
-    readings = {name: [one.clocks for one in taken if one.clocks is not None] for name, taken in samples.items()}
-    if not readings["before"] or not readings["after"]:
-        return None
-    return BeforeAfter(median_clocks(readings["before"]), median_clocks(readings["after"]))
-
-
-def _walls(samples: Mapping[str, Sequence[Sample]]) -> BeforeAfter[float] | None:
-    medians = []
-    for name in ("before", "after"):
-        walls = [sample.wall for sample in samples[name] if sample.wall is not None]
-        if not walls:
-            return None
-        medians.append(1e3 * statistics.median(walls))
-    return BeforeAfter(*medians)
