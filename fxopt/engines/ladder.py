@@ -201,7 +201,7 @@ def climb(
         raise EngineError(rungs[0].dropped)
     # What is measured in too short a time is chosen by chance, so builds that took too long leave it its share.
     until = max(began + budget_seconds, time.perf_counter() + (1 - _BUILDING) * budget_seconds)
-    tell(f"measure {', '.join(rung.label for rung in running)}")
+    tell("measure the engines in turns")
     share = _TOGETHER if asked == AUTO else 1.0
     found = _together(original, running, inputs, place, share * (until - time.perf_counter()), seed)
     rungs = [rung if rung.dropped else dataclasses.replace(rung, comparison=found[rung.label]) for rung in rungs]
