@@ -19,6 +19,7 @@ from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
 from fxopt.engines.onnx_attention import transpose_keys
+from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
@@ -162,6 +163,7 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     assert program is not None
     if len(program.model.graph.inputs) != len(inputs.tensors):
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
+    drop_empty_assignments(program.model)
     transpose_keys(program.model)
     _drop_metadata(program.model)
     return program

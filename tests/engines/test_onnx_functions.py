@@ -74,3 +74,26 @@ def test_other_products_by_groups_stay() -> None:
     found = F.grouped_mm(a, b)
     with ExportedOtherwise():
         assert torch.equal(F.grouped_mm(a, b), found)
+
+
+class AssignsToSlices(nn.Module):
+    """Writes into slices, some of which hold nothing, as the mask of a window that is not shifted does."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mask = x.new_zeros(4, 6)
+        for number, rows in enumerate((slice(0, -3), slice(-3, 0), slice(0, None))):
+            mask[rows, 1:3] = number + 1
+        written = x.clone()
+        written[:, :, 2:2] = 5.0
+        written[:, 1:3] = 7.0
+        return written + mask, x[:, 0:0].clone()
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_assignments_to_empty_slices_change_nothing(engine: str) -> None:
+    needs(engine)
+    model = AssignsToSlices().eval()
+    executable = fxopt.lower(model, torch.randn(2, 4, 6), engine)
+    fresh = torch.randn(3, 4, 6)
+    for found, expected in zip(executable(fresh), model(fresh), strict=True):
+        assert torch.equal(found, expected)

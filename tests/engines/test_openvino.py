@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.engines import Executable
 from fxopt.engines.openvino import rows as choosing
+from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.session import Pieces
 from passes import PTQ, QuantizeFreeze
 from tests.engines.test_others import needs
@@ -187,3 +188,33 @@ class Widens(nn.Module):
 def test_zeros_that_widen_what_they_are_taken_from_stay() -> None:
     x = torch.arange(2).reshape(2, 1)
     assert torch.equal(fxopt.lower(Widens().eval(), x, "openvino")(x), x.expand(2, 3))
+
+
+READING = """Exception from src/inference/src/cpp/core.cpp:84:
+Check 'false' failed at src/frontends/common_translators/src/unconverted_ops_report.cpp:151:
+FrontEnd API failed with OpConversionFailure:
+Model wasn't fully converted. Failed operations detailed log:
+-- ScatterND-20 with a message:
+While validating ONNX node '<Node(ScatterND): val_287>': Check 'rank' failed at src/core/base.hpp:43:
+Rank of updates must be rank of inputs + rank of indices
+
+Summary:
+-- Conversion is failed for: ScatterND-20
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            READING,
+            "Model wasn't fully converted. Failed operations detailed log: -- ScatterND-20 with a message: "
+            "Rank of updates must be rank of inputs + rank of indices",
+        ),
+        ("Exception from src/infer.cpp:1:\n\n[CPU] no primitive", "[CPU] no primitive"),
+        ("Exception from src/infer.cpp:1:", "Exception from src/infer.cpp:1:"),
+        ("x" * 400, "x" * 297 + "..."),
+    ],
+)
+def test_errors_of_openvino_say_in_one_line_what_is_wrong(message: str, expected: str) -> None:
+    assert complaint(RuntimeError(message)) == expected

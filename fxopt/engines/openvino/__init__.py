@@ -16,6 +16,7 @@ from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
 from fxopt.engines.onnx import nested, outputs_of, quiet
+from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
 from fxopt.engines.openvino.rows import choose_rows
@@ -80,14 +81,14 @@ class OpenVINO(Engine):
             try:
                 model = Model(file.path)
             except RuntimeError as error:
-                raise EngineError(f"engine 'openvino' cannot read the exported model: {error}") from error
+                raise EngineError(f"engine 'openvino' cannot read the exported model: {complaint(error)}") from error
         reasons = file.reasons
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             try:
                 return model(tensors)
             except RuntimeError as error:
-                raise EngineError(f"engine 'openvino' fails: {error}") from error
+                raise EngineError(f"engine 'openvino' fails: {complaint(error)}") from error
 
         def write(directory: Path) -> None:
             openvino.save_model(model.read, directory / "model.xml", compress_to_fp16=False)
@@ -99,7 +100,7 @@ class OpenVINO(Engine):
             elif self.pieces and file.sizes is Sizes.BATCH:
                 choose_rows(model, inputs, self.tolerance(torch.float32))
         except RuntimeError as error:
-            raise EngineError(f"engine 'openvino' fails: {error}") from error
+            raise EngineError(f"engine 'openvino' fails: {complaint(error)}") from error
         run = nested(outputs, call)
         run(*inputs.args, **inputs.kwargs)
         if file.asks:
