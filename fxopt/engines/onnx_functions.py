@@ -21,15 +21,25 @@ class ExportedOtherwise(TorchFunctionMode):
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **options: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *others: Any,
+    **options: Any,
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention of two or three axes  =>  of four, with axes of size 1 before them"""
+    """F.scaled_dot_product_attention of fewer or more axes  =>  of four: with axes of size 1, or the first as one"""
     missing = 4 - query.dim()
-    if missing <= 0:
-        return F.scaled_dot_product_attention(query, key, value, *others, **options)
-    # Masks stay: axes that they are short of are taken for those of size 1 anyway.
-    query, key, value = (each[(None,) * missing] for each in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, *others, **options)[(0,) * missing]
+    if missing == 0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)
+    if missing > 0:
+        # Masks stay: axes that they are short of are taken for those of size 1 anyway.
+        query, key, value = (each[(None,) * missing] for each in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)[(0,) * missing]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]).flatten(0, -4)
+    flat = (each.flatten(0, -4) for each in (query, key, value))
+    return F.scaled_dot_product_attention(*flat, attn_mask, *others, **options).unflatten(0, query.shape[:-3])
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, **options: Any) -> torch.Tensor:

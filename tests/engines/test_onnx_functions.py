@@ -27,9 +27,13 @@ class OneHead(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)], ids=["two axes", "three axes"])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 16), (2, 5, 16), (2, 3, 4, 5, 16), (2, 2, 3, 4, 5, 16)],
+    ids=["two axes", "three axes", "five axes", "six axes"],
+)
 @pytest.mark.parametrize("engine", EXPORTING)
-def test_attention_of_fewer_axes(engine: str, shape: tuple[int, ...], masked: bool) -> None:
+def test_attention_of_fewer_or_more_axes(engine: str, shape: tuple[int, ...], masked: bool) -> None:
     needs(engine)
     torch.manual_seed(0)
     model = OneHead(masked).eval()
@@ -38,6 +42,22 @@ def test_attention_of_fewer_axes(engine: str, shape: tuple[int, ...], masked: bo
     x[..., 2:4, 1] *= -1
     with torch.no_grad():
         assert relative_error(model(x), executable(x)) < 1e-5
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4, 5])
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_a_mask_of_attention_of_five_axes(engine: str, axes: int) -> None:
+    needs(engine)
+    torch.manual_seed(0)
+    mask = torch.rand((2, 3, 4, 5, 5)[-axes:]) > 0.3
+    mask[..., 0] = True
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x + 1, 2 * x, mask)
+
+    x = torch.randn(2, 3, 4, 5, 16)
+    assert relative_error(Masked()(x), fxopt.lower(Masked().eval(), x, engine)(x)) < 1e-5
 
 
 class Experts(nn.Module):
