@@ -38,8 +38,10 @@ def _attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)[(0,) * missing]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]).flatten(0, -4)
-    flat = (each.flatten(0, -4) for each in (query, key, value))
-    return F.scaled_dot_product_attention(*flat, attn_mask, *others, **options).unflatten(0, query.shape[:-3])
+    first = query.shape[:-3]
+    query, key, value = (each.flatten(0, -4) for each in (query, key, value))
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)
+    return found.reshape(*first, *found.shape[1:])
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
