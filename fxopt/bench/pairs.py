@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,22 +81,8 @@ def compare(
         EngineError: where the device is not there, a module raises, or no graph can be captured of it.
         ValueError: for less than one pair, a budget or margin that is not positive, or what only a GPU has.
     """
-    together = compare_all(
-        before,
-        {"after": after},
-        inputs,
-        device,
-        pairs=pairs,
-        budget_seconds=budget_seconds,
-        margin=margin,
-        threads=threads,
-        cold_cache=cold_cache,
-        graph=graph,
-        seed=seed,
-        progress=progress,
-        timer=timer,
-    )
-    return together["after"]
+    how = _How(pairs, budget_seconds, margin, threads, cold_cache, graph, seed, progress, timer)
+    return _in_rounds(before, {"after": after}, inputs, device, how)["after"]
 
 
 def compare_all(
@@ -104,14 +91,8 @@ def compare_all(
     inputs: Any,
     device: torch.device | str = "cpu",
     *,
-    pairs: int | None = None,
     budget_seconds: float = 10.0,
-    margin: float = 0.02,
-    threads: int | None = None,
-    cold_cache: bool = False,
-    graph: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
     timer: Timer | None = None,
 ) -> dict[str, Comparison]:
     """Compare several modules with one, as `compare` does, and all in the same rounds.
@@ -126,18 +107,46 @@ def compare_all(
         EngineError: as `compare`.
         ValueError: as `compare`, and for a name that is not free.
     """
-    if (pairs is not None and pairs < 1) or budget_seconds <= 0 or margin <= 0:
-        raise ValueError(
-            f"compare: pairs, budget_seconds and margin must be positive, got {pairs}, {budget_seconds}, {margin}"
-        )
     if taken := afters.keys() & {"again", "before"}:
         raise ValueError(f"compare_all: what is held against 'before' has another name, got {sorted(taken)}")
+    return _in_rounds(before, afters, inputs, device, _How(budget_seconds=budget_seconds, seed=seed, timer=timer))
+
+
+@dataclass(frozen=True)
+class _How:
+    """What `compare` is told beside what to compare."""
+
+    pairs: int | None = None
+    budget_seconds: float = 10.0
+    margin: float = 0.02
+    threads: int | None = None
+    cold_cache: bool = False
+    graph: bool = False
+    seed: int = 0
+    progress: Progress | None = None
+    timer: Timer | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pairs is not None and self.pairs < 1) or self.budget_seconds <= 0 or self.margin <= 0:
+            raise ValueError(
+                "compare: pairs, budget_seconds and margin must be positive, got "
+                f"{self.pairs}, {self.budget_seconds}, {self.margin}"
+            )
+
+
+def _in_rounds(
+    before: Callable[..., Any],
+    afters: Mapping[str, Callable[..., Any]],
+    inputs: Any,
+    device: torch.device | str,
+    how: _How,
+) -> dict[str, Comparison]:
     place = measurable(device)
-    if (cold_cache or graph) and place.type != "cuda":
+    if (how.cold_cache or how.graph) and place.type != "cuda":
         raise ValueError(f"compare: cold_cache and graph are for a GPU, and the device is {str(place)!r}")
     given = Inputs.of(inputs)
-    with quiet(place, threads):
-        clock = timer or (CudaTimer(place, cold_cache=cold_cache) if place.type == "cuda" else CpuTimer())
+    with quiet(place, how.threads):
+        clock = how.timer or (CudaTimer(place, cold_cache=how.cold_cache) if place.type == "cuda" else CpuTimer())
         start = clock.now()
         # The copy goes first: its first call pays for what is set up once in a process, not once in a module.
         arms = {
@@ -151,18 +160,20 @@ def compare_all(
         for arm in arms.values() if writes else ():
             arm.keep_inputs(given)
         peaks = {name: _peak(arm, place) for name, arm in arms.items() if name != "again"}
-        for arm in arms.values() if graph else ():
+        for arm in arms.values() if how.graph else ():
             arm.replay_graph()
-        each = _warm_up(arms, clock, start, budget_seconds)
+        each = _warm_up(arms, clock, start, how.budget_seconds)
         calls = 1 if writes else math.ceil(SHORTEST_SAMPLE / min(map(min, each.values())))
-        leads = _leads(each, calls, budget_seconds) if place.type == "cpu" and not writes else dict.fromkeys(arms, 0)
-        samples = _take_pairs(arms, clock, start, pairs, budget_seconds, margin, calls, leads, seed, progress)
+        leads = (
+            _leads(each, calls, how.budget_seconds) if place.type == "cpu" and not writes else dict.fromkeys(arms, 0)
+        )
+        samples = _take_pairs(arms, clock, start, how, calls, leads)
         seconds, had_threads = clock.now() - start, torch.get_num_threads()
     return {
         name: conclude(
             {"again": samples["again"], "before": samples["before"], "after": samples[name]},
-            margin=margin,
-            seed=seed,
+            margin=how.margin,
+            seed=how.seed,
             device=str(device),
             threads=had_threads,
             calls=calls,
@@ -209,15 +220,11 @@ def _take_pairs(
     arms: Mapping[str, Arm],
     timer: Timer,
     start: float,
-    pairs: int | None,
-    budget: float,
-    margin: float,
+    how: _How,
     calls: int,
     leads: Mapping[str, int],
-    seed: int,
-    progress: Progress | None,
 ) -> dict[str, list[Sample]]:
-    order_of = random.Random(seed)
+    order_of = random.Random(how.seed)
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     order = list(arms)
     count, next_look, rests = 0, _ENOUGH_PAIRS, True
@@ -230,21 +237,21 @@ def _take_pairs(
             rests = rests and wait_until_idle()
             samples[name].append(_sample(arms[name], timer, calls, leads[name]))
         count += 1
-        spent = (timer.now() - start) / budget
-        if progress is not None:
-            progress(min(1.0, count / pairs if pairs else max(spent, count / _MOST_PAIRS)))
-        if pairs is not None:
-            if count >= pairs:
+        spent = (timer.now() - start) / how.budget_seconds
+        if how.progress is not None:
+            how.progress(min(1.0, count / how.pairs if how.pairs else max(spent, count / _MOST_PAIRS)))
+        if how.pairs is not None:
+            if count >= how.pairs:
                 break
         elif count >= _MOST_PAIRS or spent >= (1 if count >= FEWEST_PAIRS else 3):
             break
         elif count >= next_look:
             # Looks grow rare: the rule is by width, not by verdict, but each look still is one more draw.
             next_look = count + count // 2
-            if _is_tight(samples, margin, seed):
+            if _is_tight(samples, how.margin, how.seed):
                 break
-    if progress is not None:
-        progress(1.0)
+    if how.progress is not None:
+        how.progress(1.0)
     return samples
 
 
