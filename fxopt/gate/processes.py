@@ -26,6 +26,8 @@ _LOOK = 0.5
 """Seconds between two looks whether a server still lives."""
 _LONGEST_START = 300.0
 """Seconds that a process may take to import torch before it counts as stuck."""
+_LONGEST_PLACE = 90
+"""Bytes of a directory for sockets: macOS takes 103 of a whole path, Linux 107."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ class Launcher:
     """
 
     def __init__(self, *, fork: bool = False) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix=f"fxopt-gate-{os.getpid()}-")
+        prefix = f"fxopt-gate-{os.getpid()}-"
+        self._directory = self._doors = tempfile.TemporaryDirectory(prefix=prefix)
+        if len(os.fsencode(self._directory.name)) > _LONGEST_PLACE:
+            self._doors = tempfile.TemporaryDirectory(prefix=prefix, dir="/tmp")
         self._servers: dict[str, Server] = {}
         self._count = 0
         if fork and hasattr(os, "fork") and threading.active_count() == 1:
@@ -204,6 +209,7 @@ class Launcher:
     def __exit__(self, *error: object) -> None:
         for server in self._servers.values():
             server.end()
+        self._doors.cleanup()
         self._directory.cleanup()
 
     @property
@@ -217,7 +223,7 @@ class Launcher:
         """Where the next process connects."""
         self._count += 1
         door = socket.socket(socket.AF_UNIX)
-        door.bind(str(self.directory / f"{self._count}.socket"))
+        door.bind(str(Path(self._doors.name) / f"{self._count}.socket"))
         door.listen(1)
         return door
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ class Net(nn.Module):
         return x
 
 model, example_inputs = Net(), torch.zeros(1)
+"""
+PLAIN = """
+import torch
+
+model, example_inputs = torch.nn.Identity(), torch.zeros(1)
 """
 LEAVES_WORK = """
 import hashlib, pathlib, threading, time, torch
@@ -100,3 +106,16 @@ def test_a_side_answers_once_no_thread_of_it_computes(launcher: Launcher, tmp_pa
             time.sleep(0.01)
     # The thread waits for Python's lock before it writes, and seems to sleep then.
     assert now > float(ended.read_text()) - 0.02
+
+
+def test_processes_meet_though_the_place_for_files_has_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    own = set(Path("/tmp").glob(f"fxopt-gate-{os.getpid()}-*"))
+    with Launcher() as launcher, started(launcher, tmp_path, PLAIN, 1) as worker:
+        launcher.twin(worker).close()
+    assert not list(place.iterdir())
+    assert set(Path("/tmp").glob(f"fxopt-gate-{os.getpid()}-*")) == own
