@@ -50,8 +50,8 @@ def render(rows: Sequence[Row]) -> str:
         parts += [f"## `{ours}` beside each: how many times as fast", _table(["", *peers], [*body, *means])]
     parts += [
         "## Another build of the same",
-        "How many times as fast a second build of each is, by the same script in the same process: chance alone, such "
-        "as where its memory lies. No arm is ahead or behind by less.",
+        "How many times as fast a second build of each is, by the same script in the same process. It is chance alone: "
+        "no arm is ahead or behind by less.",
         _table(["", *TWICE], _second_builds(done)),
         "## Seconds to build, and relative error",
         "From the module to the first outputs; in parentheses what the chosen engine took of it, without capture and "

@@ -165,7 +165,7 @@ def climb(
             does.
         max_error: the largest relative error of outputs; None for what each dtype allows.
         budget_seconds: for builds and measurements. A build that has begun is finished, one engine beside eager is
-            built in any case, and what was built is measured for two fifths of the budget, however long it took.
+            built in any case, and two fifths of the budget are left to measure what was built, however long that took.
         seed: of the order of the pairs, and of random inputs.
         progress: told what begins.
 

@@ -37,6 +37,7 @@ def _attention(
         query, key, value = (each[(None,) * missing] for each in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)[(0,) * missing]
     if attn_mask is not None:
+        attn_mask = torch.atleast_2d(attn_mask)
         attn_mask = attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]).flatten(0, -4)
     first = query.shape[:-3]
     query, key, value = (each.flatten(0, -4) for each in (query, key, value))
