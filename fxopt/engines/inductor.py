@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.independent import same_tensors_copy
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
+from fxopt.engines.saturation import SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -91,6 +92,8 @@ class Inductor(Engine):
             raise EngineError(
                 f"engine 'inductor' cannot compile the module: {type(error).__name__}: {_first_line(error)}"
             ) from error
+        if integers and saturates(module):
+            reasons.append(SATURATES)
         return Built(run, tuple(reasons))
 
 

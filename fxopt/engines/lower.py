@@ -14,6 +14,7 @@ from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
 from fxopt.engines.gpu import rounding_of_torch
 from fxopt.engines.memory import collect_beside, hand_back
+from fxopt.engines.saturation import SATURATES
 from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -126,9 +127,10 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
         error = relative_error(want, got)
         allowed = max(rounding, *(engine.tolerance(dtype) for dtype in {want.dtype, *executable.dtypes}))
         if not error <= allowed:
+            known = SATURATES.reason if SATURATES in executable.reasons else "use another engine, and please report it"
             raise EngineError(
                 f"engine '{engine.name}': output {index} differs from that of the module by {error:.1e} (allowed "
-                f"{allowed:.0e}), so it is not used; use another engine, and please report it"
+                f"{allowed:.0e}), so it is not used; {known}"
             )
         worst = max(worst, error)
     return worst

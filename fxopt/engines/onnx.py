@@ -21,6 +21,7 @@ from fxopt.engines.decided import without_decided_guards
 from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
+from fxopt.engines.onnx_zero_points import part_zero_points
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -165,6 +166,7 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
     drop_empty_assignments(program.model)
     transpose_keys(program.model)
+    part_zero_points(program.model)
     _drop_metadata(program.model)
     return program
 

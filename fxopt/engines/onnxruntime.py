@@ -17,6 +17,7 @@ from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import export, nested, outputs_of
+from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -43,32 +44,28 @@ class OnnxRuntime(Engine):
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`."""
-        import onnxruntime
-
         outputs = outputs_of(self.name, module, inputs)
         quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3
+        overflows = saturates(module)
         with (
             exported(self.name, module, inputs, outputs) as file,
             tempfile.TemporaryDirectory(prefix="fxopt-") as directory,
         ):
             reasons, optimized = file.reasons, Path(directory) / "optimized.onnx"
-            if quantised:
-                options.optimized_model_filepath = str(optimized)
+            written = optimized if quantised else None
             try:
-                # With a MatMul and its Add made one, the integer kernel for the MatMul no longer fits.
-                session = onnxruntime.InferenceSession(
-                    file.path,
-                    options,
-                    providers=["CPUExecutionProvider"],
-                    disabled_optimizers=["MatMulAddFusion"] if quantised else None,
-                )
+                try:
+                    session = _session(file.path, written, unsigned=overflows)
+                    told = AVOIDED
+                except Exception:
+                    if not overflows:
+                        raise
+                    # A weight that two operators read cannot be made unsigned.
+                    session, told = _session(file.path, written), SATURATES
                 reasons += left_floats(optimized) if quantised else ()
             except Exception as error:  # its exceptions have no base of their own
                 raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
+            reasons += (told,) if overflows else ()
         names, asked = [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -86,3 +83,29 @@ class OnnxRuntime(Engine):
         if file.asks:
             run, reasons = asking(module, inputs, run), (*reasons, ASKED)
         return Built(run, reasons, write=write, recorded=False, sizes=file.sizes)
+
+
+def _session(path: Path, optimized: Path | None, unsigned: bool = False) -> Any:
+    """A session of the model at `path`, in torch's number of threads.
+
+    Args:
+        optimized: where the model that it runs is written, for one on integers.
+        unsigned: hold weights as unsigned bytes, whose products the CPU adds exactly.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 4 if unsigned else 3  # what fails with it is tried without
+    if unsigned:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(
+        path,
+        options,
+        providers=["CPUExecutionProvider"],
+        # With a MatMul and its Add made one, the integer kernel for the MatMul no longer fits.
+        disabled_optimizers=["MatMulAddFusion"] if optimized is not None else None,
+    )

@@ -16,7 +16,7 @@ from fxopt.modules import histogram
 Observer = Literal["minmax", "ema", "current", "histogram", "mse", "percentile"]
 _FOLLOW = ("minmax", "ema", "current")
 _SMALLEST = torch.finfo(torch.float32).eps
-_BYTE = 8
+_BYTE, _NARROW = 8, 7
 
 
 class State(enum.Enum):
@@ -140,8 +140,17 @@ class FakeQuantize(nn.Module):
 
     @property
     def step_of_bytes(self) -> torch.Tensor:
-        """The same for its integers as multiples in 8 bits, in which runtimes hold narrower ones."""
-        return self.step * 0.5 ** max(0, _BYTE - self.bits)
+        """The same for its integers as runtimes hold them: narrower ones as multiples, `spread` times as large."""
+        return self.step / self.spread
+
+    @property
+    def spread(self) -> int:
+        """By what its integers are multiplied in bytes.
+
+        Kernels round a bias to steps of weight times input, so narrow integers use what a byte has; but for its last
+        bit: in 7 bits the sum of two products stays within 16, see `fxopt.engines.saturation`.
+        """
+        return 1 if self.bits >= _BYTE else 2 ** (_NARROW - self.bits)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Observe, round, or both, as the state and the mode say."""

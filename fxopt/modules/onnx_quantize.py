@@ -19,7 +19,7 @@ def for_onnx(module: nn.Module) -> nn.Module:
     """A copy of `module` whose quantisers export as ONNX's own; weights that were quantised are int8 in the file.
 
     Integers narrower than 8 bits stand in int8 and uint8, since no runtime computes in fewer: their values are the
-    same, weights as multiples of 2^(8 - bits), and a Clip keeps inputs in range.
+    same, weights as multiples of 2^(7 - bits), and a Clip keeps inputs in range.
 
     Raises:
         EngineError: for a quantiser that has no range, or is wider than 8 bits, or a batch norm that is not folded.

@@ -62,9 +62,7 @@ class StoredWeight(nn.Module):
             shape[fake.axis] = -1
         self.axis = fake.axis
         places = (weight.detach() / scale.reshape(shape)).round().clamp(fake.low, fake.high)
-        # Integer kernels round a bias to steps of both scales' product: narrow integers would make these wide.
-        spread = 2 ** (_BYTE - fake.bits)
-        self.register_buffer("stored", (places * spread).to(torch.int8))
+        self.register_buffer("stored", (places * fake.spread).to(torch.int8))
         self.register_buffer("scale", fake.step_of_bytes)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -165,6 +165,9 @@ def test_bfloat16(layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(lowered(model, x), model, x, tolerance=2e-2)
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no kernels for bfloat16 on this CPU"
+)
 def test_layers_in_bfloat16_between_values_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     force("packed", monkeypatch)
     torch.manual_seed(0)

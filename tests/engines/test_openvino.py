@@ -170,7 +170,7 @@ class Patches(nn.Module):
 def test_layers_that_share_zero_points_run_on_integers() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
-    passes = [PTQ(target="openvino"), QuantizeFreeze()]
+    passes = [PTQ(target="openvino", weights="int7"), QuantizeFreeze()]
     frozen = fxopt.optimize(Patches().eval(), x, passes, devices=(), calibration_data=[x]).module
     reasons = [skip.reason for skip in fxopt.lower(frozen, x, "openvino").reasons]
     assert reasons == ["operators on integers: 2 FullyConnected, 1 Convolution"]

@@ -351,7 +351,7 @@ class TestIntegers:
         body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 6, 2, 2))
         model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
         x = torch.randn(4, 3, 8, 8)
-        passes = [Fuse(), PTQ(), QuantizeFreeze()]
+        passes = [Fuse(), PTQ(weights="int7"), QuantizeFreeze()]
         module = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
         executable = fxopt.lower(module, x, "inductor")
         first, *left = executable.reasons
@@ -377,7 +377,7 @@ class TestIntegers:
 
         torch.manual_seed(0)
         model, x = Residual().eval(), torch.randn(4, 8)
-        passes = [Fuse(), PTQ(target="inductor"), QuantizeFreeze()]
+        passes = [Fuse(), PTQ(target="inductor", weights="int7"), QuantizeFreeze()]
         module = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
         executable, kept = fxopt.lower(module, x, "inductor"), x.clone()
         assert executable.reasons[0].reason == "operators on integers: 1 qlinear"

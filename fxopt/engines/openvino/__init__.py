@@ -20,6 +20,7 @@ from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
 from fxopt.engines.openvino.rows import choose_rows
+from fxopt.engines.saturation import SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -107,6 +108,8 @@ class OpenVINO(Engine):
             run, reasons = asking(module, inputs, run), (*reasons, ASKED)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
+        if saturates(module):
+            reasons += (SATURATES,)
         return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False, sizes=file.sizes)
 
     def _settle_precision(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> dict[str, Any]:
