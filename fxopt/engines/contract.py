@@ -78,6 +78,10 @@ class Engine(ABC):
             EngineError: what the engine cannot take, and why.
         """
 
+    def in_vain(self, module: GraphModule) -> str | None:
+        """What this machine lacks, so that fewer bits, in `module` or by an option, gain nothing; None otherwise."""
+        return None
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative error that the engine may add to outputs of a dtype."""
         from fxopt.verify import TOLERANCE

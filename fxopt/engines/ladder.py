@@ -193,7 +193,7 @@ def climb(
                 continue
             tell(f"build {rung.label}")
             with exports.after(rung.passes):
-                rungs.append(_built(rung, rewritten, inputs, place, judge, max_error))
+                rungs.append(_built(rung, rewritten, inputs, place, judge, max_error, named))
     if named and rungs[-1].dropped:
         raise EngineError(rungs[-1].dropped)
     running = [rung for rung in rungs if not rung.dropped]
@@ -244,7 +244,13 @@ def _has_zeros(module: GraphModule) -> bool:
 
 
 def _built(
-    rung: Rung, module: GraphModule, inputs: Inputs, place: torch.device, oracle: Oracle, max_error: float | None
+    rung: Rung,
+    module: GraphModule,
+    inputs: Inputs,
+    place: torch.device,
+    oracle: Oracle,
+    max_error: float | None,
+    named: bool,
 ) -> Rung:
     max_error = rung.options.get("max_error", max_error)  # its own goes first
     lowest = 0.0 if "tf32" in rung.options else _LOWEST_BFLOAT16_ERROR
@@ -258,6 +264,9 @@ def _built(
         rewritten = after_passes(module, rung.passes) if rung.passes else module
         seconds = time.perf_counter() - began
         engine = find(rung.engine, rung.options)
+        missing = None if named else engine.in_vain(rewritten)
+        if missing is not None:
+            return dataclasses.replace(rung, dropped=f"not built: {missing}")
         executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)
         error, allowed = _error(executable, place, oracle)
     except EngineError as error_:

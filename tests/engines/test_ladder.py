@@ -17,9 +17,11 @@ import fxopt
 from fxopt import Inputs, record, report
 from fxopt.artifact import save
 from fxopt.bench import Times, Verdict
-from fxopt.engines import Executable, exports, ladder
+from fxopt.engines import Executable, exports, ladder, onednn, openvino
+from fxopt.engines.contract import Engine
 from fxopt.engines.ladder import Ladder, Rung, climb
 from fxopt.engines.onednn import OneDNN
+from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
 from fxopt.verify import TOLERANCE, Oracle
 from passes import QAT
@@ -212,6 +214,14 @@ def test_what_the_platform_lacks_drops_out_with_what_would_bring_it(
 CAST = Rung("onednn", passes="cast{dtype=bf16}")
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both engines have kernels for bfloat16, or say so."""
+    monkeypatch.setattr(OneDNN, "in_vain", Engine.in_vain)
+    monkeypatch.setattr(OpenVINO, "in_vain", Engine.in_vain)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
     tmp_path: Path, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +260,20 @@ def test_what_rounds_less_is_built_only_where_the_error_of_what_rounds_more_is_t
     monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("onednn"), Rung("eager", closer_than="onednn")))
     monkeypatch.setattr(ladder, "_error", lambda e, *_: (error if e.engine.name == "onednn" else 0.0, 1e-4))
     assert run("auto").rungs[1].dropped == said
+
+
+def test_fewer_bits_that_gain_nothing_on_this_cpu_are_not_built(
+    measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("openvino")
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST, Rung("openvino", {"precision": "bf16"})))
+    monkeypatch.setitem(onednn._DTYPES, torch.bfloat16, lambda: False)  # type: ignore[arg-type]
+    monkeypatch.setattr(openvino, "_has_bfloat16", lambda: False)
+    assert [rung.dropped for rung in run("auto", max_error=1e-2).rungs[2:]] == [
+        "not built: oneDNN has no kernels for torch.bfloat16 here",
+        "not built: OpenVINO has no kernels for bfloat16 on this CPU, and computes in float32 instead",
+    ]
 
 
 def test_nothing_to_cast_is_said(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +405,7 @@ def test_tf32_needs_a_bound_and_may_hold_one_that_bfloat16_cannot(
     assert needs_one or "CUDA" in dropped or "cuda" in dropped
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("max_error", "first"), [(None, "openvino"), (1e-2, "openvino{precision=bf16}")])
 def test_a_budget_that_is_short_goes_to_what_wins_most_often(
     max_error: float | None,

@@ -386,3 +386,11 @@ def test_an_openvino_that_cannot_keep_operators_in_float32_says_so(monkeypatch: 
     monkeypatch.setattr(mixed, "_MARKED", mixed._MARKED.replace(mixed._ATTRIBUTE, "NeverHeardOf"))
     with pytest.raises(EngineError, match="this version can't keep operators in float32; upgrade it"):
         fxopt.lower(nn.Linear(3, 2).eval(), torch.randn(2, 3), "openvino", precision="mixed")
+
+
+def test_float32_in_place_of_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.engines.openvino._has_bfloat16", lambda: False)
+    executable = fxopt.lower(nn.Linear(4, 4).eval(), torch.randn(2, 4), "openvino", precision="bf16")
+    assert [skip.reason for skip in executable.reasons] == [
+        "OpenVINO has no kernels for bfloat16 on this CPU, and computes in float32 instead"
+    ]

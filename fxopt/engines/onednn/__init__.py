@@ -57,6 +57,11 @@ class OneDNN(Engine):
             return None
         return "this torch has no oneDNN; `pip install torch` for x86-64 or Arm brings one that has"
 
+    def in_vain(self, module: GraphModule) -> str | None:
+        """Weights of fewer bits that it has no kernels for: torch's own are slower than those for float32."""
+        narrow = {parameter.dtype for parameter in module.parameters()} & {torch.bfloat16, torch.float16}
+        return next((reason for reason in map(_supported, narrow) if reason), None)
+
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""
         began = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
@@ -63,6 +64,12 @@ class OpenVINO(Engine):
             return None
         return "OpenVINO is not installed; `pip install fxopt[openvino]` brings it"
 
+    def in_vain(self, module: GraphModule) -> str | None:
+        """bfloat16, where OpenVINO computes in float32 whatever it is told."""
+        if self.precision == "f32" or _has_bfloat16():
+            return None
+        return "OpenVINO has no kernels for bfloat16 on this CPU, and computes in float32 instead"
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """That of bfloat16 where it computes in it, unless it is told which."""
         rounding = (self.max_error or _BFLOAT16_TOLERANCE) if self.precision != "f32" else 0.0
@@ -108,6 +115,9 @@ class OpenVINO(Engine):
             run, reasons = asking(module, inputs, run), (*reasons, ASKED)
         if any(isinstance(child, FakeQuantize) for child in module.modules()):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
+        missing = self.in_vain(module)
+        if missing is not None:
+            reasons += (Skip("", missing),)
         if saturates(module):
             reasons += (SATURATES,)
         return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False, sizes=file.sizes)
@@ -124,3 +134,9 @@ class OpenVINO(Engine):
         share: float = choices.get("float32", 0.0)
         keep_layers(model, inputs, share)
         return {"float32": share}
+
+
+def _has_bfloat16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
