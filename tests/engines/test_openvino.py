@@ -17,6 +17,7 @@ from fxopt.engines.openvino import rows as choosing
 from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.session import Pieces
 from passes import PTQ, QuantizeFreeze
+from tests.engines.test_contract import agree
 from tests.engines.test_others import needs
 
 
@@ -174,6 +175,17 @@ def test_layers_that_share_zero_points_run_on_integers() -> None:
     frozen = fxopt.optimize(Patches().eval(), x, passes, devices=(), calibration_data=[x]).module
     reasons = [skip.reason for skip in fxopt.lower(frozen, x, "openvino").reasons]
     assert reasons == ["operators on integers: 2 FullyConnected, 1 Convolution"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gray_levels_that_would_lie_between_two_steps_are_rounded_as_simulated(bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randint(0, 17, (8, 1, 8, 8)) / 16
+    passes = [PTQ(target="openvino", weights="int4", activations=f"uint{bits}"), QuantizeFreeze()]
+    frozen = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
+    with torch.no_grad():
+        agree(fxopt.lower(frozen, x, "openvino")(x), frozen(x))
 
 
 class Widens(nn.Module):

@@ -65,6 +65,16 @@ class TestRanges:
             rivals.append((rival(values) - values).square().mean().item())
         assert (found(values) - values).square().mean().item() <= 1.1 * min(rivals)
 
+    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("levels", [16, 17, 100, 256, 1024])
+    def test_no_value_of_a_grid_lies_halfway_between_two_steps(self, levels: int, bits: int) -> None:
+        grid = torch.arange(levels + 1) / levels
+        fake = FakeQuantize(bits).eval()
+        fake.observe(grid)
+        places = grid.double() / fake.scale.double()
+        halfway = places.floor() + 0.5
+        assert ((places - halfway).abs() / halfway).min() > 5e-7, "several times what float32 rounds"
+
     def test_batches_count_as_one_histogram(self) -> None:
         values = heavy_tailed()[:-1]
         whole, parts = self.observed("mse", 4, values), self.observed("mse", 4, *values.split(20_000))
