@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
@@ -46,26 +48,16 @@ class OnnxRuntime(Engine):
         """See `Engine.build`."""
         outputs = outputs_of(self.name, module, inputs)
         quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
-        overflows = saturates(module)
         with (
             exported(self.name, module, inputs, outputs) as file,
             tempfile.TemporaryDirectory(prefix="fxopt-") as directory,
         ):
             reasons, optimized = file.reasons, Path(directory) / "optimized.onnx"
-            written = optimized if quantised else None
             try:
-                try:
-                    session = _session(file.path, written, unsigned=overflows)
-                    told = AVOIDED
-                except Exception:
-                    if not overflows:
-                        raise
-                    # A weight that two operators read cannot be made unsigned.
-                    session, told = _session(file.path, written), SATURATES
-                reasons += left_floats(optimized) if quantised else ()
+                session, told = _opened(file.path, optimized if quantised else None, saturates(module))
+                reasons += (*left_floats(optimized), *told) if quantised else ()
             except Exception as error:  # its exceptions have no base of their own
                 raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
-            reasons += (told,) if overflows else ()
         names, asked = [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
 
         def call(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -83,6 +75,16 @@ class OnnxRuntime(Engine):
         if file.asks:
             run, reasons = asking(module, inputs, run), (*reasons, ASKED)
         return Built(run, reasons, write=write, recorded=False, sizes=file.sizes)
+
+
+def _opened(path: Path, optimized: Path | None, saturates: bool) -> tuple[Any, tuple[Skip, ...]]:
+    """See `_session`; with what is to be told of products that the CPU may saturate."""
+    if not saturates:
+        return _session(path, optimized), ()
+    # A weight that two operators read cannot be made unsigned: there it fails.
+    with contextlib.suppress(Exception):
+        return _session(path, optimized, unsigned=True), (AVOIDED,)
+    return _session(path, optimized), (SATURATES,)
 
 
 def _session(path: Path, optimized: Path | None, unsigned: bool = False) -> Any:
