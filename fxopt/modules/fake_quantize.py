@@ -17,8 +17,8 @@ Observer = Literal["minmax", "ema", "current", "histogram", "mse", "percentile"]
 _FOLLOW = ("minmax", "ema", "current")
 _SMALLEST = torch.finfo(torch.float32).eps
 _OFF_TIES = 2.0**-20
-"""By which a step is shorter than the range asks for. Values of a coarse grid, as the gray of images, may lie halfway
-between two steps, where the last bit of a runtime's arithmetic would decide; so all round them to the same."""
+"""By which a step is longer than the range asks for. Values of a coarse grid, as the gray of images, may lie halfway
+between two steps, where the last bit of a runtime's arithmetic would decide; so all round them towards zero."""
 _BYTE, _NARROW = 8, 7
 
 
@@ -48,7 +48,7 @@ class FakeQuantize(nn.Module):
     Args:
         bits: width of the integer, 2 to 8, or 16.
         symmetric: signed integers around a zero point of 0, scale = max|x| / (2^(bits-1) - 1); else unsigned
-            ones, whose zero point is where 0.0 falls, scale = (max - min) / (2^bits - 1), less a millionth.
+            ones, whose zero point is where 0.0 falls, scale = (max - min) / (2^bits - 1), plus a millionth.
         axis: the dimension that has a range for each index; None for one range for the whole tensor.
         channels: length of `axis`.
         observer: what the range is: `minmax`, the union of all that was seen; `ema`, an exponential moving
@@ -249,7 +249,7 @@ class FakeQuantize(nn.Module):
         if self.symmetric:
             self.scale.copy_((torch.maximum(-low, high) / self.high).clamp(min=_SMALLEST))
             return
-        self.scale.copy_(((1 - _OFF_TIES) * (high - low) / (self.high - self.low)).clamp(min=_SMALLEST))
+        self.scale.copy_(((1 + _OFF_TIES) * (high - low) / (self.high - self.low)).clamp(min=_SMALLEST))
         self.zero_point.copy_((self.low - (low / self.scale).round()).clamp(self.low, self.high))
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
