@@ -264,7 +264,7 @@ def _built(
         rewritten = after_passes(module, rung.passes) if rung.passes else module
         seconds = time.perf_counter() - began
         engine = find(rung.engine, rung.options)
-        missing = None if named else engine.in_vain(rewritten)
+        missing = engine.in_vain(rewritten) if rung.is_rounded and not named else None
         if missing is not None:
             return dataclasses.replace(rung, dropped=f"not built: {missing}")
         executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)

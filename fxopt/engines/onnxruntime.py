@@ -77,9 +77,9 @@ class OnnxRuntime(Engine):
         return Built(run, reasons, write=write, recorded=False, sizes=file.sizes)
 
 
-def _opened(path: Path, optimized: Path | None, saturates: bool) -> tuple[Any, tuple[Skip, ...]]:
+def _opened(path: Path, optimized: Path | None, overflows: bool) -> tuple[Any, tuple[Skip, ...]]:
     """See `_session`; with what is to be told of products that the CPU may saturate."""
-    if not saturates:
+    if not overflows:
         return _session(path, optimized), ()
     # A weight that two operators read cannot be made unsigned: there it fails.
     with contextlib.suppress(Exception):

@@ -214,9 +214,19 @@ def test_what_the_platform_lacks_drops_out_with_what_would_bring_it(
 CAST = Rung("onednn", passes="cast{dtype=bf16}")
 
 
+class Narrow(nn.Linear):
+    """A layer in bfloat16 between values in float32."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.bfloat16()).float()
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both engines have kernels for bfloat16, or say so."""
+    """Neither engine says that it has no kernels for bfloat16 on this CPU."""
     monkeypatch.setattr(OneDNN, "in_vain", Engine.in_vain)
     monkeypatch.setattr(OpenVINO, "in_vain", Engine.in_vain)
 
@@ -274,6 +284,18 @@ def test_fewer_bits_that_gain_nothing_on_this_cpu_are_not_built(
         "not built: oneDNN has no kernels for torch.bfloat16 here",
         "not built: OpenVINO has no kernels for bfloat16 on this CPU, and computes in float32 instead",
     ]
+
+
+def test_a_model_that_has_fewer_bits_of_its_own_is_built_without_kernels_for_them(
+    measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"cast": 1.0, ("eager", "cast"): 1.0, ("onednn", "cast"): 1.0}
+    monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
+    monkeypatch.setitem(onednn._DTYPES, torch.bfloat16, lambda: False)  # type: ignore[arg-type]
+    x = torch.randn(2, 4)
+    mixed = nn.Sequential(nn.Linear(4, 4), Narrow(4, 4)).eval()
+    module, inputs = fxopt.capture(mixed, (x,)).module, Inputs((x,))
+    assert not climb("auto", module, module, inputs).rungs[1].dropped
 
 
 def test_nothing_to_cast_is_said(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
