@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=40.0, help="for the timing of one row, without builds")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for `auto` to build and measure engines")
-    parser.add_argument("--arms", default="", help="only these, by name, with commas; eager always runs")
+    parser.add_argument("--arms", default="", help="only these, by name, with semicolons; eager always runs")
     parser.add_argument("--again", action="store_true", help="run rows that are there once more")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
     wanted = [pair for row in asked for pair in row]
     if options.one:
         torch.set_num_threads(options.threads)
-        wanted_arms = [name for name in options.arms.split(",") if name]
+        wanted_arms = [name for name in options.arms.split(";") if name]
         found = measure(*wanted[0], seconds=options.seconds, budget=options.budget, only=wanted_arms)
         print(json.dumps(found))
         return
