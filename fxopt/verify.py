@@ -3,7 +3,7 @@
 The original is the oracle. Both run on the example, on fresh random inputs, and on another batch size, from the
 same random state; and where a module trains, their gradients are compared too. Differences are relative errors
 against a float64 run of the original where that is affordable: `max |y - y*| / max |y*|`, the largest over all
-outputs.
+outputs. What a mask is filled with, such as -1e9 beside logits, is no scale for the others.
 """
 
 from __future__ import annotations
@@ -38,15 +38,29 @@ _AFFORDABLE_SECONDS = 2.0
 _GRADIENT_SLACK = 10.0
 _PIECE = 1 << 18
 """Elements of an output that are compared at a time: 2 MiB in float64."""
+_FILL = 1e8
+"""From here on, or from half the largest number of its dtype, a value may be what a mask is filled with..."""
+_FILL_GAP = 100.0
+"""... if all others are smaller by this factor."""
+_FILL_SPREAD = 16.0
+"""How far values of one such fill lie apart: it may have been added to scores, or twice."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one module gave for one input: flat values in order, their structure, gradients where it trains."""
+    """What one module gave for one input.
+
+    Attributes:
+        values: of the output, flat and in order.
+        structure: of the output.
+        gradients: by parameter, where the module trains and the output depends on it.
+        trainable: the parameters that ask for a gradient, with their shapes.
+    """
 
     values: tuple[Any, ...]
     structure: Any
     gradients: Mapping[str, torch.Tensor]
+    trainable: Mapping[str, torch.Size]
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,10 @@ class Oracle:
         ranges that, say, a quantiser was calibrated for.
         """
         pairs = list(zip(self.trials, outcomes, strict=True))[: 1 if promise is Promise.CHANGES else None]
-        return max((_difference(t.reference, found, Promise.CLOSE).error for t, found in pairs if found), default=0.0)
+        return max(
+            (_difference(t.reference, found, Promise.CLOSE, widened=True).error for t, found in pairs if found),
+            default=0.0,
+        )
 
     def expected(self) -> list[Outcome | None]:
         """What the original itself gives for each trial."""
@@ -162,9 +179,11 @@ class Oracle:
                     output = module(*given.args, **given.kwargs)
                     values, structure = given.flatten_with(output)
                     gradients = _gradients(module, values) if self._trains else {}
+                    found = _apart(values, module)
             finally:
                 state.restore()
-        return Outcome(tuple(_detached(value) for value in values), structure, gradients)
+        trainable = {name: each.shape for name, each in module.named_parameters() if each.requires_grad}
+        return Outcome(found, structure, gradients, trainable)
 
 
 def compare_outcomes(before: Sequence[Outcome | None], after: Sequence[Outcome | None], promise: Promise) -> Difference:
@@ -229,27 +248,37 @@ def _gradients(module: nn.Module, values: Sequence[Any]) -> dict[str, torch.Tens
     }
 
 
-def _difference(left: Outcome, right: Outcome, promise: Promise) -> Difference:
+def _difference(left: Outcome, right: Outcome, promise: Promise, *, widened: bool = False) -> Difference:
+    """The worst difference; `widened` says that `left` was computed in float64 in place of its own dtype."""
     if left.structure != right.structure:
         return Difference(float("inf"), 0.0, f"the output is {right.structure} in place of {left.structure}")
     worst = Difference(0.0, 0.0)
     for index, (expected, found) in enumerate(zip(left.values, right.values, strict=True)):
-        difference = _value_difference(expected, found, promise, f"output {index}" if index else "the output")
+        what = f"output {index}" if index else "the output"
+        difference = _value_difference(expected, found, promise, what, widened=widened)
         if difference.is_broken or difference.error > worst.error:
             worst = difference
         if difference.is_broken:
             return worst
+    return worst if promise is Promise.CHANGES else _gradient_difference(left, right, widened=widened) or worst
+
+
+def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Difference | None:
+    """The first gradient that is not the same; a rewrite may replace parameters, and these can't be compared."""
     largest = max(map(_largest, left.gradients.values()), default=0.0)
-    for name, expected in left.gradients.items():
-        found = right.gradients.get(name)
-        if found is not None and _is_rounding(expected, largest) and _is_rounding(found, largest):
+    for name, shape in left.trainable.items():
+        if right.trainable.get(name) != shape:
             continue
-        # A rewrite may replace a parameter: only those of the same name and shape can be compared.
-        if found is not None and found.shape == expected.shape and promise is not Promise.CHANGES:
-            difference = _value_difference(expected, found, Promise.CLOSE, f"the gradient of '{name}'")
-            if difference.error > _GRADIENT_SLACK * difference.allowed:
-                return Difference(difference.error, _GRADIENT_SLACK * difference.allowed, difference.what)
-    return worst
+        expected, found = left.gradients.get(name), right.gradients.get(name)
+        if all(gradient is None or _is_rounding(gradient, largest) for gradient in (expected, found)):
+            continue
+        if expected is None or found is None:
+            how = "is missing" if found is None else "is new"
+            return Difference(float("inf"), 0.0, f"the gradient of '{name}' {how}")
+        difference = _value_difference(expected, found, Promise.CLOSE, f"the gradient of '{name}'", widened=widened)
+        if difference.error > _GRADIENT_SLACK * difference.allowed:
+            return Difference(difference.error, _GRADIENT_SLACK * difference.allowed, difference.what)
+    return None
 
 
 def _is_rounding(gradient: torch.Tensor, largest: float) -> bool:
@@ -262,10 +291,10 @@ def _largest(gradient: torch.Tensor) -> float:
     return dense.abs().max().item() if dense.numel() else 0.0
 
 
-def _value_difference(expected: Any, found: Any, promise: Promise, what: str) -> Difference:
+def _value_difference(expected: Any, found: Any, promise: Promise, what: str, *, widened: bool) -> Difference:
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         same = type(expected) is type(found) and (expected is found or bool(expected == found))
-        if expected is torch.float64 and isinstance(found, torch.dtype):  # the original in float64, as for tensors
+        if widened and expected is torch.float64 and isinstance(found, torch.dtype):
             same = True
         if isinstance(expected, float) and isinstance(found, float):
             error = abs(expected - found) / (abs(expected) or 1.0)
@@ -276,14 +305,18 @@ def _value_difference(expected: Any, found: Any, promise: Promise, what: str) ->
     floating = expected.is_floating_point() or expected.is_complex()
     if floating != (found.is_floating_point() or found.is_complex()):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    if expected.dtype != found.dtype and expected.dtype is not torch.float64:
+    if expected.dtype != found.dtype and not (widened and expected.dtype is torch.float64):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
     allowed = TOLERANCE.get(found.dtype, 0.0) if promise is not Promise.EXACT else 0.0
     return Difference(relative_error(expected, found), allowed, what)
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """`max |found - expected| / max |expected|`; infinite where NaN or infinity differ, 0 for equal or empty."""
+    """`max |found - expected| / max |expected|`; infinite where NaN or infinity differ, 0 for equal or empty.
+
+    Where the largest values are what a mask was filled with, they and the others are each held to their own scale,
+    and the larger error counts.
+    """
     if expected.layout is not torch.strided:
         expected, found = expected.to_dense(), found.to_dense()
     if expected.is_quantized:
@@ -292,25 +325,61 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
         return 0.0
     if expected.shape != found.shape:
         return float("inf")
-    wide = torch.complex128 if expected.is_complex() else torch.float64
     scale = worst = 0.0
-    # In pieces, since the outputs of a language model, as wide as this, take gigabytes.
+    for pair in _pieces(expected, found):
+        if pair is None:
+            return float("inf")
+        ours, theirs = pair
+        scale = max(scale, ours.abs().max().item())
+        worst = max(worst, (theirs - ours).abs().max().item())
+    largest = torch.finfo(found.dtype).max if found.is_floating_point() else math.inf
+    if scale < min(_FILL, largest / 2):
+        return worst / scale if scale else (0.0 if worst == 0 else float("inf"))
+    rest_scale = rest_worst = fill_worst = 0.0
+    for pair in _pieces(expected, found):
+        assert pair is not None
+        ours, theirs = pair
+        error, rest = (theirs - ours).abs(), ours.abs() < scale / _FILL_SPREAD
+        rest_scale = max(rest_scale, ours.masked_fill(~rest, 0).abs().max().item())
+        rest_worst = max(rest_worst, error.masked_fill(~rest, 0).max().item())
+        fill_worst = max(fill_worst, error.masked_fill(rest, 0).max().item())
+    if not 0 < rest_scale < scale / _FILL_GAP:
+        return worst / scale
+    return max(fill_worst / scale, rest_worst / rest_scale)
+
+
+def _pieces(expected: torch.Tensor, found: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Both in wide numbers, with 0 for what is not finite; None where they differ in that.
+
+    In pieces, since the outputs of a language model, as wide as this, take gigabytes.
+    """
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    bounds = torch.finfo(found.dtype) if found.is_floating_point() else None
     for ours, theirs in zip(expected.reshape(-1).split(_PIECE), found.reshape(-1).split(_PIECE), strict=True):
         ours, theirs = ours.to(wide), theirs.to(wide)
         odd = ~torch.isfinite(ours)
         if not torch.equal(odd, ~torch.isfinite(theirs)) or not torch.equal(
             ours[odd].nan_to_num(), theirs[odd].nan_to_num()
         ):
-            return float("inf")
+            yield None
+            return
         ours, theirs = ours.masked_fill(odd, 0), theirs.masked_fill(odd, 0)
-        scale = max(scale, ours.abs().max().item())
-        worst = max(worst, (theirs - ours).abs().max().item())
-    return worst / scale if scale else (0.0 if worst == 0 else float("inf"))
+        # A mask that is filled with the smallest number of its dtype has a smaller one in a float64 run.
+        yield (ours.clamp(bounds.min, bounds.max) if bounds is not None else ours), theirs
 
 
 def _has_nan(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def _apart(values: Sequence[Any], module: nn.Module) -> tuple[Any, ...]:
+    """Without history, and copied where they are the module's own state, which is set back after the run."""
+    state = {tensor.untyped_storage()._cdata for tensor in module.buffers() if tensor.layout is torch.strided}
+
+    def apart(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        is_state = value.layout is torch.strided and value.untyped_storage()._cdata in state
+        return value.detach().clone() if is_state else value.detach()
+
+    return tuple(map(apart, values))

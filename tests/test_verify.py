@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -31,6 +32,10 @@ NAN, INF = float("nan"), float("inf")
         ([INF, 2.0], [INF, 1.0], 0.5),
         ([INF, 2.0], [-INF, 2.0], INF),
         ([], [], 0.0),
+        ([-1e9, 2.0, 4.0], [-1e9, 2.0, 5.0], 0.25),
+        ([-1e9, 2.0, 4.0], [-2e9, 2.0, 4.0], 1.0),
+        ([-1e9, 0.0, 0.0], [-1e9, 0.0, 1.0], 1e-9),
+        ([-1e9, 5e7, 0.0], [-1e9, 5e7, 1.0], 1e-9),
     ],
 )
 def test_relative_error_is_the_largest_difference_over_the_largest_value(
@@ -120,7 +125,7 @@ def test_a_model_that_raises_is_refused_with_its_error() -> None:
 def test_a_nan_that_a_rewrite_brings_breaks_every_promise_but_changes() -> None:
     oracle = Oracle(nn.Identity(), Inputs((torch.ones(2, 2),)))
     broken = [
-        type(outcome)(tuple(value * math.nan for value in outcome.values), outcome.structure, outcome.gradients)
+        dataclasses.replace(outcome, values=tuple(value * math.nan for value in outcome.values))
         for outcome in oracle.expected()
         if outcome is not None
     ]
@@ -140,3 +145,89 @@ def test_relative_error_of_a_long_output_is_the_largest_anywhere(place: int) -> 
 
 def test_relative_error_of_other_shapes_is_infinite() -> None:
     assert relative_error(torch.ones(2, 3), torch.zeros(3)) == float("inf")
+
+
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
+def test_a_mask_of_the_smallest_number_is_the_same_in_every_dtype(wide: torch.dtype) -> None:
+    def masked(dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([torch.finfo(dtype).min, 1.0, 4.0], dtype=dtype)
+
+    for narrow in (torch.float32, torch.float16, torch.bfloat16):
+        found = masked(narrow)
+        assert relative_error(masked(wide), found) == 0
+        found[1] += 1
+        assert relative_error(masked(wide), found) == 0.25
+
+
+class Masked(nn.Module):
+    """Logits, where the mask is filled as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(x)
+        return logits.masked_fill(x < 0, torch.finfo(logits.dtype).min)
+
+
+def test_a_filled_mask_neither_hides_an_error_nor_is_one() -> None:
+    model, inputs = Masked().eval(), Inputs.of(torch.tensor([[1.0, -1.0, 2.0]]))
+    oracle, module = Oracle(model, inputs), capture(model, inputs).module
+    assert oracle.error(oracle.outcomes(module), Promise.CLOSE) < 1e-6
+    module.get_parameter("linear.bias").data.add_(0.1)
+    outcomes = oracle.outcomes(module)
+    assert oracle.error(outcomes, Promise.CLOSE) > 1e-2
+    assert compare_outcomes(oracle.expected(), outcomes, Promise.CLOSE).is_broken
+
+
+@pytest.mark.parametrize(("frozen_first", "what"), [(False, "is missing"), (True, "is new")])
+def test_a_gradient_that_appears_or_goes_is_a_difference(frozen_first: bool, what: str) -> None:
+    class Two(nn.Module):
+        """Two layers, the second with or without a gradient of its input."""
+
+        def __init__(self, cut: bool) -> None:
+            super().__init__()
+            self.first, self.second, self.cut = nn.Linear(3, 3), nn.Linear(3, 3), cut
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.second(x.detach() if self.cut else x)
+
+    torch.manual_seed(0)
+    one, inputs = Two(frozen_first).train(), Inputs.of(torch.randn(2, 3))
+    other = Two(not frozen_first).train()
+    other.load_state_dict(one.state_dict())
+    oracle = Oracle(one, inputs)
+    found = compare_outcomes(oracle.expected(), oracle.outcomes(capture(other, inputs).module), Promise.CLOSE)
+    assert found.is_broken and found.what == f"the gradient of 'first.weight' {what}"
+
+
+def test_a_float64_output_that_becomes_float32_is_a_difference() -> None:
+    model, inputs = nn.Linear(3, 3).double().eval(), Inputs.of(torch.randn(2, 3, dtype=torch.float64))
+    oracle, module = Oracle(model, inputs), capture(nn.Sequential(model).eval(), inputs).module
+    outcomes = [
+        outcome and dataclasses.replace(outcome, values=tuple(value.float() for value in outcome.values))
+        for outcome in oracle.outcomes(module)
+    ]
+    found = compare_outcomes(oracle.expected(), outcomes, Promise.CLOSE)
+    assert found.is_broken and found.what == "the output is torch.float32 in place of torch.float64"
+
+
+class Returns(nn.Module):
+    """Adds to its buffer, and returns it."""
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.total.add_(self.step * x)
+
+
+def test_state_that_is_returned_is_compared_as_the_forward_left_it() -> None:
+    inputs = Inputs.of(torch.ones(3))
+    oracle, module = Oracle(Returns(1.0).eval(), inputs), capture(Returns(2.0).eval(), inputs).module
+    found = compare_outcomes(oracle.expected(), oracle.outcomes(module), Promise.CLOSE)
+    assert found.is_broken and found.error == pytest.approx(1.0)
