@@ -2,6 +2,7 @@
 
 from fxopt.graph.affine import Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead
+from fxopt.graph.modes import changes_mode, why_other_mode
 from fxopt.graph.module import GraphModule
 from fxopt.graph.norm import BatchNorm, Norm, is_norm, rank_of, read_norm
 from fxopt.graph.observe import observe
@@ -24,6 +25,7 @@ __all__ = [
     "Source",
     "also_used",
     "behind_mask",
+    "changes_mode",
     "eliminate_dead",
     "hide_strides",
     "inherit",
@@ -42,6 +44,7 @@ __all__ = [
     "why_called_elsewhere",
     "why_not_plain",
     "why_noticed",
+    "why_other_mode",
     "why_shared",
     "why_shift_stays",
 ]

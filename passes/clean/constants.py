@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.contract import Change
-from fxopt.graph import Effects, Region, source_of
+from fxopt.graph import Effects, Region, changes_mode, source_of
 
 _FACTORIES = frozenset(
     {torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace, torch.tensor, torch.logspace}
@@ -97,6 +97,8 @@ def merge_duplicates(region: Region) -> Iterator[Change]:
     sharing = Sharing(region)
     first: dict[Hashable, fx.Node] = {}
     for node in list(region.graph.nodes):
+        if changes_mode(node):
+            first.clear()  # what was computed without gradients, or in another dtype, is not the same
         if (
             not sharing.is_pure(node)
             or not sharing.is_private(node)

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, Effects, Region, also_used, source_of, why_called_elsewhere
+from fxopt.graph import Affine, Effects, Region, also_used, source_of, why_called_elsewhere, why_other_mode
 from fxopt.modules import Activation, Fused, fused_call
 from passes.fuse.activation import read_activation
 
@@ -45,7 +45,11 @@ def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | Non
 def _fuse_activation(affine: Affine, node: fx.Node, found: Activation | Skip, region: Region) -> Change | Skip:
     if isinstance(found, Skip):
         return found
-    reason = also_used(affine.node, region) or why_called_elsewhere(affine, region, [affine.node])
+    reason = (
+        also_used(affine.node, region)
+        or why_called_elsewhere(affine, region, [affine.node])
+        or why_other_mode(affine.node, node)
+    )
     if reason is not None:
         return Skip(region.qualified(node), reason, source_of(node))
     change = Change(f"{found} fused into '{region.qualified(affine.node)}'", region.qualified(node), source_of(node))
@@ -66,6 +70,7 @@ def _fuse_addition(
         also_used(affine.node, region)
         or why_called_elsewhere(affine, region, [affine.node])
         or _wrong_shapes(affine, add, other)
+        or why_other_mode(affine.node, last)
         or _why_not_later(affine, add, other, region)
     )
     if reason is not None:

@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Change, Pass, Promise, Skip
-from fxopt.graph import Affine, Effects, Region, hide_strides, inherit, read_affine, source_of, why_noticed
+from fxopt.graph import (
+    Affine,
+    Effects,
+    Region,
+    hide_strides,
+    inherit,
+    read_affine,
+    source_of,
+    why_noticed,
+    why_other_mode,
+)
 from passes.merge.layer import Layer
 from passes.merge.state import FormerParameters
 
@@ -90,6 +100,7 @@ def _merge(layers: list[Layer], region: Region) -> Change | Skip:
         where = program.region_of(call.node)
         calls = [layer.call_on(call.input).node for layer in layers]
         reason = next(filter(None, (_why_not_slice(node, where) for node in calls)), None)
+        reason = reason or why_other_mode(min(calls), max(calls))
         writer = Effects(where).written_between(call.input, min(calls), max(calls))
         if writer is not None:
             reason = f"the input of the layers is written in place by {where.qualified(writer)!r} between them"

@@ -111,6 +111,12 @@ def random_twice(x: torch.Tensor) -> torch.Tensor:
     return x + torch.rand_like(x) - torch.rand_like(x)
 
 
+def once_without_gradients(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = x.abs().amax()
+    return x.abs() / scale
+
+
 KEEPS: dict[str, Callable[[torch.Tensor], object]] = {
     "another dtype": lambda x: x.double().float(),
     "a written constant": written_constant,
@@ -118,6 +124,7 @@ KEEPS: dict[str, Callable[[torch.Tensor], object]] = {
     "written in between": written_between,
     "written through a reshape": written_reshape,
     "random": random_twice,
+    "with and without gradients": once_without_gradients,
     "other transposes": lambda x: x.unsqueeze(0).transpose(0, 1).transpose(1, 2),
     "a view as another dtype": lambda x: x.view(torch.int32).view(12),
     "contiguous of a view": lambda x: x.t().contiguous().view(-1),

@@ -539,9 +539,16 @@ class TestTwoGraphs:
         assert set(program.graphs) == {False, True}
 
 
+def add_without_gradients(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        b = b.cos()
+    return F.relu(a + b)
+
+
 NO_ADDITION: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
     "broadcast": (lambda a, b: F.relu(a + b.mean((2, 3), keepdim=True)), "the shapes must be equal"),
     "in place into the other": (lambda a, b: F.relu(b.view(IMAGE).add_(a)) + b, "it adds in place into 'view'"),
+    "behind a region without gradients": (add_without_gradients, "gradients or autocast are switched on or off"),
     "used again": (lambda a, b: F.relu(a + b) * a, "the output of 'conv' is used by"),
 }
 

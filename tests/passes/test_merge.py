@@ -216,6 +216,12 @@ def input_written(self: Any, x: torch.Tensor) -> torch.Tensor:
     return a + self.k(y)
 
 
+def without_gradients(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        k = self.k(x)
+    return self.q(x) + k
+
+
 def asks_for_strides(self: Any, x: torch.Tensor) -> torch.Tensor:
     y = self.q(x)
     return y.as_strided((2, 8), (8, 1)) + self.k(x)[0, :2]
@@ -239,6 +245,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "q: the output of 'q' can't be a slice: 'add_' writes into it",
     ),
     "input written": (changed(lambda m: None, input_written), "written in place by 'mul_' between them"),
+    "other mode": (changed(lambda m: None, without_gradients), "gradients or autocast are switched on or off"),
     "strides": (changed(lambda m: None, asks_for_strides), "'as_strided' looks at its strides"),
 }
 

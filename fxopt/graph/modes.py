@@ -1,0 +1,29 @@
+"""Nodes that change how the nodes behind them run: whether gradients are recorded, and what autocast computes in."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+_SETTERS = frozenset(
+    {
+        torch._C._set_grad_enabled,
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    }
+)
+
+
+def changes_mode(node: fx.Node) -> bool:
+    """Whether `node` switches gradients or autocast on or off for the nodes behind it."""
+    return node.op == "call_function" and node.target in _SETTERS
+
+
+def why_other_mode(start: fx.Node, end: fx.Node) -> str | None:
+    """Why what is computed at `start` may differ if it is computed at `end`, which comes later in the same graph."""
+    node = start
+    while node is not end:
+        if changes_mode(node):
+            return "gradients or autocast are switched on or off between the two"
+        node = node.next
+    return None
