@@ -126,18 +126,27 @@ def compare_with(repository: Repository, base: str) -> str:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what a run that was killed outright has left behind."""
+    """Remove what a run that was killed outright has left behind: directories, and worktrees in git's list."""
     for prefix in _PREFIXES:
         for directory in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-            pid = directory.name.removeprefix(prefix).partition("-")[0]
-            if pid.isdigit() and not _alive(int(pid)):
-                _remove(root, directory)
+            if _is_left_behind(directory):
+                shutil.rmtree(directory, ignore_errors=True)
+    for line in _git(root, "worktree", "list", "--porcelain").stdout.splitlines():
+        kind, _, path = line.partition(" ")
+        if kind == "worktree" and _is_left_behind(Path(path).parent):
+            _remove(root, Path(path).parent)
+
+
+def _is_left_behind(directory: Path) -> bool:
+    prefix = next((prefix for prefix in _PREFIXES if directory.name.startswith(prefix)), None)
+    pid = "" if prefix is None else directory.name.removeprefix(prefix).partition("-")[0]
+    return pid.isdigit() and not _alive(int(pid))
 
 
 def _remove(root: Path, directory: Path) -> None:
-    _git(root, "worktree", "remove", "--force", "--force", str(directory / "base"))
+    # Never `git worktree prune`: it forgets the user's own worktrees too, where their disk is not mounted right now.
     shutil.rmtree(directory, ignore_errors=True)
-    _git(root, "worktree", "prune")
+    _git(root, "worktree", "remove", "--force", "--force", str(directory / "base"))
 
 
 def _alive(pid: int) -> bool:

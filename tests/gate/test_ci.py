@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,16 @@ def test_nothing_is_left_behind_however_it_ends(repo: Repo, number):
     else:
         assert process.returncode == (130 if number == signal.SIGINT else 128 + number)
     assert repo.left_behind() == []
+
+
+def test_of_worktrees_whose_directory_is_not_there_only_its_own_are_forgotten(repo: Repo, tmp_path):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for directory in ("disk", f"fxopt-ci-{ended.pid}-x"):
+        repo.git("worktree", "add", "--detach", "--quiet", str(tmp_path / directory / "base"))
+        shutil.rmtree(tmp_path / directory)
+    repo.gate(timed=False)
+    assert [tree.split()[0] for tree in repo.left_behind()] == [str(tmp_path / "disk" / "base")]
 
 
 @pytest.mark.parametrize(
