@@ -67,7 +67,7 @@ class FxoptGate:
         from fxopt import gate
         from fxopt.report import render
 
-        shares = {key: gate.share(value, key) for key, value in {"latency": fail_over, **limits}.items()}
+        shares = {key: gate.limit(key, value, key) for key, value in {"latency": fail_over, **limits}.items()}
         job = gate.Job(
             target,
             target,

@@ -92,7 +92,7 @@ def compare(
     from fxopt import gate, report
     from fxopt.gate import baseline
 
-    threshold = gate.share(fail_over, "--fail-over")
+    threshold = gate.limit("latency", fail_over, "--fail-over")
     now = _measured(target, inputs, device, threads, budget, _commit()[0], quiet)
     history = baseline.entries(_store(file, branch), target, device)
     then = baseline.last_comparable(history, now)

@@ -75,7 +75,7 @@ def ci(
         named |= {"size": ("--max-size-growth", size), "metrics": ("--max-metric-drop", metrics)}
         named |= {"coverage": ("--max-coverage-drop", coverage)}
         named |= {} if output_error is None else {"output_error": ("--max-output-error", output_error)}
-        limits = gate.Limits(**{key: gate.share(text, flag) for key, (flag, text) in named.items()})
+        limits = gate.Limits(**{key: gate.limit(key, text, flag) for key, (flag, text) in named.items()})
         kept = None if weights is None else str(weights.resolve())
         rest: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "limits": limits}
         rest |= {"timed": latency, "engine": engine}

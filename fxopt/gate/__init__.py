@@ -2,7 +2,7 @@
 
 from fxopt.gate.gate import EXIT_CODES, Plan, exit_code, lock_counts, run_gate
 from fxopt.gate.processes import Launcher, stopping_cleanly
-from fxopt.gate.settings import Job, Limits, read_jobs, share
+from fxopt.gate.settings import Job, Limits, limit, read_jobs
 
 __all__ = [
     "EXIT_CODES",
@@ -11,9 +11,9 @@ __all__ = [
     "Limits",
     "Plan",
     "exit_code",
+    "limit",
     "lock_counts",
     "read_jobs",
     "run_gate",
-    "share",
     "stopping_cleanly",
 ]

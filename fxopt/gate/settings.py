@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -69,20 +70,28 @@ class Job:
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
-def share(text: str | float, where: str) -> float:
-    """`5%`, `5 %` or `0.05` -> 0.05.
+def limit(name: str, text: str | float, where: str) -> float:
+    """What a limit is set to: `5%`, `5 %` or `0.05` -> 0.05; one on `metrics` is no share, but a number of any size.
 
     Raises:
         GateError: for anything else.
     """
+    percent = False
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         value = float(text)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(%?)\s*", str(text))
         if match is None:
             raise GateError(f"{where}: '{text}' is no share: expected one such as 5% or 0.05")
-        value = float(match[1]) / (100 if match[2] else 1)
-    if not 0 < value < 10:
+        percent = bool(match[2])
+        value = float(match[1]) / (100 if percent else 1)
+    if name == "metrics":
+        if not 0 <= value < math.inf:
+            raise GateError(f"{where}: {text} is out of range: expected a number from 0 on, such as 0.01")
+        return value
+    if value >= 1 and not percent:
+        raise GateError(f"{where}: {text} means {100 * value:g} %; did you mean {value:g}%? Write it with the sign")
+    if not 0 <= value < 10 or (name == "latency" and not value):
         raise GateError(f"{where}: {text} is out of range: expected a share between 0 and 1000 %, such as 5%")
     return value
 
@@ -142,7 +151,7 @@ def _job(table: Mapping[str, Any], where: str) -> Job:
         raise GateError(f"{where}: threads and budget must be positive")
     limits = table.get("limits", {})
     _known(limits, {field.name for field in dataclasses.fields(Limits)}, f"{where}, limits")
-    read = Limits(**{key: share(value, f"{where}, limits.{key}") for key, value in limits.items()})
+    read = Limits(**{key: limit(key, value, f"{where}, limits.{key}") for key, value in limits.items()})
     values = {"name": table["target"], **table, "inputs": tuple(map(str, table.get("inputs", ()))), "limits": read}
     return Job(**values)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fxopt.errors import GateError
-from fxopt.gate import Limits, exit_code, lock, read_jobs, share
+from fxopt.gate import Limits, exit_code, limit, lock, read_jobs
 from fxopt.gate.checks import all_checks
 from fxopt.gate.verdict import GateVerdict, advice, is_suspicious, judge_windows, wants_another
 from fxopt.gate.window import Round, Window
@@ -82,15 +82,38 @@ def test_exit_codes(verdicts, strict, code):
     assert exit_code({"targets": [{"verdict": verdict} for verdict in verdicts]}, strict) == code
 
 
-@pytest.mark.parametrize(("text", "value"), [("5%", 0.05), ("2.5 %", 0.025), ("0.05", 0.05), (0.1, 0.1)])
-def test_shares(text, value):
-    assert share(text, "--fail-over") == pytest.approx(value)
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("latency", "5%", 0.05),
+        ("latency", "2.5 %", 0.025),
+        ("latency", "0.05", 0.05),
+        ("latency", 0.1, 0.1),
+        ("latency", "900%", 9.0),
+        ("size", 0, 0.0),
+        ("output_error", "0%", 0.0),
+        ("metrics", "15", 15.0),
+    ],
+)
+def test_limits_are_shares_but_for_metrics(name, text, value):
+    assert limit(name, text, "--fail-over") == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["", "five", "-5%", "0%", "5%%", 50, True])
-def test_what_is_no_share(text):
-    with pytest.raises(GateError, match="--fail-over"):
-        share(text, "--fail-over")
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        *(("latency", text, "no share") for text in ("", "five", "-5%", "5%%", True)),
+        *(("latency", text, "out of range") for text in ("0%", 0.0, "1000%")),
+        ("latency", "5", "5 means 500 %; did you mean 5%?"),
+        ("size", 50, "did you mean 50%?"),
+        ("size", -0.1, "out of range"),
+        ("metrics", float("inf"), "a number from 0 on"),
+    ],
+)
+def test_what_is_no_limit(name, text, said):
+    with pytest.raises(GateError, match="--fail-over") as caught:
+        limit(name, text, "--fail-over")
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
