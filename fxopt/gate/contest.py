@@ -102,15 +102,18 @@ class Contest:
         notes = advice(window, job.limits.latency, job.threads) if verdict is GateVerdict.INCONCLUSIVE else []
         cause = None
         if verdict is GateVerdict.REGRESSION and find_causes:
-            cause = find_cause(
-                lambda side, stages, changes: functools.partial(self._start, side, stages, changes),
-                window.effect.ratio,
-                facts["base"]["passes"],
-                facts["head"]["passes"],
-                self._files,
-                max(job.budget / _CAUSE_SHARE, _LEAST_FOR_CAUSE),
-                tell,
-            )
+            try:
+                cause = find_cause(
+                    lambda side, stages, changes: functools.partial(self._start, side, stages, changes),
+                    window.effect.ratio,
+                    facts["base"]["passes"],
+                    facts["head"]["passes"],
+                    self._files,
+                    max(job.budget / _CAUSE_SHARE, _LEAST_FOR_CAUSE),
+                    tell,
+                )
+            except FxoptError as error:
+                notes = [f"the cause was not found: {error}"]
         latency = _latency(window, len(windows), verdict)
         return {"verdict": str(verdict), "latency": latency, "cause": cause, "notes": notes}
 

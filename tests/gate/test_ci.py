@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fxopt.errors import GateError
+from fxopt.gate import contest
 from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
 
 
@@ -40,6 +41,17 @@ def test_a_slower_model_is_a_regression_with_its_cause_in_every_report(repo: Rep
     failure = ElementTree.parse(junit).getroot().find(".//testcase[@name='latency']/failure")
     assert "caused by" in failure.get("message")
     assert repo.left_behind() == []
+
+
+def test_a_regression_stays_one_where_its_cause_is_not_found(repo: Repo, monkeypatch):
+    def too_slow(*arguments: object) -> None:
+        raise GateError("the model is too slow for the budget")
+
+    monkeypatch.setattr(contest, "find_cause", too_slow)
+    repo.write(model=SLOWER)
+    target = repo.only(code=3)
+    assert target["latency"]["ratio"] > 1.5 and target["cause"] is None
+    assert target["notes"] == ["the cause was not found: the model is too slow for the budget"]
 
 
 def test_equal_code_is_no_regression(repo: Repo):
