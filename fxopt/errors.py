@@ -2,6 +2,7 @@
 
     FxoptError
     ├── LoadError        a target, its inputs or its weights cannot be read
+    │   └── MissingError the target is not there
     ├── CaptureError     a module cannot be captured at all
     ├── GuardError       a captured module was called outside what capture assumed
     ├── SpecError        the text of a pipeline is wrong: an unknown pass or option, a bad value
@@ -12,6 +13,7 @@
     ├── GateError        a gate was set up wrongly: an unknown revision, a bad setting
     │   └── WorkerError  a process that measures died, or fxopt in it failed
     └── BaselineError    two measurements cannot be compared
+        └── NewTargetError  the base does not have the target yet
 
 Each message says what happened, where, what was expected and what to do next. `exit_code` is what the
 command line returns: 2 where the call was wrong, 1 where a promise or a check failed, 5 where there is nothing to
@@ -31,6 +33,10 @@ class FxoptError(Exception):
 
 class LoadError(FxoptError):
     """A target, its inputs or its weights cannot be read."""
+
+
+class MissingError(LoadError):
+    """There is no such file, no such module, or no such name in it."""
 
 
 class CaptureError(FxoptError):
@@ -77,3 +83,7 @@ class BaselineError(FxoptError):
     """Two measurements cannot be compared."""
 
     exit_code: ClassVar[int] = 5
+
+
+class NewTargetError(BaselineError):
+    """The base does not have the target yet."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fxopt.bench.device import unavailable
-from fxopt.errors import BaselineError, FxoptError, GateError, VerifyError, WorkerError
+from fxopt.errors import BaselineError, FxoptError, GateError, NewTargetError, VerifyError, WorkerError
 from fxopt.gate import lock
 from fxopt.gate.cause import find_cause
 from fxopt.gate.checks import all_checks
@@ -63,8 +63,8 @@ class Contest:
         try:
             found |= self._gated(find_causes, tell)
         except FxoptError as error:
-            verdicts: dict[type[FxoptError], str] = {VerifyError: "REGRESSION", BaselineError: "not comparable"}
-            verdicts |= {WorkerError: "failed", FxoptError: "wrong call"}
+            verdicts: dict[type[FxoptError], str] = {VerifyError: "REGRESSION", NewTargetError: "new"}
+            verdicts |= {BaselineError: "not comparable", WorkerError: "failed", FxoptError: "wrong call"}
             found["verdict"] = next(name for kind, name in verdicts.items() if isinstance(error, kind))
             found["notes"] = [str(error)]
         finally:
@@ -140,8 +140,9 @@ class Contest:
             "device": job.device,
             "threads": job.threads,
         }
-        orders = [(checkout, order) for checkout in self._checkouts.values()]
-        self._sides = dict(zip(self._checkouts, self._launcher.start(*orders), strict=True))
+        # The head first: what neither side has is no new target, but a wrong call.
+        head, base = self._launcher.start(*((self._checkouts[side], order) for side in ("head", "base")))
+        self._sides = {"base": base, "head": head}
         inputs = str(self._launcher.directory / "inputs.pt")
         self._sides["base"].ask("give_inputs", keep=inputs)
         prepare_all(self._sides.values(), "take_inputs", kept=inputs)

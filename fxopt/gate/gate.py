@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fxopt.bench.fingerprint import fingerprint
-from fxopt.errors import BaselineError
+from fxopt.errors import BaselineError, GateError
 from fxopt.gate import lock
 from fxopt.gate.contest import Contest
 from fxopt.gate.environment import environment
@@ -20,8 +21,9 @@ from fxopt.gate.processes import Checkout, Launcher
 from fxopt.gate.revision import Repository, compare_with
 from fxopt.gate.settings import Job
 from fxopt.record import SCHEMA, plain
+from fxopt.target.source import split
 
-EXIT_CODES = {"failed": 1, "wrong call": 2, "REGRESSION": 3, "not comparable": 5, "INCONCLUSIVE": 0}
+EXIT_CODES = {"failed": 1, "wrong call": 2, "REGRESSION": 3, "new": 5, "not comparable": 5, "INCONCLUSIVE": 0}
 """By the verdict on a target, the worst first; INCONCLUSIVE is 4 where the gate is strict."""
 
 
@@ -62,11 +64,12 @@ def run_gate(
         The record: `kind` is "ci"; each of its `targets` has a `verdict`, `latency`, `checks` and `cause`.
 
     Raises:
-        GateError: outside of a repository, or for a revision that is not there.
+        GateError: outside of a repository, for a target there, or for a revision that is not there.
         BaselineError: where base and head have no common history.
     """
     tell = progress or (lambda stage: None)
     repository = Repository.here()
+    jobs = [_inside(repository, job) for job in plan.jobs]
     commit = compare_with(repository, plan.base)
     changes, uncommitted = repository.changes(), repository.uncommitted()
     head = repository.resolve("HEAD")
@@ -77,8 +80,8 @@ def run_gate(
     with contextlib.ExitStack() as stack:
         journal = Journal(repository.private("fxopt-ci.jsonl"), key, fresh=plan.fresh)
         sides: tuple[Launcher, Checkout, Checkout] | None = None
-        for number, job in enumerate(plan.jobs, 1):
-            name = f"{number}/{len(plan.jobs)} {job.name}" if len(plan.jobs) > 1 else job.name
+        for number, job in enumerate(jobs, 1):
+            name = f"{number}/{len(jobs)} {job.name}" if len(jobs) > 1 else job.name
             earlier = journal.get(asdict(job))
             if earlier is not None:
                 tell(f"{name}: found by the run before")
@@ -133,6 +136,23 @@ def _both_sides(
         if not base.directory.is_dir():
             raise BaselineError(f"'{repository.below}' is not in {base.label}: there is nothing to compare with")
         yield launcher, base, Checkout("head", "head", repository.root / repository.below)
+
+
+def _inside(repository: Repository, job: Job) -> Job:
+    """By a path that leads into both checkouts: an absolute one would be that of the head in either."""
+    place, name = split(job.target)
+    here = repository.root / repository.below
+    path = Path(os.path.normpath(here / place))
+    if not Path(place).is_absolute() and path.is_relative_to(repository.root):
+        return job
+    path = path.parent.resolve() / path.name
+    if not path.is_relative_to(repository.root):
+        raise GateError(
+            f"'{job.target}' is outside of the repository '{repository.root}', which has no other revision of it: "
+            "name a file inside"
+        )
+    target = os.path.relpath(path, here) + (f":{name}" if name else "")
+    return replace(job, target=target, name=job.name.replace(job.target, target))
 
 
 def _digest(values: Any) -> str:

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from fxopt import errors
-from fxopt.errors import BaselineError, WorkerError
+from fxopt.errors import BaselineError, MissingError, NewTargetError, WorkerError
 from fxopt.gate.server import Server, forked, started
 
 _LOOK = 0.5
@@ -97,10 +97,15 @@ class Worker:
         kind = getattr(errors, found["kind"], None)
         if kind is None:
             raise WorkerError(f"{self.checkout.label}: unexpected {found['error']}{self._last_words()}")
+        if self.checkout.side == "base" and issubclass(kind, MissingError):
+            raise NewTargetError(
+                f"{self.checkout.label} does not have it yet: {found['error']}; a new target gets its first comparison "
+                "once it is in the base"
+            )
         if self.checkout.side == "base" and not issubclass(kind, BaselineError):
             raise BaselineError(
-                f"{self.checkout.label} has nothing to compare with: {found['error']}; a new target gets its first "
-                "comparison once it is in the base; for one that is broken there name an earlier revision by --base"
+                f"{self.checkout.label} has nothing to compare with: {found['error']}; for a target that is broken "
+                "there name an earlier revision by --base"
             )
         raise kind(f"{self.checkout.label}: {found['error']}" if kind is not BaselineError else found["error"])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fxopt.report.ci import failures, verdict_row
 
-_LEVELS = {"INCONCLUSIVE": "warning", "not comparable": "warning", "OK": "notice", "FASTER": "notice"}
+_LEVELS = {"INCONCLUSIVE": "warning", "new": "notice", "not comparable": "warning", "OK": "notice", "FASTER": "notice"}
 
 
 def github(record: Mapping[str, Any]) -> str:

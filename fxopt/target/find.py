@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fxopt.errors import LoadError
+from fxopt.errors import LoadError, MissingError
 from fxopt.target.source import Source
 
 FACTORIES = ("get_model", "build_model", "create_model")
@@ -117,7 +117,7 @@ def _attribute(source: Source, name: str) -> Any:
         except AttributeError:
             candidates = list(_candidates(source))
             listed = f"; it has:{_lines(source, candidates)}" if candidates else f"; it needs {_HOW}"
-            raise LoadError(f"'{source.label}' has no '{name}'{listed}") from None
+            raise MissingError(f"'{source.label}' has no '{name}'{listed}") from None
     return value
 
 

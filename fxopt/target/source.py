@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from fxopt.errors import FxoptError, LoadError
+from fxopt.errors import FxoptError, LoadError, MissingError
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _run_file(place: str) -> Source:
     if path.is_dir():
         raise LoadError(f"'{place}' is a directory: expected a Python file that defines a model{_files_in(path)}")
     if not path.is_file():
-        raise LoadError(f"there is no file '{place}'{_similar_file(path)}")
+        raise MissingError(f"there is no file '{place}'{_similar_file(path)}")
     if path.suffix != ".py":
         raise LoadError(
             f"'{place}' is not a Python file: expected one that defines a model; "
@@ -120,7 +120,7 @@ def _import_module(place: str) -> Source:
                 raise
             file = f"{place.replace('.', '/')}.py"
             hint = f"; for a file, `fxopt run {file}`" if Path(file).is_file() else _similar_file(Path(f"{place}.py"))
-            raise LoadError(
+            raise MissingError(
                 f"there is no module '{missing}' in '{directory}' or among the installed packages{hint}"
             ) from error
     return Source(place, directory, namespace)

@@ -408,6 +408,7 @@ def test_a_shallow_clone_says_how_to_get_the_history(repo: Repo, make_repo):
     ("base", "head", "target", "code", "said"),
     [
         (MODEL, MODEL, "new.py", 5, "there is no file 'new.py'"),
+        (MODEL, MODEL, "nothing.py", 2, "there is no file 'nothing.py'"),
         ("raise ValueError('broken then')", MODEL, "model.py", 5, "broken then"),
         (MODEL, "raise ValueError('broken now')", "model.py", 2, "broken now"),
         (MODEL, MODEL.replace("(4, 3", "(2, 3"), "model.py", 5, "the inputs are 2x3x16x16 float32, in the base 4x3"),
@@ -421,3 +422,11 @@ def test_what_cannot_be_compared(repo: Repo, base, head, target, code, said):
     found = repo.only(target, code=code)
     assert said in found["notes"][0]
     assert repo.left_behind() == []
+
+
+def test_an_absolute_target_is_that_of_either_checkout(repo: Repo):
+    repo.write(model=MODEL + "\nmodel.extra = nn.Linear(500, 500)\n")
+    target = repo.only(str(repo.path / "model.py"), code=3, timed=False)
+    assert target["name"] == target["target"] == "model.py"
+    with pytest.raises(GateError, match="is outside of the repository"):
+        repo.gate("../model.py")

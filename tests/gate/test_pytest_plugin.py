@@ -27,10 +27,14 @@ def run(repo: Repo, *arguments: str) -> subprocess.CompletedProcess[str]:
         (SLOWER, "model.py", "1 failed", "REGRESSION"),
         (MODEL, "model.py", "1 passed", ""),
         (MODEL, "new.py", "1 skipped", "there is no file 'new.py'"),
+        (MODEL, "{repo}/model.py", "1 passed", ""),
+        (MODEL, "broken.py", "1 failed", "broken then"),
     ],
 )
 def test_outcomes(repo: Repo, head, target, outcome, said):
-    repo.write(model=head, new=MODEL, test_model=TEST.format(target=target))
+    repo.commit(broken="raise ValueError('broken then')")
+    test = TEST.format(target=target.format(repo=repo.path))
+    repo.write(model=head, new=MODEL, broken=MODEL, test_model=test)
     done = run(repo, "--fxopt-base", "HEAD")
     assert outcome in done.stdout, done.stdout + done.stderr
     assert said in done.stdout

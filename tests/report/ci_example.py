@@ -74,9 +74,7 @@ def example() -> dict[str, Any]:
         "seconds": 20.0,
     }
     empty = {"latency": None, "checks": [], "cause": None, "passes": [], "graphs": None}
-    absent = (
-        slow | empty | {"name": "new", "target": "new.py", "verdict": "not comparable", "notes": ["not in the base"]}
-    )
+    absent = slow | empty | {"name": "new", "target": "new.py", "verdict": "new", "notes": ["not in the base"]}
     wandering = slow | {
         "name": "noisy",
         "checks": [],

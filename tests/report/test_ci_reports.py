@@ -33,7 +33,7 @@ def test_table_and_markdown_say_the_verdict_the_cause_and_the_rest():
         ):
             assert said in text, (style, said)
         assert "caused by the pass 'fuse': 'head.bn' (model.py:20) is no longer folded" in text
-        assert "not comparable" in text and "not in the base" in text and "by up to 30.0 %" in text
+        assert "not in the base" in text and "by up to 30.0 %" in text
         assert "+0.1 % after the model itself" in text
 
 
@@ -68,7 +68,7 @@ def test_annotations_are_one_line_each_at_the_file():
     lines = github(example()).splitlines()
     assert lines[0].startswith("::error file=model.py,title=fxopt ci%3A digits & letters%3A REGRESSION::latency on cpu")
     assert "+22.0 %25" in lines[0] and lines[1].endswith("::size: 890.0 %25 more")
-    assert lines[2].startswith("::warning file=new.py,") and lines[2].endswith("::not in the base")
+    assert lines[2].startswith("::notice file=new.py,") and lines[2].endswith("::not in the base")
 
 
 class Links(HTMLParser):

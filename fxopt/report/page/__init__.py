@@ -11,7 +11,7 @@ from fxopt.errors import EngineError
 from fxopt.report.ci import cause, ci_sections, failures, verdict_row
 from fxopt.report.page.plots import distributions, ladder, over_time
 
-_SIGNS = {"REGRESSION": "✗", "OK": "✓", "FASTER": "✓", "INCONCLUSIVE": "?", "not comparable": "?"}
+_SIGNS = {"REGRESSION": "✗", "OK": "✓", "FASTER": "✓", "INCONCLUSIVE": "?", "new": "?", "not comparable": "?"}
 
 
 def page(
