@@ -92,7 +92,7 @@ def ci(
                 if job.engine:
                     find_engine(job.engine, {})
             python = None if base_python is None else str(base_python)
-            plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause)
+            plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause, update_lock)
             record = gate.run_gate(plan, stage, launcher)
         if update_lock:
             write_lock(Path(LOCK), gate.lock_counts(record))

@@ -102,7 +102,7 @@ def _coverage(before: Mapping[str, float], after: Mapping[str, float], limit: fl
 def _matches(locked: lock.Counts | None, now: lock.Counts) -> Check:
     total = str(sum(sum(kinds.values()) for kinds in now.values()))
     if locked is None:
-        return Check("matches", "not checked", "", total, f"'{lock.FILE}' does not hold it: `fxopt ci --update-lock`")
+        return Check("matches", "not checked", "", total, f"not held to '{lock.FILE}', which `--update-lock` writes")
     before = str(sum(sum(kinds.values()) for kinds in locked.values()))
     gone = lock.lost(locked, now)
     if gone:

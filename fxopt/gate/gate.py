@@ -38,6 +38,7 @@ class Plan:
         python: the interpreter for the base; None finds out whether it needs one of its own.
         fresh: forget what an interrupted run has found already.
         find_causes: say what a regression comes from.
+        update_lock: the lock file is about to be written anew: nothing is held to what it says.
     """
 
     jobs: tuple[Job, ...]
@@ -46,6 +47,7 @@ class Plan:
     python: str | None = None
     fresh: bool = False
     find_causes: bool = True
+    update_lock: bool = False
 
 
 def run_gate(
@@ -73,7 +75,7 @@ def run_gate(
     commit = compare_with(repository, plan.base)
     changes, uncommitted = repository.changes(), repository.uncommitted()
     head = repository.resolve("HEAD")
-    known = lock.read(plan.root / lock.FILE) or {}
+    known = {} if plan.update_lock else lock.read(plan.root / lock.FILE) or {}
     machine = plain(asdict(fingerprint()))
     key = _digest([head, changes, commit, machine, known, plan.find_causes])
     found: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -20,13 +21,12 @@ _QUOTED = re.compile(r"'[^']*'")
 
 
 def count(passes: Sequence[Mapping[str, Any]]) -> Counts:
-    """The changes of a run, counted."""
-    return {
-        entry["name"]: dict(
-            sorted(Counter(_QUOTED.sub("'...'", change["what"]) for change in entry["changes"]).items())
-        )
-        for entry in passes
-    }
+    """The changes of a run, counted; those of a pass that runs more than once together."""
+    counts: dict[str, Counter[str]] = {}
+    for entry in passes:
+        kinds = (_QUOTED.sub("'...'", change["what"]) for change in entry["changes"])
+        counts.setdefault(entry["name"], Counter()).update(kinds)
+    return {name: dict(sorted(found.items())) for name, found in counts.items()}
 
 
 def read(path: Path) -> dict[str, Counts] | None:
@@ -48,8 +48,10 @@ def read(path: Path) -> dict[str, Counts] | None:
 
 
 def write(path: Path, found: Mapping[str, Counts]) -> None:
-    """Write the counts of these targets; those of others stay."""
-    kept = (read(path) or {}) if path.exists() else {}
+    """Write the counts of these targets; those of others stay, where the file can be read."""
+    kept: dict[str, Counts] = {}
+    with contextlib.suppress(GateError):
+        kept = read(path) or {}
     content = {"version": _VERSION, "targets": dict(sorted({**kept, **found}.items()))}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -161,6 +161,7 @@ def changed(*whats: str):
 def test_matches_are_counted_by_kind_and_losses_named(tmp_path):
     then = lock.count(changed("folded into 'a'", "folded into 'b'", "joined relu"))
     assert then == {"fuse": {"folded into '...'": 2, "joined relu": 1}}
+    assert lock.count(changed("joined relu") + changed("joined relu")) == {"fuse": {"joined relu": 2}}
     assert lock.lost(then, lock.count(changed("folded into 'c'", "joined relu", "new"))) == [
         "fuse: folded into '...': 1 instead of 2"
     ]
@@ -169,6 +170,9 @@ def test_matches_are_counted_by_kind_and_losses_named(tmp_path):
     lock.write(path, {"b": then})
     lock.write(path, {"a": then})
     assert lock.read(path) == {"a": then, "b": then}
+    path.write_text("<<<<<<< HEAD\n")
+    lock.write(path, {"a": then})
+    assert lock.read(path) == {"a": then}
     path.write_text("{}")
     with pytest.raises(GateError, match="no lock file of this fxopt"):
         lock.read(path)
