@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,28 +18,47 @@ from fxopt.cli.progress import progress
 
 def ci(
     target: Annotated[
-        str | None, typer.Argument(help="model.py, model.py:Name, package.module; left out: all of fxopt.toml.")
+        str | None,
+        typer.Argument(
+            help="model.py, model.py:Name, package.module; left out: all of fxopt.toml, whose settings options replace."
+        ),
     ] = None,
     base: Annotated[str, typer.Option(help="The revision that this change started from.", metavar="REV")] = "HEAD",
-    passes: Annotated[str, typer.Option(help="What to do to both sides first.", metavar="SPEC")] = "",
-    engine: Annotated[str, typer.Option(help="Run both sides by an engine.", metavar="NAME")] = "",
+    passes: Annotated[str | None, typer.Option(help="What to do to both sides first.", metavar="SPEC")] = None,
+    engine: Annotated[str | None, typer.Option(help="Run both sides by an engine.", metavar="NAME")] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Load these weights into both sides.", metavar="FILE")] = None,
-    fail_over: Annotated[str, typer.Option(help="Slow-down from which it fails.", metavar="SHARE")] = "5%",
-    memory: Annotated[str, typer.Option("--max-memory-growth", help="Of a call.", metavar="SHARE")] = "10%",
-    size: Annotated[str, typer.Option("--max-size-growth", help="Of the weights.", metavar="SHARE")] = "10%",
-    metrics: Annotated[str, typer.Option("--max-metric-drop", help="Of `evaluate`.", metavar="NUMBER")] = "0.01",
-    coverage: Annotated[str, typer.Option("--max-coverage-drop", help="Of the graph.", metavar="SHARE")] = "1%",
+    fail_over: Annotated[
+        str | None, typer.Option(help="Slow-down from which it fails.", metavar="SHARE", show_default="5%")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--max-memory-growth", help="Of a call.", metavar="SHARE", show_default="10%")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--max-size-growth", help="Of the weights.", metavar="SHARE", show_default="10%")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option("--max-metric-drop", help="Of `evaluate`.", metavar="NUMBER", show_default="0.01")
+    ] = None,
+    coverage: Annotated[
+        str | None, typer.Option("--max-coverage-drop", help="Of the graph.", metavar="SHARE", show_default="1%")
+    ] = None,
     output_error: Annotated[
         str | None, typer.Option("--max-output-error", help="Of the outputs with equal weights.", metavar="SHARE")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads of torch on the CPU.", min=1)] = 1,
-    budget: Annotated[float, typer.Option(help="Seconds to measure a target.", min=0.1, metavar="SECONDS")] = 20.0,
-    latency: Annotated[bool, typer.Option(help="Measure the latency, or hold it to the other limits alone.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="cpu")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1, show_default="1")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Seconds to measure a target.", min=0.1, metavar="SECONDS", show_default="20"),
+    ] = None,
+    latency: Annotated[
+        bool | None,
+        typer.Option(help="Measure the latency, or hold it to the other limits alone.", show_default="latency"),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 where it is inconclusive.")] = False,
     find_cause: Annotated[bool, typer.Option(help="Say which pass and change a regression comes from.")] = True,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="Write the matches to fxopt.lock.")] = False,
@@ -64,23 +84,26 @@ def ci(
     """
     from fxopt import gate, report, spec
     from fxopt.engines.table import find as find_engine
+    from fxopt.errors import GateError
     from fxopt.gate.lock import FILE as LOCK
     from fxopt.gate.lock import write as write_lock
     from fxopt.gate.settings import FILE
 
-    if target is None:
-        jobs = gate.read_jobs(Path(FILE))
-    else:
-        named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
-        named |= {"size": ("--max-size-growth", size), "metrics": ("--max-metric-drop", metrics)}
-        named |= {"coverage": ("--max-coverage-drop", coverage)}
-        named |= {} if output_error is None else {"output_error": ("--max-output-error", output_error)}
-        limits = gate.Limits(**{key: gate.limit(key, text, flag) for key, (flag, text) in named.items()})
+    named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
+    named |= {"size": ("--max-size-growth", size), "metrics": ("--max-metric-drop", metrics)}
+    named |= {"coverage": ("--max-coverage-drop", coverage), "output_error": ("--max-output-error", output_error)}
+    limits = {key: gate.limit(key, text, flag) for key, (flag, text) in named.items() if text is not None}
+    said = {"passes": passes, "engine": engine, "device": device, "threads": threads, "budget": budget}
+    given: dict[str, Any] = {key: value for key, value in (said | {"timed": latency}).items() if value is not None}
+    if target is not None:
         kept = None if weights is None else str(weights.resolve())
-        rest: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "limits": limits}
-        rest |= {"timed": latency, "engine": engine}
         name = f"{target} by {engine}" if engine else target
-        jobs = (gate.Job(name, target, tuple(inputs or ()), passes, weights=kept, **rest),)
+        jobs: tuple[gate.Job, ...] = (gate.Job(name, target, tuple(inputs or ()), weights=kept, **given),)
+    elif inputs or weights is not None:
+        raise GateError(f"--input and --weights are for one target: name it, or write them into '{FILE}'")
+    else:
+        jobs = gate.read_jobs(Path(FILE), given)
+    jobs = tuple(replace(job, limits=replace(job.limits, **limits)) for job in jobs)
     # A fork saves the import of torch, but its threads spin for long. The launcher forks this process, so it comes
     # before the progress, which has a thread.
     fork = all(job.threads == 1 for job in jobs)

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fxopt.errors import GateError
@@ -96,8 +97,12 @@ def limit(name: str, text: str | float, where: str) -> float:
     return value
 
 
-def read_jobs(path: Path) -> tuple[Job, ...]:
+def read_jobs(path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> tuple[Job, ...]:
     """The jobs of a `fxopt.toml`: `[[target]]` tables, over what `[defaults]` says, with `[limits]` in either.
+
+    Args:
+        path: the file.
+        given: fields of every job, whatever the file says.
 
     Raises:
         GateError: where the file is missing or says something that is not understood, with the key.
@@ -116,6 +121,9 @@ def read_jobs(path: Path) -> tuple[Job, ...]:
     for number, table in enumerate(tables, 1):
         where = f"{path.name}, [[target]] {number}"
         merged = {**defaults, **table, "limits": {**defaults.get("limits", {}), **table.get("limits", {})}}
+        for key in given:
+            merged.pop({"device": "devices", "engine": "engines"}.get(key, key), None)
+        merged |= given
         devices = merged.pop("devices", None) or [merged.pop("device", "cpu")]
         engines = merged.pop("engines", None) or [merged.pop("engine", "")]
         for device, engine in itertools.product(devices, engines):

@@ -377,6 +377,7 @@ def test_of_worktrees_whose_directory_is_not_there_only_its_own_are_forgotten(re
         (["model.py", "--fail-over", "lots"], 2, "--fail-over: 'lots' is no share"),
         (["model.py", "--passes", "fuze"], 2, "did you mean 'fuse'?"),
         ([], 2, "there is no 'fxopt.toml'"),
+        (["--input", "1x3x16x16"], 2, "--input and --weights are for one target"),
         (["model.py", "--base-python", "/nothing"], 2, "'/nothing' does not start"),
     ],
 )

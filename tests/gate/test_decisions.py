@@ -154,6 +154,13 @@ def test_a_target_by_several_engines_is_several_jobs(tmp_path):
     ]
 
 
+def test_what_is_given_by_hand_goes_over_the_file(tmp_path):
+    path = tmp_path / "fxopt.toml"
+    path.write_text("[[target]]\ntarget = 'm.py'\nthreads = 2\npasses = 'fuse'\ndevices = ['cpu', 'cuda']\n")
+    (job,) = read_jobs(path, {"device": "cpu", "timed": False, "threads": 1})
+    assert (job.name, job.device, job.timed, job.threads, job.passes) == ("m.py", "cpu", False, 1, "fuse")
+
+
 def changed(*whats: str):
     return [{"name": "fuse", "changes": [{"what": what} for what in whats]}]
 

@@ -15,7 +15,8 @@ from tests.gate.conftest import MODEL, ROOT, Repo
 
 yaml = pytest.importorskip("yaml")
 EXAMPLES = ROOT / "examples" / "ci"
-CONFIG = '[[target]]\ntarget = "model.py"\ntimed = false\nlimits = { size = "50%" }\n'
+CONFIG = '[[target]]\ntarget = "model.py"\nbudget = 0.4\nlimits = { size = "50%", latency = "900%" }\n'
+NEW = CONFIG + '[[target]]\ntarget = "new.py"\ntimed = false\n'
 
 
 @pytest.fixture
@@ -53,23 +54,35 @@ def test_the_workflow(repo: Repo, shell, make_repo, tmp_path):
     assert "::error file=model.py" in gate.stdout and "REGRESSION" in summary.read_text()
     assert json.loads((repo.path / "fxopt.json").read_text())["head"]["dirty"] is False
     assert "<h1" in (repo.path / "fxopt.html").read_text() and (repo.path / "fxopt.xml").exists()
+    (repo.path / "fxopt.toml").write_text(NEW)
+    repo.commit(model=MODEL, new=MODEL)
+    assert shell(steps[-2]["run"], **actions).returncode == 0
 
 
-@pytest.mark.parametrize(("tail", "code"), [("\nname = 1\n", 0), ("\nmodel.extra = nn.Linear(100, 100)\n", 3)])
-def test_the_hook(repo: Repo, shell, tail, code):
+@pytest.mark.parametrize(
+    ("tail", "config", "code"),
+    [
+        ("\nname = 1\n", CONFIG, 0),
+        ("\nmodel.extra = nn.Linear(100, 100)\n", CONFIG, 3),
+        pytest.param("", NEW, 0, id="a target that the commit adds"),
+    ],
+)
+def test_the_hook(repo: Repo, shell, tail, config, code):
     hooks = {
         hook["id"]: hook
         for hook in yaml.safe_load((EXAMPLES / "pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     }
     (repo.path / "fxopt.toml").write_text(CONFIG)
     repo.commit()
-    repo.write(model=MODEL + tail)
-    repo.git("add", "model.py")
+    (repo.path / "fxopt.toml").write_text(config)
+    repo.write(model=MODEL + tail, new=MODEL)
+    repo.git("add", "--all")
     hook = repo.path / ".git" / "hooks" / "pre-commit"
     hook.write_text(f"#!/bin/sh\n{hooks['fxopt']['entry']}\n")
     hook.chmod(0o755)
     done = shell("git -c user.name=a -c user.email=a@example.com commit -q -m next")
     assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
+    assert "not measured" in done.stdout + done.stderr  # the latency, which the file asks for
     assert ("REGRESSION" in done.stdout + done.stderr) == (code != 0)
     assert hooks["fxopt-latency"]["stages"] == ["pre-push"]
 
