@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import site
 import subprocess
 import sys
 import sysconfig
@@ -14,13 +16,14 @@ from fxopt.errors import BaselineError
 from fxopt.gate.revision import Repository
 
 _LISTS = ("requirements.txt", "constraints.txt")
+_NAMED = re.compile(r"(?:-r|--requirement|-c|--constraint)[\s=]*(.+)")
 
 
 def environment(repository: Repository, commit: str, tree: Path, directory: Path, tell: Callable[[str], None]) -> str:
     """The interpreter for the base: one with its own packages over those of this one where it asks for others.
 
-    What counts is what `requirements.txt` and `constraints.txt` in the top directory say, and `dependencies` in
-    `pyproject.toml`.
+    What counts is what `requirements.txt` and `constraints.txt` in the top directory say, with the lists that they
+    name, and `dependencies` in `pyproject.toml`.
 
     Raises:
         BaselineError: where its packages can't be installed.
@@ -32,15 +35,22 @@ def environment(repository: Repository, commit: str, tree: Path, directory: Path
     home = directory / "environment"
     _run([sys.executable, "-m", "venv", "--without-pip", str(home)], commit)
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
-    # Everything that it does not say otherwise comes from here: torch, and fxopt itself.
-    paths = [sysconfig.get_path("purelib"), *(entry for entry in sys.path if Path(entry, "fxopt").is_dir())]
-    (packages / "fxopt-shared.pth").write_text("\n".join(dict.fromkeys(paths)) + "\n", encoding="utf-8")
+    own = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
+    # Everything that it does not say otherwise comes from here: torch, what is installed by its path, and fxopt itself.
+    lines = [f"import site; site.addsitedir({str(path)!r})" for path in packages()]
+    lines += dict.fromkeys(entry for entry in sys.path if Path(entry, "fxopt").is_dir())
+    (own / "fxopt-shared.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     if (tree / "constraints.txt").exists():
         install += ["--constraint", "constraints.txt"]
     _run([*install, *then["pyproject.toml"], *_files(tree)], commit, tree)
     return str(python)
+
+
+def packages() -> list[Path]:
+    """Where this environment has its packages."""
+    own = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [Path(path) for path in (*site.getsitepackages(), *own)]
 
 
 def _wanted(root: Path) -> dict[str, list[str]]:
@@ -55,11 +65,17 @@ def _wanted(root: Path) -> dict[str, list[str]]:
     return found | {"pyproject.toml": project}
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
+def _lines(path: Path, above: frozenset[Path] = frozenset()) -> list[str]:
+    """What a list says, and what the lists say that it names."""
+    if path in above or not path.is_file():
         return []
-    lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return sorted(line for line in lines if line)
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        found += [text] if text else []
+        if named := _NAMED.match(text):
+            found += _lines(path.parent / named[1], above | {path})
+    return sorted(found)
 
 
 def _files(tree: Path) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from fxopt.bench.fingerprint import fingerprint
 from fxopt.errors import BaselineError, GateError
 from fxopt.gate import lock
 from fxopt.gate.contest import Contest
-from fxopt.gate.environment import environment
+from fxopt.gate.environment import environment, packages
 from fxopt.gate.journal import Journal
 from fxopt.gate.processes import Checkout, Launcher
 from fxopt.gate.revision import Repository, compare_with
@@ -134,6 +135,7 @@ def _both_sides(
             python=python,
             moved=((repository.root, tree),),
             foreign=repository.root,
+            kept=tuple(path.resolve() for path in (Path(sys.prefix), *packages())),
         )
         if not base.directory.is_dir():
             raise BaselineError(f"'{repository.below}' is not in {base.label}: there is nothing to compare with")

@@ -40,7 +40,8 @@ class Checkout:
         directory: where it runs.
         python: the interpreter of its environment.
         moved: pairs of a directory and the one that stands in for it on the path of imports.
-        foreign: no module may come from there.
+        foreign: no module may come from there,
+        kept: but from these, which are environments in it.
     """
 
     side: str
@@ -49,6 +50,7 @@ class Checkout:
     python: str = sys.executable
     moved: tuple[tuple[Path, Path], ...] = ()
     foreign: Path | None = None
+    kept: tuple[Path, ...] = ()
 
 
 class Worker:
@@ -169,6 +171,7 @@ class Launcher:
                     "directory": str(checkout.directory),
                     "moved": [[str(source), str(target)] for source, target in checkout.moved],
                     "foreign": None if checkout.foreign is None else str(checkout.foreign),
+                    "kept": list(map(str, checkout.kept)),
                     "seed": self._count,
                 }
                 server = self._server(checkout.python)

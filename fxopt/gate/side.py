@@ -36,7 +36,7 @@ from fxopt.rewriting import run_pass
 from fxopt.target import load
 from fxopt.verify import Oracle
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Side:
@@ -44,7 +44,7 @@ class Side:
 
     Args:
         order: `target`, `inputs`, `weights`, `passes`, `engine`, `device`, `threads`, `seed`; `foreign`, a directory
-            from which no module may come.
+            from which no module may come, but for those of the environments in `kept`.
     """
 
     def __init__(self, order: dict[str, Any]):
@@ -54,7 +54,7 @@ class Side:
         torch.set_num_threads(1)
         weights = None if order["weights"] is None else Path(order["weights"])
         self._target = load(order["target"], inputs=order["inputs"], weights=weights)
-        _refuse_foreign(order["foreign"])
+        _refuse_foreign(order["foreign"], order["kept"])
         self._passes = spec.parse(order["passes"]) if order["passes"] else ()
         self._inputs = self._target.inputs
         self._device = measurable(order["device"])
@@ -253,16 +253,17 @@ def _graph(module: Any) -> list[dict[str, str]]:
     return lines
 
 
-def _refuse_foreign(directory: str | None) -> None:
+def _refuse_foreign(directory: str | None, kept: Sequence[str]) -> None:
     """The other checkout must not have lent any code: what is compared would be the same."""
     if directory is None:
         return
+    allowed = [Path(sys.prefix).resolve(), _PACKAGE, *map(Path, kept)]
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file is None or not Path(file).is_absolute():
             continue
-        path = Path(file)
-        if path.is_relative_to(directory) and not path.is_relative_to(sys.prefix) and not path.is_relative_to(_PACKAGE):
+        path = Path(file).resolve()
+        if path.is_relative_to(directory) and not any(map(path.is_relative_to, allowed)):
             raise BaselineError(
                 f"the base imports '{name}' from the working tree ('{file}'), so both sides would be the same code: "
                 "install the package in editable mode by its path, or put the repository on PYTHONPATH"

@@ -57,7 +57,7 @@ def serve(order: dict[str, Any], side: Side | None = None) -> None:
             # Where memory comes to lie changes speed by a percent or two: each process gets another layout.
             padding = [bytearray(size) for size in _sizes(order["seed"])]
             if side is None:
-                _move(Path(order["directory"]), order["moved"])
+                _move(Path(order["directory"]), order["moved"], order["kept"])
                 side = Side(order)
             connection.send_bytes(json.dumps({"value": None}).encode())
             _answer(connection, side)
@@ -110,13 +110,14 @@ def _answering(connection: Connection) -> Iterator[None]:
         connection.send_bytes(json.dumps(answer).encode())
 
 
-def _move(directory: Path, moved: list[list[str]]) -> None:
-    """Go there; what was importable from the other checkout is imported from this one."""
+def _move(directory: Path, moved: list[list[str]], kept: list[str]) -> None:
+    """Go there; what was importable from the other checkout, but for environments in it, is imported from this one."""
     os.chdir(directory)
+    environments = [Path(sys.prefix).resolve(), *map(Path, kept)]
     for source, target in moved:
         for index, entry in enumerate(sys.path):
             path = Path(entry or ".").resolve()
-            if path.is_relative_to(source) and not path.is_relative_to(sys.prefix):
+            if path.is_relative_to(source) and not any(map(path.is_relative_to, environments)):
                 sys.path[index] = str(Path(target) / path.relative_to(source))
         sys.path.insert(0, target)
     sys.path.insert(0, str(directory))

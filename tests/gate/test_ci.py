@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -277,6 +278,36 @@ def test_dependencies_that_differ_get_an_environment_of_their_own(repo: Repo):
     (target,) = json.loads(done.stdout)["targets"]
     (number,) = [check for check in target["checks"] if check["name"] == "number"]
     assert (number["before"], number["after"]) == ("1", "2")
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["reached directly", "reached by a link"])
+def test_an_environment_inside_of_the_repository_is_shared_with_that_of_the_base(repo: Repo, linked):
+    uses = "import installed, layers, tiny_number, torch\n" + MODEL
+    uses += "\ndef evaluate(module): return {'own': float(layers.NUMBER), 'number': float(tiny_number.NUMBER)}\n"
+    for version in (1, 2):
+        wheel(repo, version)
+    (repo.path / "src").mkdir()
+    (repo.path / ".gitignore").write_text(".venv\n")
+    (repo.path / "requirements.txt").write_text("-r more.txt\n")
+    (repo.path / "more.txt").write_text("./tiny_number-1-py3-none-any.whl\n")
+    repo.commit(model=uses, **{"src/layers": "NUMBER = 1"})
+    (repo.path / "more.txt").write_text("./tiny_number-2-py3-none-any.whl\n")
+    repo.write(**{"src/layers": "NUMBER = 2"})
+    place = repo.path
+    if linked:
+        place = repo.path.parent / "link"
+        place.symlink_to(repo.path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / ".venv"], check=True)
+    (packages,) = place.glob(".venv/lib/*/site-packages")
+    (packages / "installed.py").touch()
+    paths = [*site.getsitepackages(), place / "src", place / "tiny_number-2-py3-none-any.whl"]
+    (packages / "editable.pth").write_text("".join(f"{path}\n" for path in paths))
+    command = [place / ".venv/bin/python", "-m", "fxopt", "ci", "model.py", "--no-latency", "--format", "json", *QUICK]
+    done = subprocess.run(command, cwd=place, env=repo.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (target,) = json.loads(done.stdout)["targets"]
+    checks = {check["name"]: (check["before"], check["after"]) for check in target["checks"]}
+    assert checks["own"] == checks["number"] == ("1", "2")
 
 
 def wheel(repo: Repo, version: int) -> None:
