@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fxopt.gate import lock
 from fxopt.gate.settings import Limits
 
-_FALLS = ("loss", "error", "perplexity")
-"""Metrics with one of these in their names are better when they are smaller."""
+_FALLS = frozenset("loss error err perplexity ppl nll mse rmse mae mape wer cer eer fid lpips".split())
+"""Metrics with one of these words in their names are better when they are smaller."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class Check:
 
 
 def all_checks(
-    base: Mapping[str, Any], head: Mapping[str, Any], limits: Limits, locked: lock.Counts | None
+    base: Mapping[str, Any],
+    head: Mapping[str, Any],
+    limits: Limits,
+    locked: lock.Counts | None,
+    lower_is_better: Collection[str] = (),
 ) -> list[Check]:
     """Every check but that of the latency, on what `Side.facts` gives of either side."""
-    checks = _metrics(base["metrics"], head["metrics"], limits.metrics)
+    checks = _metrics(base["metrics"], head["metrics"], limits.metrics, lower_is_better)
     checks.append(_output_error(head.get("output_error"), limits.output_error))
     for name, key, limit in (("peak memory", "peak_memory", limits.memory), ("size", "bytes", limits.size)):
         checks.append(_growth(name, base["size"][key], head["size"][key], limit))
@@ -46,7 +51,9 @@ def all_checks(
     return checks
 
 
-def _metrics(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, limit: float) -> list[Check]:
+def _metrics(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, limit: float, falling: Collection[str]
+) -> list[Check]:
     checks = []
     for name in dict.fromkeys([*(before or {}), *(after or {})]):
         one, two = (before or {}).get(name), (after or {}).get(name)
@@ -60,7 +67,8 @@ def _metrics(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, 
         elif isinstance(one, str):
             checks.append(Check(name, "not checked", *texts, f"it is {one} in the base"))
         else:
-            loss = two - one if any(word in name.lower() for word in _FALLS) else one - two
+            falls = name in falling or not _FALLS.isdisjoint(re.split("[^a-z0-9]+", name.lower()))
+            loss = two - one if falls else one - two
             message = f"it is worse by {loss:.3g}, allowed are {limit:g}" if loss > limit else ""
             checks.append(Check(name, "failed" if message else "ok", *texts, message))
     return checks

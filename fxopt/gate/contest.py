@@ -81,7 +81,7 @@ class Contest:
         self._load()
         tell("run and verify base and head")
         facts = self._facts()
-        checks = all_checks(facts["base"], facts["head"], job.limits, self._locked)
+        checks = all_checks(facts["base"], facts["head"], job.limits, self._locked, job.lower_is_better)
         failed = any(check.status == "failed" for check in checks)
         found: dict[str, Any] = {
             "verdict": "OK",

@@ -28,7 +28,7 @@ class Limits:
         memory: growth of the peak memory of a call.
         size: growth of the bytes of parameters and buffers.
         coverage: absolute loss of any of the shares that the graph shows.
-        metrics: absolute loss of what `evaluate` gives; growth where the name says loss, error or perplexity.
+        metrics: absolute loss of what `evaluate` gives; growth where less is better.
         output_error: relative difference of the outputs with equal weights; None where outputs may change.
     """
 
@@ -56,6 +56,7 @@ class Job:
         budget: seconds that measuring may take.
         timed: whether to measure the latency at all; the rest needs no quiet machine.
         limits: what it is held to.
+        lower_is_better: metrics of `evaluate` with names that don't say so, as those with `loss` or `wer` in them do.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Job:
     budget: float = 20.0
     timed: bool = True
     limits: Limits = dataclasses.field(default_factory=Limits)
+    lower_is_better: tuple[str, ...] = ()
 
 
 def limit(name: str, text: str | float, where: str) -> float:
@@ -146,6 +148,7 @@ def _job(table: Mapping[str, Any], where: str) -> Job:
     expected |= {
         "engine": (str,),
         "inputs": (list,),
+        "lower_is_better": (list,),
         "threads": (int,),
         "budget": (int, float),
         "limits": (dict,),
@@ -160,8 +163,8 @@ def _job(table: Mapping[str, Any], where: str) -> Job:
     limits = table.get("limits", {})
     _known(limits, {field.name for field in dataclasses.fields(Limits)}, f"{where}, limits")
     read = Limits(**{key: limit(key, value, f"{where}, limits.{key}") for key, value in limits.items()})
-    values = {"name": table["target"], **table, "inputs": tuple(map(str, table.get("inputs", ()))), "limits": read}
-    return Job(**values)
+    lists = {key: tuple(map(str, table.get(key, ()))) for key in ("inputs", "lower_is_better")}
+    return Job(**{"name": table["target"], **table, **lists, "limits": read})
 
 
 def _known(table: Mapping[str, Any], fields: set[str], where: str) -> None:

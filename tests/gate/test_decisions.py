@@ -156,9 +156,13 @@ def test_a_target_by_several_engines_is_several_jobs(tmp_path):
 
 def test_what_is_given_by_hand_goes_over_the_file(tmp_path):
     path = tmp_path / "fxopt.toml"
-    path.write_text("[[target]]\ntarget = 'm.py'\nthreads = 2\npasses = 'fuse'\ndevices = ['cpu', 'cuda']\n")
+    path.write_text(
+        "[[target]]\ntarget = 'm.py'\nthreads = 2\npasses = 'fuse'\nlower_is_better = ['distance']\n"
+        "devices = ['cpu', 'cuda']\n"
+    )
     (job,) = read_jobs(path, {"device": "cpu", "timed": False, "threads": 1})
     assert (job.name, job.device, job.timed, job.threads, job.passes) == ("m.py", "cpu", False, 1, "fuse")
+    assert job.lower_is_better == ("distance",)
 
 
 def changed(*whats: str):
@@ -190,6 +194,19 @@ def facts(**changes):
     coverage = {"call_sites": 1.0, "flops": 0.9, "parameters": 1.0}
     found = {"metrics": {"accuracy": 0.9, "loss": 1.0}, "size": size, "coverage": coverage, "passes": changed("folded")}
     return found | {"output_error": 0.01} | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "falls"),
+    [
+        *((name, True) for name in ("loss", "val_loss", "Top1 Error", "rmse", "test/wer", "ppl", "fid", "distance")),
+        *((name, False) for name in ("accuracy", "gloss_accuracy", "f1", "terror_recall")),
+    ],
+)
+def test_the_better_direction_of_a_metric_is_that_of_the_words_in_its_name(name, falls):
+    then, now = facts(metrics={name: 1.0}), facts(metrics={name: 2.0})
+    check = all_checks(then, now, Limits(), None, ["distance"])[0]
+    assert (check.name, check.status) == (name, "failed" if falls else "ok")
 
 
 @pytest.mark.parametrize(
