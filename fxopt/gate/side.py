@@ -27,10 +27,10 @@ from fxopt.bench.timer import CpuTimer, Timer
 from fxopt.capture import capture
 from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
-from fxopt.errors import BaselineError
+from fxopt.errors import BaselineError, FxoptError
 from fxopt.inputs import Inputs
 from fxopt.nested import tensors_in
-from fxopt.pipeline import replay, run_passes
+from fxopt.pipeline import run_passes
 from fxopt.record import plain
 from fxopt.rewriting import run_pass
 from fxopt.target import load
@@ -104,7 +104,7 @@ class Side:
             changes: how many changes of the last of these.
         """
         with quiet(self._device, 1):
-            module = self._rewritten(stages, changes)
+            module = self._after(self._target.module, self._passes[:stages], changes)
         if self._order["engine"]:
             # Its own call: a copy would have to be built again.
             self._module, self._copies = self._lowered(module).forward, False
@@ -185,7 +185,10 @@ class Side:
         if any(not torch.equal(theirs[name], value) for name, value in state.items()):
             twin = copy.deepcopy(self._target.module)
             twin.load_state_dict(theirs, strict=False)
-            outputs = _outputs(replay(twin, self._inputs, self._passes) if self._passes else twin, self._inputs)
+            try:
+                outputs = _outputs(self._after(twin, self._passes), self._inputs)
+            except FxoptError as error:
+                return f"the passes fail with the weights of the base: {error}"
         if [one.shape for one in outputs] != [one.shape for one in other["outputs"]]:
             return "the outputs have other shapes than in the base"
         errors = [_relative(*pair) for pair in zip(outputs, other["outputs"], strict=True)]
@@ -195,18 +198,16 @@ class Side:
         """Until the process ends, as many threads as are asked for, and nothing that disturbs."""
         self._held.enter_context(quiet(self._device, self._order["threads"], cores))
 
-    def _rewritten(self, stages: int | None, changes: int | None) -> nn.Module:
-        module = self._target.module
-        passes: tuple[Pass, ...] = tuple(self._passes if stages is None else self._passes[:stages])
+    def _after(self, module: nn.Module, passes: Sequence[Pass], changes: int | None = None) -> nn.Module:
+        """A module after passes; of the last one so many changes, None for all."""
         if not passes:
             return module
-        captured = capture(module, self._inputs.args, self._inputs.kwargs)
-        if changes is None:
-            run_passes(captured, passes, None, self._batches())
-        else:
-            run_passes(captured, passes[:-1], None, self._batches())
-            if changes:
-                run_pass(passes[-1], captured.module, (), limit=changes)
+        captured, batches = capture(module, self._inputs.args, self._inputs.kwargs), self._batches()
+        run_passes(captured, passes if changes is None else passes[:-1], None, batches)
+        if changes:
+            run_pass(passes[-1], captured.module, (), limit=changes)
+            for _ in passes[-1].finish(captured.module, batches):
+                pass  # it works while it is asked what it did
         return captured.module
 
     def _lowered(self, module: nn.Module) -> Executable:

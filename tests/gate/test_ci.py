@@ -177,6 +177,21 @@ def test_a_fusion_that_no_longer_fires_fails_by_the_lock(repo: Repo):
 
 
 @pytest.mark.parametrize(
+    ("data", "after", "said"),
+    [
+        ("[example_inputs]", "0", "no limit is set"),
+        ("iter([example_inputs])", "-", "the passes fail with the weights of the base: ptq: there is no calibration"),
+    ],
+)
+def test_outputs_with_equal_weights_are_those_of_a_calibrated_model(repo: Repo, data, after, said):
+    repo.commit(model=f"{MODEL}\ncalibration_data = {data}\n")
+    repo.write(model=f"{MODEL}\nmodel.fc.weight.data += 0.1\ncalibration_data = {data}\n")
+    target = repo.only(passes="clean,fuse,ptq", timed=False)
+    (check,) = [check for check in target["checks"] if check["name"] == "output error"]
+    assert check["after"] == after and said in check["message"]
+
+
+@pytest.mark.parametrize(
     ("before", "after", "name"),
     [
         ("", "def evaluate(module): return {'accuracy': 0.9}", "accuracy"),
@@ -208,6 +223,7 @@ def plugin(repo: Repo, forward: str, broken: bool = False, slow: str = "") -> No
         from torch import nn
         model = nn.Sequential(*(nn.ReLU() for _ in range(6)))
         example_inputs = torch.ones(200, 100)
+        calibration_data = [example_inputs]
     """
     repo.write(
         model=model,
@@ -221,7 +237,9 @@ def plugin(repo: Repo, forward: str, broken: bool = False, slow: str = "") -> No
                 def __init__(self, slow):
                     super().__init__()
                     self.slow = slow
+                    self.ready = False
                 def forward(self, x):
+                    assert self.ready
                     for _ in range(500 if self.slow else 0):
                         x = x.clone()
                     return torch.relu(x) + {int(broken)}
@@ -238,6 +256,11 @@ def plugin(repo: Repo, forward: str, broken: bool = False, slow: str = "") -> No
                     where = region.qualified(match)
                     region.swap(match, Own(where == {slow!r}))
                     return Change("swapped", where)
+                def finish(self, module, calibration):
+                    for child in module.modules():
+                        if isinstance(child, Own):
+                            child.ready = bool(list(calibration))
+                    return iter(())
 
             PASSES = (Double,)
         """,
