@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fxopt.cli.formats import Format
+from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
 
 
@@ -85,6 +85,7 @@ def ci(
     from fxopt import gate, report, spec
     from fxopt.engines.table import find as find_engine
     from fxopt.errors import GateError
+    from fxopt.gate import baseline
     from fxopt.gate.lock import FILE as LOCK
     from fxopt.gate.lock import write as write_lock
     from fxopt.gate.settings import FILE
@@ -104,37 +105,44 @@ def ci(
     else:
         jobs = gate.read_jobs(Path(FILE), given)
     jobs = tuple(replace(job, limits=replace(job.limits, **limits)) for job in jobs)
+    files = [Output("--json", json_file, lambda record: report.render(record, "json"))] if json_file else []
+    files += [Output("--junit", junit_file, report.junit)] if junit_file else []
+    if html_file is not None:
+        from fxopt.report import page
+
+        page.check(source_url)
+        lines = [] if history is None else baseline.read(history)
+        url = source_url or _github_url()
+        files.append(Output("--html", html_file, lambda record: page.page(record, lines, url)))
+    for file in files:
+        file.check()
     # A fork saves the import of torch, but its threads spin for long. The launcher forks this process, so it comes
     # before the progress, which has a thread.
     fork = all(job.threads == 1 for job in jobs)
-    with gate.stopping_cleanly(), gate.Launcher(fork=fork) as launcher:
-        with progress(quiet) as stage, contextlib.redirect_stdout(sys.stderr):
-            for job in jobs:
-                if job.passes:
-                    spec.parse(job.passes)
-                if job.engine:
-                    find_engine(job.engine, {})
-            python = None if base_python is None else str(base_python)
-            plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause, update_lock)
-            record = gate.run_gate(plan, stage, launcher)
-        if update_lock:
-            write_lock(Path(LOCK), gate.lock_counts(record))
-    if json_file is not None:
-        json_file.write_text(report.render(record, "json"), encoding="utf-8")
-    if junit_file is not None:
-        junit_file.write_text(report.junit(record), encoding="utf-8")
-    if html_file is not None:
-        from fxopt.report.page import page
-
-        lines = () if history is None else [json.loads(line) for line in history.read_text("utf-8").splitlines()]
-        html_file.write_text(page(record, lines, source_url or _github_url()), encoding="utf-8")
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(report.render(record, "markdown"))
+    with (
+        gate.stopping_cleanly(),
+        gate.Launcher(fork=fork) as launcher,
+        progress(quiet) as stage,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        for job in jobs:
+            if job.passes:
+                spec.parse(job.passes)
+            if job.engine:
+                find_engine(job.engine, {})
+        python = None if base_python is None else str(base_python)
+        plan = gate.Plan(jobs, base, Path.cwd(), python, fresh, find_cause, update_lock)
+        record = gate.run_gate(plan, stage, launcher)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         typer.echo(report.github(record), nl=False, err=style is not Format.TABLE)
     typer.echo(report.render(record, style.value), nl=False)
-    raise typer.Exit(gate.exit_code(record, strict))
+    if update_lock:
+        write_lock(Path(LOCK), gate.lock_counts(record))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as appended:
+            appended.write(report.render(record, "markdown"))
+    written = [file.write(record) for file in files]
+    raise typer.Exit(gate.exit_code(record, strict) or (0 if all(written) else 2))
 
 
 def _github_url() -> str | None:

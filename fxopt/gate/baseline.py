@@ -147,12 +147,27 @@ def record(
     return {"schema": SCHEMA, "kind": "baseline", **facts, "entries": [dict(one) for one in found]}
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """All entries of a file, oldest first.
+
+    Raises:
+        GateError: where there is no file, or for a line that is none of ours.
+    """
+    if not path.is_file():
+        raise GateError(f"there is no file of baselines '{path}': `fxopt baseline save` makes one")
+    return _all(FileStore(path))
+
+
 def entries(store: Store, target: str, device: str) -> list[dict[str, Any]]:
     """Those of one target on one device, oldest first.
 
     Raises:
         GateError: for a line that is none of ours.
     """
+    return [one for one in _all(store) if one["target"] == target and one["device"] == device]
+
+
+def _all(store: Store) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(store.read().splitlines(), 1):
         if not line.strip():
@@ -162,8 +177,7 @@ def entries(store: Store, target: str, device: str) -> list[dict[str, Any]]:
             one = json.loads(line)
         if not isinstance(one, dict) or any(key not in one for key in _ENTRY) or one["version"] != _VERSION:
             raise GateError(f"line {number} of the baselines is none that this fxopt can read: {line[:60]!r}")
-        if one["target"] == target and one["device"] == device:
-            found.append(one)
+        found.append(one)
     return found
 
 

@@ -55,6 +55,15 @@ def test_a_regression_stays_one_where_its_cause_is_not_found(repo: Repo, monkeyp
     assert target["notes"] == ["the cause was not found: the model is too slow for the budget"]
 
 
+def test_a_report_is_printed_though_a_file_cannot_be_written(repo: Repo):
+    repo.write(model=MODEL + "\nmodel.extra = nn.Linear(500, 500)\n")
+    (repo.path / "history").write_text("\n")
+    done = repo.ci("model.py", "--no-latency", "--json", ".", "--html", "page.html", "--history", "history", *QUICK)
+    assert done.returncode == 3 and "REGRESSION" in done.stdout
+    assert "--json: cannot write '.'" in done.stderr and "Traceback" not in done.stderr
+    assert "REGRESSION" in (repo.path / "page.html").read_text()
+
+
 def test_equal_code_is_no_regression(repo: Repo):
     target = repo.only()
     assert target["verdict"] in ("OK", "FASTER", "INCONCLUSIVE")
@@ -432,6 +441,8 @@ def test_of_worktrees_whose_directory_is_not_there_only_its_own_are_forgotten(re
         (["model.py", "--passes", "fuze"], 2, "did you mean 'fuse'?"),
         ([], 2, "there is no 'fxopt.toml'"),
         (["--input", "1x3x16x16"], 2, "--input and --weights are for one target"),
+        (["model.py", "--json", "out/record.json"], 2, "--json: there is no directory 'out'"),
+        (["model.py", "--html", "page.html", "--history", "h.jsonl"], 2, "there is no file of baselines 'h.jsonl'"),
         (["model.py", "--base-python", "/nothing"], 2, "'/nothing' does not start"),
     ],
 )

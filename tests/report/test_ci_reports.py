@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fxopt.errors import EngineError, SpecError
 from fxopt.report import github, junit, render
 from tests.report.ci_example import example
 
 page_of = pytest.importorskip("fxopt.report.page").page
+check_page = pytest.importorskip("fxopt.report.page").check
 HISTORY = [
     {"target": "model.py:Net", "device": "cpu", "commit": f"{index}" * 40, "median_ms": 5 + 0.1 * index % 0.3}
     | {"low_ms": 4.9, "high_ms": 5.4}
@@ -69,6 +71,14 @@ def test_annotations_are_one_line_each_at_the_file():
     assert lines[0].startswith("::error file=model.py,title=fxopt ci%3A digits & letters%3A REGRESSION::latency on cpu")
     assert "+22.0 %25" in lines[0] and lines[1].endswith("::size: 890.0 %25 more")
     assert lines[2].startswith("::notice file=new.py,") and lines[2].endswith("::not in the base")
+
+
+def test_what_the_page_needs_is_known_before_there_is_a_record(monkeypatch):
+    with pytest.raises(SpecError, match="--source-url"):
+        check_page("https://example.com/{path}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="--html needs 'jinja2'"):
+        check_page()
 
 
 class Links(HTMLParser):

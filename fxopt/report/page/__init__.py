@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from fxopt.errors import EngineError
+from fxopt.errors import EngineError, SpecError
 from fxopt.report.ci import cause, ci_sections, failures, verdict_row
 from fxopt.report.page.plots import distributions, ladder, over_time
 
 _SIGNS = {"REGRESSION": "✗", "OK": "✓", "FASTER": "✓", "INCONCLUSIVE": "?", "new": "?", "not comparable": "?"}
+
+
+def check(source_url: str | None = None) -> None:
+    """What `page` would raise, before there is a record."""
+    for name in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise EngineError(f"--html needs '{name}': `pip install 'fxopt[html]'`")
+    try:
+        _link("model.py:1", source_url)
+    except (LookupError, ValueError) as error:
+        raise SpecError(f"--source-url: '{source_url}' is none: expected {{file}} and {{line}} to fill in") from error
 
 
 def page(
@@ -28,12 +40,11 @@ def page(
 
     Raises:
         EngineError: where the libraries for it are not installed.
+        SpecError: for a URL with other things to fill in.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EngineError(f"--html needs '{error.name}': `pip install 'fxopt[html]'`") from error
+    check(source_url)
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
