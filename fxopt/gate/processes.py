@@ -67,6 +67,8 @@ class Worker:
         self.order = order
         self.prepared: list[dict[str, Any]] = []
         self._connection = connection
+        self._pid = int(connection.recv_bytes())
+        self._busy = True  # it loads its side
         self._log = log
 
     def ask(self, do: str, **facts: Any) -> Any:
@@ -85,6 +87,7 @@ class Worker:
 
     def begin(self, do: str, **facts: Any) -> None:
         """Let the process do something; `answer` waits for what it gives."""
+        self._busy = True
         with contextlib.suppress(OSError):  # the answer tells of a process that is gone
             self._connection.send_bytes(json.dumps({"do": do, **facts}).encode())
 
@@ -93,7 +96,9 @@ class Worker:
         try:
             found = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
+            self._busy = False
             raise WorkerError(f"{self.checkout.label}: the process died{self._last_words()}") from error
+        self._busy = False
         if "error" not in found:
             return found["value"]
         kind = getattr(errors, found["kind"], None)
@@ -112,7 +117,10 @@ class Worker:
         raise kind(f"{self.checkout.label}: {found['error']}" if kind is not BaselineError else found["error"])
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it is about; one that waits for a request ends by itself."""
+        if self._busy:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
         self._connection.close()
 
     def __enter__(self) -> Worker:
@@ -178,12 +186,11 @@ class Launcher:
                 try:
                     server.orders.write(json.dumps(line) + "\n")
                     server.orders.flush()
-                    connection = _accepted(door, server)
-                except OSError as error:
+                    worker = Worker(checkout, order, _accepted(door, server), self._log)
+                except (OSError, EOFError) as error:
                     raise WorkerError(
                         f"{checkout.label}: '{checkout.python}' does not start: {self._said()}"
                     ) from error
-                worker = Worker(checkout, order, connection, self._log)
                 found.append(worker)
                 stack.callback(worker.close)
             for worker in found:

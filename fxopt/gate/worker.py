@@ -53,6 +53,7 @@ def serve(order: dict[str, Any], side: Side | None = None) -> None:
     """Connect, load what is asked for, and answer; a twin comes with its side."""
     connection = Client(order["address"])
     try:
+        connection.send_bytes(str(os.getpid()).encode())
         with _answering(connection):
             # Where memory comes to lie changes speed by a percent or two: each process gets another layout.
             padding = [bytearray(size) for size in _sizes(order["seed"])]

@@ -495,6 +495,17 @@ def test_what_cannot_be_compared(repo: Repo, base, head, target, code, said):
     assert repo.left_behind() == []
 
 
+def test_a_side_that_is_busy_ends_with_its_target(repo: Repo, tmp_path):
+    log = tmp_path / "pid"
+    repo.commit(model=f"import os, time\nopen({str(log)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    repo.write(model=f"import os, time\nwhile not os.path.exists({str(log)!r}): time.sleep(0.1)\nraise ValueError")
+    repo.only(code=2)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(log.read_text()), 0)
+            time.sleep(0.1)
+
+
 def test_an_absolute_target_is_that_of_either_checkout(repo: Repo):
     repo.write(model=MODEL + "\nmodel.extra = nn.Linear(500, 500)\n")
     target = repo.only(str(repo.path / "model.py"), code=3, timed=False)
