@@ -25,6 +25,7 @@ from fxopt.bench.size import measure_size
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Timer
 from fxopt.capture import capture
+from fxopt.capture.independent import independent_copy
 from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
 from fxopt.errors import BaselineError, FxoptError
@@ -183,7 +184,7 @@ class Side:
             return "parameters have other names or shapes than in the base, so equal weights can't be given to both"
         outputs = self._outputs
         if any(not torch.equal(theirs[name], value) for name, value in state.items()):
-            twin = copy.deepcopy(self._target.module)
+            twin = independent_copy(self._target.module)
             twin.load_state_dict(theirs, strict=False)
             try:
                 outputs = _outputs(self._after(twin, self._passes), self._inputs)
@@ -214,7 +215,7 @@ class Side:
         """Built for as many threads as it will have."""
         with quiet(self._device, self._order["threads"]):
             inputs = self._inputs.map(lambda tensor: tensor.detach().to(self._device, copy=True))
-            return lower(copy.deepcopy(module).to(self._device), inputs, self._order["engine"])
+            return lower(independent_copy(module).to(self._device), inputs, self._order["engine"])
 
     def _batches(self) -> list[Inputs]:
         return [Inputs.of(batch) for batch in self._target.calibration_data or ()]
@@ -235,7 +236,7 @@ def _outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         given = inputs.map(torch.clone)
-        found = tensors_in(copy.deepcopy(module)(*given.args, **given.kwargs))
+        found = tensors_in(independent_copy(module)(*given.args, **given.kwargs))
     return [tensor.detach().clone() for tensor in found if tensor.layout is torch.strided]
 
 

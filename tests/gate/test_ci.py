@@ -125,6 +125,16 @@ def test_equal_code_passes_every_other_check(repo: Repo):
     assert checks["size"]["status"] == checks["coverage, flops"]["status"] == "ok"
 
 
+@pytest.mark.parametrize("engine", ["", "onednn"])
+def test_a_module_with_what_cannot_be_copied_is_compared(repo: Repo, engine):
+    locked = MODEL + "\nimport threading\nmodel.lock = threading.Lock()\n"
+    repo.commit(model=locked)
+    repo.write(model=locked + "model.fc.weight.data += 0.1\n")
+    target = repo.only(engine=engine, passes="clean", latency=9.0)
+    checks = {check["name"]: check for check in target["checks"]}
+    assert checks["output error"]["after"] == "0" and target["latency"]["pairs"] > 0
+
+
 def test_the_base_is_where_the_branch_left(repo: Repo):
     left = repo.git("rev-parse", "HEAD")
     repo.git("checkout", "--quiet", "-b", "mine")
