@@ -17,6 +17,11 @@ from typing import Any
 from fxopt.errors import GateError
 
 FILE = "fxopt.toml"
+_SHAPES: tuple[tuple[str, type, str], ...] = (
+    ("devices", list, '["cpu"]'),
+    ("engines", list, '["onednn"]'),
+    ("limits", dict, '{ latency = "5%" }'),
+)
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,11 @@ def read_jobs(path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> tu
     defaults, tables = content.get("defaults", {}), content.get("target", [])
     if not isinstance(tables, list) or not tables:
         raise GateError(f"'{path.name}' has no [[target]]: expected at least one, with target = \"model.py:Net\"")
+    _shaped(defaults, f"{path.name}, defaults")
     jobs: list[Job] = []
     for number, table in enumerate(tables, 1):
         where = f"{path.name}, [[target]] {number}"
+        _shaped(table, where)
         merged = {**defaults, **table, "limits": {**defaults.get("limits", {}), **table.get("limits", {})}}
         for key in given:
             merged.pop({"device": "devices", "engine": "engines"}.get(key, key), None)
@@ -137,6 +144,15 @@ def read_jobs(path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> tu
         if names.count(name) > 1:
             raise GateError(f"'{path.name}' has two targets named '{name}': give one a name = \"...\" of its own")
     return tuple(jobs)
+
+
+def _shaped(table: Any, where: str) -> None:
+    """Hold what is put together from defaults and targets to its shape."""
+    if not isinstance(table, dict):
+        raise GateError(f'{where}: {table!r} is no table: expected one, with target = "model.py:Net" and the like')
+    for key, kind, example in _SHAPES:
+        if not isinstance(table.get(key, kind()), kind):
+            raise GateError(f"{where}: {key} = {table[key]!r}: expected it such as {example}")
 
 
 def _job(table: Mapping[str, Any], where: str) -> Job:
