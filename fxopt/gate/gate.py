@@ -102,7 +102,12 @@ def run_gate(
         "schema": SCHEMA,
         "kind": "ci",
         "base": {"revision": plan.base, "commit": commit},
-        "head": {"commit": head, "dirty": bool(changes), "uncommitted": uncommitted},
+        "head": {
+            "commit": head,
+            "dirty": bool(changes),
+            "uncommitted": uncommitted,
+            "directory": repository.below.as_posix(),
+        },
         "machine": machine,
         "targets": found,
     }

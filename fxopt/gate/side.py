@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -251,7 +252,9 @@ def _graph(module: Any) -> list[dict[str, str]]:
                 what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
                 if node.op == "call_module":
                     what = type(region.submodule(node)).__name__
-                lines.append({"op": node.op, "what": str(what), "name": name, "source": source_of(node)})
+                file = os.path.relpath(node.meta["source"].file) if node.meta.get("source") else ""
+                found = {"op": node.op, "what": str(what), "name": name}
+                lines.append(found | {"source": source_of(node), "file": Path(file).as_posix() if file else ""})
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,11 @@ def cause(target: Mapping[str, Any]) -> str:
         return ""
     by = "the model itself" if found["pass"] is None else f"the pass '{found['pass']}'"
     return f"; caused by {by}: {found['what']}"
+
+
+def in_repository(record: Mapping[str, Any], file: str) -> str:
+    """The path from the top of the repository of a file that is named as a target would be."""
+    return posixpath.normpath(posixpath.join(record["head"]["directory"], file))
 
 
 def _uncommitted(head: Mapping[str, Any]) -> str:

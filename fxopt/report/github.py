@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxopt.report.ci import failures, verdict_row
+from fxopt.report.ci import failures, in_repository, verdict_row
 
 _LEVELS = {"INCONCLUSIVE": "warning", "new": "notice", "not comparable": "warning", "OK": "notice", "FASTER": "notice"}
 
@@ -16,7 +16,7 @@ def github(record: Mapping[str, Any]) -> str:
     for target in record["targets"]:
         level = _LEVELS.get(target["verdict"], "error")
         place = target["target"].partition(":")[0]
-        where = f"file={_value(place)}," if place.endswith(".py") else ""
+        where = f"file={_value(in_repository(record, place))}," if place.endswith(".py") else ""
         title = _value(f"fxopt ci: {target['name']}: {target['verdict']}")
         for message in failures(target) or [" ".join([*verdict_row(target)[2:5], *target["notes"]])]:
             lines.append(f"::{level} {where}title={title}::{_data(message)}")

@@ -123,6 +123,8 @@ def test_equal_code_passes_every_other_check(repo: Repo):
     checks = {check["name"]: check for check in target["checks"]}
     assert checks["output error"]["status"] == "ok" and checks["output error"]["after"] == "0"
     assert checks["size"]["status"] == checks["coverage, flops"]["status"] == "ok"
+    for nodes in target["graphs"].values():
+        assert {node["file"] for node in nodes} == {"", "model.py"}
 
 
 @pytest.mark.parametrize("engine", ["", "onednn"])

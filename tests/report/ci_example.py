@@ -12,10 +12,22 @@ def example() -> dict[str, Any]:
     base = (0.005 * np.exp(0.03 * rng.standard_normal(120))).round(9).tolist()
     head = (0.0061 * np.exp(0.03 * rng.standard_normal(120))).round(9).tolist()
     nodes = [
-        {"op": "placeholder", "what": "x", "name": "x", "source": ""},
-        {"op": "call_module", "what": "FusedConv", "name": "stem.0", "source": "model.py:12"},
-        {"op": "call_module", "what": "BatchNorm2d", "name": "stem.1", "source": "model.py:13"},
-        {"op": "call_module", "what": "Linear", "name": "fc", "source": "model.py:15"},
+        {"op": "placeholder", "what": "x", "name": "x", "source": "", "file": ""},
+        {
+            "op": "call_module",
+            "what": "FusedConv",
+            "name": "stem.0",
+            "source": "model.py:12",
+            "file": "../net/model.py",
+        },
+        {
+            "op": "call_module",
+            "what": "BatchNorm2d",
+            "name": "stem.1",
+            "source": "model.py:13",
+            "file": "../net/model.py",
+        },
+        {"op": "call_module", "what": "Linear", "name": "fc", "source": "model.py:15", "file": "../net/model.py"},
     ]
     latency = {
         "verdict": "REGRESSION",
@@ -87,7 +99,12 @@ def example() -> dict[str, Any]:
         "schema": "1.0",
         "kind": "ci",
         "base": {"revision": "origin/main", "commit": "1234567890"},
-        "head": {"commit": "abcdef0123", "dirty": True, "uncommitted": ["model.py", "layers.py", "a.py", "b.py"]},
+        "head": {
+            "commit": "abcdef0123",
+            "dirty": True,
+            "uncommitted": ["model.py", "layers.py", "a.py", "b.py"],
+            "directory": "bench",
+        },
         "machine": {
             "cpu": "Example CPU",
             "cpu_flags": [],

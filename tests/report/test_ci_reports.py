@@ -68,9 +68,11 @@ def test_junit_has_a_case_a_check():
 
 def test_annotations_are_one_line_each_at_the_file():
     lines = github(example()).splitlines()
-    assert lines[0].startswith("::error file=model.py,title=fxopt ci%3A digits & letters%3A REGRESSION::latency on cpu")
+    assert lines[0].startswith(
+        "::error file=bench/model.py,title=fxopt ci%3A digits & letters%3A REGRESSION::latency on cpu"
+    )
     assert "+22.0 %25" in lines[0] and lines[1].endswith("::size: 890.0 %25 more")
-    assert lines[2].startswith("::notice file=new.py,") and lines[2].endswith("::not in the base")
+    assert lines[2].startswith("::notice file=bench/new.py,") and lines[2].endswith("::not in the base")
 
 
 def test_what_the_page_needs_is_known_before_there_is_a_record(monkeypatch):
@@ -97,7 +99,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_the_user_wrote():
     found = Links()
     found.feed(text)
     assert not found.tags & {"script", "link", "img", "iframe"}
-    assert set(found.urls) == {f"https://example.com/model.py#L{line}" for line in (12, 13, 15, 20)}
+    assert set(found.urls) == {f"https://example.com/net/model.py#L{line}" for line in (12, 13, 15, 20)}
     assert "used twice &lt;b&gt;" in text and "digits &amp; letters" in text
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert text.index("REGRESSION") < text.index("<table")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import posixpath
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from fxopt.errors import EngineError, SpecError
-from fxopt.report.ci import cause, ci_sections, failures, verdict_row
+from fxopt.report.ci import cause, ci_sections, failures, in_repository, verdict_row
 from fxopt.report.page.plots import distributions, ladder, over_time
 
 _SIGNS = {"REGRESSION": "✗", "OK": "✓", "FASTER": "✓", "INCONCLUSIVE": "?", "new": "?", "not comparable": "?"}
@@ -21,7 +22,7 @@ def check(source_url: str | None = None) -> None:
         if importlib.util.find_spec(name) is None:
             raise EngineError(f"--html needs '{name}': `pip install 'fxopt[html]'`")
     try:
-        _link("model.py:1", source_url)
+        (source_url or "").format(file="model.py", line=1)
     except (LookupError, ValueError) as error:
         raise SpecError(f"--source-url: '{source_url}' is none: expected {{file}} and {{line}} to fill in") from error
 
@@ -49,7 +50,8 @@ def page(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     text = resources.files("fxopt.report.page").joinpath("page.html").read_text(encoding="utf-8")
-    targets = [_target(target, history, source_url) for target in record["targets"]]
+    links = _Links(record, source_url)
+    targets = [_target(target, history, links) for target in record["targets"]]
     worst = next((one["verdict"] for sign in ("✗", "?", "✓") for one in targets if one["sign"] == sign), "OK")
     return environment.from_string(text).render(
         record=record,
@@ -60,7 +62,26 @@ def page(
     )
 
 
-def _target(target: Mapping[str, Any], history: Sequence[Mapping[str, Any]], source_url: str | None) -> dict[str, Any]:
+class _Links:
+    """Where lines of code can be read: sources name a file without its folder, which the graphs know."""
+
+    def __init__(self, record: Mapping[str, Any], source_url: str | None):
+        self._record = record
+        self._url = source_url or "{file}#L{line}"
+        graphs = [target["graphs"] for target in record["targets"] if target["graphs"]]
+        nodes = [node for both in graphs for nodes in both.values() for node in nodes or ()]
+        self._files = {posixpath.basename(node["file"]): node["file"] for node in nodes}
+
+    def of(self, source: str, file: str | None = None) -> str | None:
+        """The address of `model.py:41`, in this file where that is known; None where it is not in the repository."""
+        name, colon, line = source.rpartition(":")
+        path = in_repository(self._record, file or self._files.get(name, name))
+        if not colon or not line.isdigit() or path.startswith("../"):
+            return None
+        return self._url.format(file=path, line=line)
+
+
+def _target(target: Mapping[str, Any], history: Sequence[Mapping[str, Any]], links: _Links) -> dict[str, Any]:
     latency, found = target["latency"], target["cause"]
     own = [one for one in history if one["target"] == target["target"] and one["device"] == target["device"]]
     return {
@@ -76,16 +97,16 @@ def _target(target: Mapping[str, Any], history: Sequence[Mapping[str, Any]], sou
         "distributions": distributions(latency["times"]) if latency else None,
         "ladder": ladder(found["ladder"]) if found else None,
         "history": over_time(own) if own else None,
-        "graph": _side_by_side(target["graphs"], source_url),
+        "graph": _side_by_side(target["graphs"], links),
         "skips": [
-            {"pass": entry["name"], **skip, "link": _link(skip["source"], source_url)}
+            {"pass": entry["name"], **skip, "link": links.of(skip["source"])}
             for entry in target["passes"]
             for skip in entry["skips"]
         ],
     }
 
 
-def _side_by_side(graphs: Mapping[str, Any] | None, source_url: str | None) -> list[dict[str, Any]]:
+def _side_by_side(graphs: Mapping[str, Any] | None, links: _Links) -> list[dict[str, Any]]:
     """Rows of the two graphs: `mark` is "", "-", "+" or "~" for a node that is not on both sides as it is."""
     if not graphs or graphs["base"] is None or graphs["head"] is None:
         return []
@@ -99,14 +120,6 @@ def _side_by_side(graphs: Mapping[str, Any] | None, source_url: str | None) -> l
             left = base[a + offset] if a + offset < b else None
             right = head[c + offset] if c + offset < d else None
             mark = "" if kind == "equal" else "~" if left and right else "-" if left else "+"
-            cells = [node and {**node, "link": _link(node["source"], source_url)} for node in (left, right)]
+            cells = [node and {**node, "link": links.of(node["source"], node["file"])} for node in (left, right)]
             rows.append({"mark": mark, "base": cells[0], "head": cells[1]})
     return rows
-
-
-def _link(source: str, source_url: str | None) -> str | None:
-    """Where `model.py:41` can be read."""
-    file, colon, line = source.rpartition(":")
-    if not colon or not line.isdigit():
-        return None
-    return source_url.format(file=file, line=line) if source_url else f"{file}#L{line}"
