@@ -56,15 +56,18 @@ def save(
 ) -> None:
     """Measure a model and keep the result under the commit of the working tree."""
     from fxopt.errors import GateError
+    from fxopt.gate.revision import Repository
 
-    commit, changes = _commit()
-    # The file that this very command writes does not count.
-    changes = [line for line in changes if branch is not None or line[3:] != str(file)]
+    repository = Repository.here()
+    # The file that this very command writes does not count; git names it from the top directory on.
+    own = None if branch else file.absolute().parent.resolve() / file.name
+    changes = [name for name in repository.uncommitted() if repository.root / name != own]
     if changes and not dirty:
         raise GateError(
             f"the working tree has uncommitted changes ('{changes[0]}'), and a baseline stands for a commit: commit "
             "them, or `--allow-dirty`"
         )
+    commit = repository.resolve("HEAD")
     now = _measured(target, inputs, device, threads, budget, commit, quiet)
     _store(file, branch).append(json.dumps(now))
     typer.echo(f"kept {now['median_ms']:.4g} ms for {commit[:7]} {f'on branch {branch}' if branch else f'in {file}'}")
@@ -91,9 +94,11 @@ def compare(
     """
     from fxopt import gate, report
     from fxopt.gate import baseline
+    from fxopt.gate.revision import Repository
 
     threshold = gate.limit("latency", fail_over, "--fail-over")
-    now = _measured(target, inputs, device, threads, budget, _commit()[0], quiet)
+    commit = Repository.here().resolve("HEAD")
+    now = _measured(target, inputs, device, threads, budget, commit, quiet)
     history = baseline.entries(_store(file, branch), target, device)
     then = baseline.last_comparable(history, now)
     verdict = baseline.judge_stored(then, now, threshold)
@@ -148,13 +153,6 @@ def _measured(
         moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         described = loaded.inputs.describe()
         return baseline.entry(target, described, commit, moment, machine, latency, size, plain(metrics))
-
-
-def _commit() -> tuple[str, list[str]]:
-    from fxopt.gate.revision import Repository
-
-    repository = Repository.here()
-    return repository.resolve("HEAD"), repository.status()
 
 
 def _store(file: Path, branch: str | None) -> Any:

@@ -70,23 +70,34 @@ class BranchStore:
 
     def read(self) -> str:
         """All lines."""
-        done = self._git("show", f"refs/heads/{self.branch}:{self.name}", check=False)
-        return done if done is not None else ""
+        tip = self._tip()
+        return str(self._git("show", f"{tip}:{self.name}", check=False) or "") if tip else ""
 
     def append(self, line: str) -> None:
         """Add one, as a commit."""
         blob = self._git("hash-object", "-w", "--stdin", given=self.read() + line + "\n")
-        parent = self._git("rev-parse", "--verify", "--quiet", f"refs/heads/{self.branch}", check=False)
+        old, parent = self._commit(f"refs/heads/{self.branch}"), self._tip()
         with tempfile.TemporaryDirectory(prefix="fxopt-index-") as directory:
             index = {"GIT_INDEX_FILE": str(Path(directory) / "index")}
             if parent:
-                self._git("read-tree", parent.strip(), env=index)
+                self._git("read-tree", parent, env=index)
             self._git("update-index", "--add", "--cacheinfo", f"100644,{str(blob).strip()},{self.name}", env=index)
             tree = str(self._git("write-tree", env=index)).strip()
-        parents = ["-p", parent.strip()] if parent else []
+        parents = ["-p", parent] if parent else []
         commit = str(self._git("commit-tree", tree, *parents, "-m", "Add a baseline")).strip()
         # The old value makes a second writer fail rather than undo the first.
-        self._git("update-ref", f"refs/heads/{self.branch}", commit, parent.strip() if parent else "0" * 40)
+        self._git("update-ref", f"refs/heads/{self.branch}", commit, old or "0" * 40)
+
+    def _tip(self) -> str | None:
+        """Its newest commit; that of a remote in a clone that has no such branch of its own yet."""
+        found = self._commit(f"refs/heads/{self.branch}")
+        for remote in str(self._git("remote")).split() if found is None else ():
+            found = found or self._commit(f"refs/remotes/{remote}/{self.branch}")
+        return found
+
+    def _commit(self, reference: str) -> str | None:
+        found = self._git("rev-parse", "--verify", "--quiet", reference, check=False)
+        return found.strip() if found else None
 
     def _git(
         self, *arguments: str, given: str | None = None, check: bool = True, env: Mapping[str, str] | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from fxopt.errors import BaselineError, GateError
 from fxopt.gate import baseline
 from fxopt.gate.baseline import BranchStore, FileStore
 from fxopt.record import schema
-from tests.gate.conftest import Repo
+from tests.gate.conftest import MODEL, Repo
 
 MACHINE = {"cpu": "X", "cores": 2, "torch": "2.13", "threads": 1, "fxopt": "0.1"}
 
@@ -78,11 +79,36 @@ def test_a_line_that_is_no_entry_is_named(tmp_path):
         baseline.entries(store, "model.py", "cpu")
 
 
-def test_save_compare_and_history(repo: Repo):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fxopt", "baseline", *arguments]
-        return subprocess.run(command, cwd=repo.path, env=repo.environment, capture_output=True, text=True)
+def test_a_clone_reads_the_branch_of_its_remote_and_goes_on_from_there(repo: Repo, make_repo):
+    clone = make_repo("clone")
+    for one in (repo, clone):
+        one.git("config", "user.name", "a")
+        one.git("config", "user.email", "a@example.com")
+    BranchStore(repo.path, "perf").append(json.dumps(entry(1.0)))
+    clone.git("remote", "add", "origin", str(repo.path))
+    clone.git("fetch", "--quiet", "origin")
+    store = BranchStore(clone.path, "perf")
+    for known in ([1.0], [1.0, 2.0]):
+        assert [one["median_ms"] for one in baseline.entries(store, "model.py", "cpu")] == known
+        store.append(json.dumps(entry(2.0)))
+    assert clone.git("rev-list", "--count", "perf") == "3"
 
+
+def call(repo: Repo, *arguments: str, below: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fxopt", "baseline", *arguments]
+    return subprocess.run(command, cwd=repo.path / below, env=repo.environment, capture_output=True, text=True)
+
+
+def test_what_save_wrote_in_a_subfolder_is_no_change(repo: Repo):
+    (repo.path / "sub").mkdir()
+    repo.commit(**{"sub/model": MODEL})
+    for _ in range(2):
+        done = call(repo, "save", "model.py", "--budget", "0.3", "--quiet", below="sub")
+        assert done.returncode == 0, done.stderr
+
+
+def test_save_compare_and_history(repo: Repo):
+    run = functools.partial(call, repo)
     quick = ("model.py", "--budget", "0.3", "--quiet")
     done = run("compare", *quick)
     assert done.returncode == 5 and "`fxopt baseline save` makes one" in done.stderr
