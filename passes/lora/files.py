@@ -64,8 +64,9 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
 def load_adapter(module: nn.Module, directory: str | Path, name: str = "default") -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, and put it on the layers that it is for.
 
-    Layers that have no adapter yet get one; the graph is edited in place. The adapter counts at once where it is
-    the only one of a layer, else from `set_adapter` on. All of it is loaded or nothing.
+    Layers that have no adapter yet get one; the graph is edited in place. The adapter counts and trains at once where
+    it is the only one of a layer, else from `set_adapter` on. The first one freezes everything else but the modules
+    that are saved with it. All of it is loaded or nothing.
 
     Args:
         module: a captured module.

@@ -53,6 +53,9 @@ class Loading:
         for name, entry in by_name.items():
             form, weight = forms[name]
             from_entry(entry, form, start(form, weight, self._recipe(entry))[0], self.settings)
+        if not any(isinstance(child, Adapter) for child in self.module.modules()):
+            # As the pass `lora` leaves it; where that has been, what trains is the user's choice.
+            self.module.requires_grad_(False)
         for region in Program(self.module).regions:
             list(Insertion(region, self.adapter, lambda names, operator, weight: self._choose(names, by_name)).run())
             eliminate_dead(region)
@@ -114,17 +117,25 @@ class Loading:
                 if id(low) not in done:
                     from_entry(by_name[child.name], child.form, low, self.settings)
                     done.add(id(low))
+                if _counts(child, self.adapter):
+                    low.requires_grad_(True)
 
     def _load_whole(self) -> None:
         saved = {key.rpartition(".")[0] for key in self.rest}
+        layers = [child for child in self.module.modules() if isinstance(child, Adapter) and self.adapter in child]
+        trains = not layers or any(_counts(layer, self.adapter) for layer in layers)
         for key, tensor in self.rest.items():
             path, _, leaf = key.rpartition(".")
             owner = self.module.get_submodule(path)
             if leaf in owner._parameters:
                 old = owner._parameters[leaf]
                 assert old is not None
-                owner._parameters[leaf] = nn.Parameter(tensor.to(old).clone(), requires_grad=old.requires_grad)
+                owner._parameters[leaf] = nn.Parameter(tensor.to(old).clone(), requires_grad=trains or old.requires_grad)
             else:
                 owner._buffers[leaf] = tensor.clone()
         metadata = {"modules_to_save": tuple(sorted(saved))}
         self.module.__dict__.setdefault("lora_adapters", {})[self.adapter] = metadata
+
+
+def _counts(adapter: Adapter, name: str) -> bool:
+    return any(active == name for active, _ in adapter.active)

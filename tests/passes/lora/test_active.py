@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 from fxopt import capture
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule
 from passes import LoRA
-from passes.lora import disable, enable, merge, mixed_batch, set_adapter, trainable_parameters, unmerge, weighted
+from passes.lora import (
+    disable,
+    enable,
+    load_adapter,
+    merge,
+    mixed_batch,
+    save_adapter,
+    set_adapter,
+    trainable_parameters,
+    unmerge,
+    weighted,
+)
 from passes.lora.adapter import Adapter
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import MLP, EmbConv1D, Recurrents
 
 
-def two(model: torch.nn.Module | None = None, x: torch.Tensor | None = None) -> tuple[GraphModule, torch.Tensor]:
+def two(model: nn.Module | None = None, x: torch.Tensor | None = None) -> tuple[GraphModule, torch.Tensor]:
     x = torch.randn(4, 10) if x is None else x
     module = capture((model or MLP()).eval(), (x,)).module
     inject(module, LoRA(rank=2, targets=("*",), adapter="first"))
@@ -48,6 +62,24 @@ def test_switching_keeps_the_graph_and_chooses_what_trains() -> None:
     assert str(module.graph) == graph
     trains = {id(p) for p in trainable_parameters(module)}
     assert trains == {id(p) for name, p in module.named_parameters() if ".first." in name}
+
+
+def test_what_is_loaded_trains_and_nothing_else(tmp_path: Path) -> None:
+    def trained(module: GraphModule) -> set[str]:
+        trains = {id(parameter) for parameter in trainable_parameters(module)}
+        return {name for name, parameter in module.named_parameters() if id(parameter) in trains}
+
+    model = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    x = torch.randn(4, 10)
+    module = capture(model, (x,)).module
+    inject(module, LoRA(rank=2, targets=("0",), modules_to_save=("2",)))
+    expected = trained(module)
+    save_adapter(module, tmp_path)
+    fresh = capture(model, (x,)).module
+    load_adapter(fresh, tmp_path)
+    assert trained(fresh) == expected == {"lora.0.default.A", "lora.0.default.B", "2.weight", "2.bias"}
+    load_adapter(fresh, tmp_path, "second")
+    assert trained(fresh) == expected
 
 
 def test_disabled_it_is_the_model_without_adapters() -> None:
