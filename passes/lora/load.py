@@ -132,7 +132,9 @@ class Loading:
                 assert old is not None
                 owner._parameters[leaf] = nn.Parameter(tensor.to(old).clone(), requires_grad=trains or old.requires_grad)
             else:
-                owner._buffers[leaf] = tensor.clone()
+                buffer = owner._buffers[leaf]
+                assert buffer is not None
+                owner._buffers[leaf] = tensor.to(buffer).clone()
         metadata = {"modules_to_save": tuple(sorted(saved))}
         self.module.__dict__.setdefault("lora_adapters", {})[self.adapter] = metadata
 

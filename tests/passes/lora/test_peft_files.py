@@ -182,3 +182,19 @@ def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) ->
         error = rounding(from_peft(peft, plain, tmp_path)(x), expected)
         assert error <= ROUNDINGS * (20 if model in LOOSE else 1)
         merge(captured, (x,))
+
+
+def test_what_is_saved_whole_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
+    from passes import LoRA
+    from passes.lora.inject import inject
+
+    x = torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    captured = capture(model, (x,)).module
+    inject(captured, LoRA(targets=("0",), modules_to_save=("1",)))
+    save_adapter(captured, tmp_path)
+    wide = capture(model.double(), (x.double(),)).module
+    load_adapter(wide, tmp_path)
+    assert {value.dtype for value in wide.state_dict().values() if value.is_floating_point()} == {torch.float64}
+    assert wide.get_buffer("1.num_batches_tracked").dtype is torch.int64
+    wide(x.double())
