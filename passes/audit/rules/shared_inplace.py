@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -38,7 +38,8 @@ def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, 
     """Where `name` is read after the call, before it is bound anew."""
     end = (call.end_lineno or call.lineno, call.end_col_offset or 0)
     names = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
-    later = sorted((n for n in names if (n.lineno, n.col_offset) >= end), key=lambda n: (n.lineno, n.col_offset))
+    runs = [n for n in names if (n.lineno, n.col_offset) >= end and not _exclude(function, call, n)]
+    later = sorted(runs, key=lambda n: (n.lineno, n.col_offset))
     last = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
     rebinds = any(node in names and _binds(node) for node in ast.walk(statement) if isinstance(node, ast.Name))
     for node in later:
@@ -47,6 +48,22 @@ def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, 
             return None
         return None if _binds(node) else node
     return None
+
+
+def _exclude(function: ast.FunctionDef, first: ast.expr, second: ast.expr) -> bool:
+    """Whether no run gets to both: they are in two arms of a branch, or the first is in an arm that leaves."""
+    for branch in ast.walk(function):
+        if isinstance(branch, (ast.If, ast.IfExp)):
+            arms = [arm if isinstance(arm, list) else [arm] for arm in (branch.body, branch.orelse)]
+            for arm, other in (arms, arms[::-1]):
+                leaves = bool(arm) and isinstance(arm[-1], (ast.Return, ast.Raise)) and not _holds(arm, second)
+                if _holds(arm, first) and (leaves or _holds(other, second)):
+                    return True
+    return False
+
+
+def _holds(arm: Sequence[ast.AST], part: ast.expr) -> bool:
+    return any(node is part for each in arm for node in ast.walk(each))
 
 
 def _binds(node: ast.Name) -> bool:

@@ -1,0 +1,61 @@
+"""Code that only looks like a fault: nothing is found in it, and the fault beside it still is."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxopt.findings.search import subject_of
+from passes.audit import Audit
+
+CLASS = """
+class Module(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        {init}
+    def forward(self, x):
+        {forward}
+"""
+
+
+def rules(write, init: str, forward: str) -> set[str]:
+    lines = forward.replace("\n", "\n        ")
+    subject, notes = subject_of(f"{write(CLASS.format(init=init, forward=lines))}:Module", ["2x3"])
+    assert notes == ()
+    found = Audit().inspect(subject)
+    assert found.notes == ()
+    return {finding.rule for finding in found.findings}
+
+
+IN_PLACE = "self.act, self.pre = nn.ReLU(inplace=True), True"
+CODE = {
+    "arms that exclude each other": (
+        "FX107",
+        IN_PLACE,
+        "x = self.fc(x)\nif self.pre:\n    y = self.fc(self.act(x))\nelse:\n    y = self.fc(x)\nreturn y",
+        False,
+    ),
+    "an expression of two arms": (
+        "FX107",
+        IN_PLACE,
+        "x = self.fc(x)\ny = self.fc(self.act(x)) if self.pre else self.fc(x)\nreturn y",
+        False,
+    ),
+    "an arm that returns": (
+        "FX107",
+        IN_PLACE,
+        "x = self.fc(x)\nif self.pre:\n    y = self.act(x)\n    return self.fc(y)\nreturn self.fc(x)",
+        False,
+    ),
+    "behind the arms": (
+        "FX107",
+        IN_PLACE,
+        "x = self.fc(x)\nif self.pre:\n    y = self.act(x)\nelse:\n    y = self.fc(x)\nreturn y + self.fc(x)",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "init", "forward", "found"), CODE.values(), ids=CODE)
+def test_only_the_fault_is_found(rule, init, forward, found, write):
+    assert (rule in rules(write, init, forward)) is found
