@@ -86,7 +86,7 @@ class Adapter(nn.Module):
 
     Attributes:
         targets: all that targets may call the layer.
-        operator: what it computes.
+        operators: what the uses of its weight compute.
         bias_slot: the bias of the layer, where it has one.
         active: names of the adapters that count, each with a factor.
         merged: whether the weight holds the active adapters already.
@@ -106,7 +106,7 @@ class Adapter(nn.Module):
         self.slot = slot
         self.name = name
         self.targets: tuple[str, ...] = (name,)
-        self.operator = form.kind
+        self.operators: tuple[str, ...] = (form.kind,)
         self.bias_slot: str | None = None
         self.active: tuple[tuple[str, float], ...] = ()
         self.merged = False

@@ -85,7 +85,7 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
     if not by_module and form.kind == "matmul":
         a, b = b.T, a.T
     entry = Entry(adapter.name, a, b, low.scale, magnitude, None if low.bias is None else low.bias.detach())
-    if form.kind == "embedding" and by_module:
+    if isinstance(owner, nn.Embedding) and by_module and form.layout == "rows":
         entry = replace(entry, a=b.T, b=a.T, embedding=True)
     return replace(
         entry,

@@ -44,7 +44,11 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
     if name not in known:
         near = ", ".join(f"'{each}'" for each in nearest_names([name], known))
         raise ArtifactError(f"no adapter is called '{name}'; there are {near}")
-    found = {adapter.slot: adapter for adapter in adapters(module) if name in adapter}
+    found: dict[str, Adapter] = {}
+    for adapter in adapters(module):
+        if name in adapter:
+            # Of several uses of one weight the first, which is the weight as a whole where one is that.
+            found.setdefault(adapter.slot, adapter)
     entries = [to_entry(module, adapter, name) for adapter in found.values()]
     saved = _saved(module, name)
     config = from_settings(module, entries, [path for path, _ in saved], _one(found, name))

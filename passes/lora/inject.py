@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, get_args
 
@@ -106,24 +106,24 @@ class LoRA(Pass):
             share = 100 * trainable / total
             yield Change(f"{trainable:,} of {total:,} parameters train ({share:.2g} %)", f"adapter '{self.adapter}'")
 
-    def _recipe(self, names: tuple[str, ...], operator: str, weight: nn.Parameter) -> Recipe | None:
+    def _recipe(self, names: tuple[str, ...], operators: Collection[str], weight: nn.Parameter) -> Recipe | None:
         shape = tuple(weight.shape)
-        if not any(is_meant(target, names, operator, shape) for target in self.targets):
+        if not any(is_meant(target, names, operators, shape) for target in self.targets):
             return None
-        if any(is_meant(target, names, operator, shape) for target in self.exclude):
+        if any(is_meant(target, names, operators, shape) for target in self.exclude):
             return None
-        rank = first_meant(self.rank_pattern, names, operator, shape) or self.rank
-        alpha = first_meant(self.alpha_pattern, names, operator, shape)
+        rank = first_meant(self.rank_pattern, names, operators, shape) or self.rank
+        alpha = first_meant(self.alpha_pattern, names, operators, shape)
         if alpha is None:
             alpha = rank if self.alpha is None else self.alpha
-        rows = int(shape[1] if operator == "matmul" else shape[0]) if shape else 0
+        rows = int(shape[1] if "matmul" in operators else shape[0]) if shape else 0
         cut = tuple(ranges(each, rows) for each in self.slices)
         return Recipe(rank, alpha, self.rslora, self.dora, self.dropout, self.init, self.bits, cut)
 
     def _saved(self, module: GraphModule) -> dict[str, nn.Module]:
         found = {}
         for pattern in self.modules_to_save:
-            names = [name for name, _ in module.named_modules() if name and is_meant(pattern, (name,), "", ())]
+            names = [name for name, _ in module.named_modules() if name and is_meant(pattern, (name,), (), ())]
             if not names:
                 every = [name for name, _ in module.named_modules() if name]
                 near = ", ".join(f"'{name}'" for name in nearest_names([pattern], every))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.fx as fx
@@ -17,16 +17,16 @@ from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
 from passes.lora.sites import Site, find_sites, whole_weight
 from passes.lora.tail import loosen
 
-Choose = Callable[[tuple[str, ...], str, nn.Parameter], "Recipe | Skip | None"]
+Choose = Callable[[tuple[str, ...], Collection[str], nn.Parameter], "Recipe | Skip | None"]
 
 
 class Insertion:
-    """Adds one adapter to all layers of a region that are chosen.
+    """Adds one adapter to all weights of a region that are chosen, wherever they are used.
 
     Args:
         region: to edit.
         adapter: the name of the new adapter.
-        choose: what a layer of these names, this operator and this weight gets, or None for nothing.
+        choose: what a layer of these names, these operators and this weight gets, or None for nothing.
     """
 
     def __init__(self, region: Region, adapter: str, choose: Choose):
@@ -50,26 +50,29 @@ class Insertion:
                 found = self._extend(module)
                 if found is not None:
                     yield found
+        by_slot: dict[str, list[Site]] = {}
         for site in list(find_sites(region)):
-            if isinstance(site, Skip):
-                if self._choose((site.where,), "", nn.Parameter(torch.empty(0))) is not None:
-                    yield site
-            elif not self._has_adapter(site):
-                outcome = self._insert(site)
-                if outcome is not None:
-                    yield outcome
+            if isinstance(site, Site):
+                by_slot.setdefault(site.slot, []).append(site)
+            elif self._choose((site.where,), (), nn.Parameter(torch.empty(0))) is not None:
+                yield site
+        for sites in by_slot.values():
+            yield from self._insert_all([site for site in sites if not self._has_adapter(site)])
 
     def _extend(self, module: Adapter) -> Change | Skip | None:
         if self._adapter in module:
             return None
         weight = parameter_of(self._region.program.root, module.slot)
-        recipe = self._choose(module.targets, module.operator, weight)
+        recipe = self._choose(module.targets, module.operators, weight)
         if not isinstance(recipe, Recipe):
             return recipe
+        reason = self._why_not_shared(module.form, weight, recipe)
+        if reason is not None:
+            return Skip(module.name, reason)
         if recipe.dora and isinstance(module, LayerAdapter) and not module.takes_weight:
             reason = f"its adapters {', '.join(module.names)} have no DoRA, so its call does not hand on the weight"
             return Skip(module.name, reason)
-        made = self._low_rank(module.form, weight, recipe, module.name)
+        made = self._factors(module.form, weight, recipe, module.name)
         if isinstance(made, Skip):
             return made
         module.add_module(self._adapter, made.train(module.training))
@@ -83,17 +86,30 @@ class Insertion:
         users = [user for user in site.node.users if user.op == "call_module"]
         return any(isinstance(self._region.submodule(user), Adapter) for user in users)
 
-    def _insert(self, site: Site) -> Change | Skip | None:
-        recipe = self._choose(site.names, site.operator, site.weight)
+    def _insert_all(self, sites: Sequence[Site]) -> Iterator[Change | Skip]:
+        """One parameter is adapted at all of its uses or at none: its weight can't hold an update for some."""
+        if not sites:
+            return
+        names = tuple(dict.fromkeys(name for site in sites for name in site.names))
+        operators = tuple(dict.fromkeys(site.operator for site in sites))
+        recipe = self._choose(names, operators, sites[0].weight)
+        if isinstance(recipe, Skip):
+            yield recipe
         if not isinstance(recipe, Recipe):
-            return recipe
-        reason = self._why_not(site, recipe)
-        if reason is not None:
-            return Skip(site.name, reason, source_of(site.node))
+            return
+        for site in sites:
+            reason = self._why_not(site, sites, recipe)
+            if reason is not None:
+                yield Skip(site.name, reason, source_of(site.node))
+                return
+        yield from (self._insert(site, names, operators, recipe) for site in sites)
+
+    def _insert(self, site: Site, names: tuple[str, ...], operators: tuple[str, ...], recipe: Recipe) -> Change | Skip:
         site = whole_weight(site, self._region) if recipe.whole else site
         adapter = self._adapter_of(site, recipe)
         if isinstance(adapter, Skip):
             return adapter
+        adapter.targets, adapter.operators = names, operators
         if site.inner:
             self._put_inside(site, adapter)
         elif site.input is None:
@@ -102,18 +118,29 @@ class Insertion:
             self._behind_layer(site, adapter)
         return Change(_words(recipe, adapter[self._adapter]), site.name, source_of(site.node))
 
-    def _why_not(self, site: Site, recipe: Recipe) -> str | None:
-        for known in self._known.get(id(site.weight), ()):
-            if known.form.layout != site.form.layout:
-                return f"'{known.name}' shares its weight and sees it transposed"
-            if recipe.dora and known.form.starts_normal != site.form.starts_normal:
-                return f"'{known.name}' shares its weight and DoRA measures it along its other axis there"
+    def _why_not(self, site: Site, sites: Sequence[Site], recipe: Recipe) -> str | None:
+        for other in sites:
+            if other.form.layout != site.form.layout:
+                return f"it is read as a '{other.form.kind}' too, whose update has another form"
+            if recipe.dora and other.form.starts_normal != site.form.starts_normal:
+                return f"it is read as a '{other.form.kind}' too, for which DoRA measures it along its other axis"
+        reason = self._why_not_shared(site.form, site.weight, recipe)
+        if reason is not None:
+            return reason
         if recipe.init not in MOVES_WEIGHT:
             return None
         if not can_take_out(site.form):
             return f"init '{recipe.init}' takes the weight as one matrix, its groups have several"
         if isinstance(site.node, fx.Node) and self._is_tied(site):
             return f"its weight is tied and init '{recipe.init}' would change it elsewhere"
+        return None
+
+    def _why_not_shared(self, form: Form, weight: nn.Parameter, recipe: Recipe) -> str | None:
+        for known in self._known.get(id(weight), ()):
+            if known.form.layout != form.layout:
+                return f"'{known.name}' shares its weight and sees it transposed"
+            if recipe.dora and known.form.starts_normal != form.starts_normal:
+                return f"'{known.name}' shares its weight and DoRA measures it along its other axis there"
         return None
 
     def _is_tied(self, site: Site) -> bool:
@@ -123,32 +150,36 @@ class Insertion:
 
     def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter | Skip:
         """The adapter of the parameter: shared with all other sites that read it."""
-        known = self._known.get(id(site.weight), [])
+        # Not that of the site: an init of an earlier one may have put another in its place.
+        weight = parameter_of(self._region.program.root, site.slot)
+        known = self._known.get(id(weight), [])
         kind = WeightAdapter if site.input is None else LayerAdapter
         same = next((a for a in known if a.form == site.form and type(a) is kind and self._adapter in a), None)
         if same is not None:
             return same
         adapter = kind(site.form, site.slot, site.name)
-        adapter.targets, adapter.operator = site.names, site.operator
-        twin = next((a for a in known if self._adapter in a), None)
-        made: LowRank | Skip
-        made = twin[self._adapter] if twin else self._low_rank(site.form, site.weight, recipe, site.name)
+        made = self._factors(site.form, weight, recipe, site.name)
         if isinstance(made, Skip):
             return made
         adapter.add_module(self._adapter, made)
         adapter.active = ((self._adapter, 1.0),)
         adapter.bias_slot = site.bias_slot
-        self._remember(adapter, parameter_of(self._region.program.root, site.slot))
+        self._remember(adapter)
         return adapter
 
-    def _low_rank(self, form: Form, weight: nn.Parameter, recipe: Recipe, name: str) -> LowRank | Skip:
+    def _factors(self, form: Form, weight: nn.Parameter, recipe: Recipe, name: str) -> LowRank | Skip:
+        """Those that another use of the weight has, else new ones."""
+        twin = next((known for known in self._known.get(id(weight), ()) if self._adapter in known), None)
+        if twin is not None:
+            return twin[self._adapter]
         rows = form.shapes(1)[1][0]
         for low, high in recipe.slices:
             if high > rows:
                 return Skip(name, f"it has {rows} outputs, none from {low} to {high}")
         made, left = start(form, weight, recipe)
         if left is not None:
-            replace_parameter(self._region.program.root, weight, left)
+            new = replace_parameter(self._region.program.root, weight, left)
+            self._known[id(new)] = self._known.pop(id(weight), [])
         return made
 
     def _behind_layer(self, site: Site, adapter: Adapter) -> None:
@@ -198,9 +229,8 @@ class Insertion:
             self._calls[adapter] = self._region.add_module(f"{inside.HOLDER}.{_flat(adapter.name)}", adapter)
         return self._calls[adapter]
 
-    def _remember(self, adapter: Adapter, weight: nn.Parameter | None = None) -> None:
-        if weight is None:
-            weight = parameter_of(self._region.program.root, adapter.slot)
+    def _remember(self, adapter: Adapter) -> None:
+        weight = parameter_of(self._region.program.root, adapter.slot)
         self._known.setdefault(id(weight), []).append(adapter)
 
 
@@ -212,13 +242,14 @@ def parameter_of(root: nn.Module, slot: str) -> nn.Parameter:
     return found
 
 
-def replace_parameter(root: nn.Module, old: nn.Parameter, value: torch.Tensor) -> None:
-    """Put a new parameter in the place of another, under all of its names."""
+def replace_parameter(root: nn.Module, old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
+    """Put a new parameter in the place of another, under all of its names, and return it."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     for module in root.modules():
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
+    return new
 
 
 def _flat(name: str) -> str:

@@ -57,7 +57,7 @@ class Loading:
             # As the pass `lora` leaves it; where that has been, what trains is the user's choice.
             self.module.requires_grad_(False)
         for region in Program(self.module).regions:
-            list(Insertion(region, self.adapter, lambda names, operator, weight: self._choose(names, by_name)).run())
+            list(Insertion(region, self.adapter, lambda names, operators, weight: self._choose(names, by_name)).run())
             eliminate_dead(region)
             region.graph.lint()
             region.module.recompile()
@@ -130,7 +130,9 @@ class Loading:
             if leaf in owner._parameters:
                 old = owner._parameters[leaf]
                 assert old is not None
-                owner._parameters[leaf] = nn.Parameter(tensor.to(old).clone(), requires_grad=trains or old.requires_grad)
+                owner._parameters[leaf] = nn.Parameter(
+                    tensor.to(old).clone(), requires_grad=trains or old.requires_grad
+                )
             else:
                 buffer = owner._buffers[leaf]
                 assert buffer is not None

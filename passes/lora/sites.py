@@ -52,25 +52,23 @@ class Site:
 
 
 def find_sites(region: Region) -> Iterator[Site | Skip]:
-    """All sites of a region in the order of its graph."""
+    """All sites of a region: weights that are read as a whole, then layers in the order of its graph."""
     uses = {node: _read(node, region) for node in region.graph.nodes}
     layouts: dict[str, set[str]] = defaultdict(set)
     for found in uses.values():
         if isinstance(found, Site):
             layouts[found.slot].add(found.form.layout)
-    whole = {}
-    for node in region.graph.nodes:
-        site = _whole_weight(node, region, uses, layouts) if node.op == "get_attr" else None
-        if site is not None:
-            whole[site.slot] = site
-            yield site
+    reads = [read for node in region.graph.nodes if (read := _whole_weight(node, region)) is not None]
+    # All reads of a parameter are adapted as a whole if one has to be, lest its layers are left out.
+    whole = {read.slot for read in reads if not _is_of_layers(read, uses, layouts, region)}
+    yield from (read for read in reads if read.slot in whole)
     for node, found in uses.items():
         if node.op == "call_module" and inside.is_adaptable(region.submodule(node)):
             yield from _inside(node, region)
         elif node.op == "call_module" and inside.has_no_form(region.submodule(node)):
             kind = type(region.submodule(node)).__name__
             yield Skip(region.qualified(node), f"adapters have no form for '{kind}'", source_of(node))
-        elif isinstance(found, Skip) or (found is not None and found.slot not in whole):
+        elif isinstance(found, Skip) or (found is not None and (node.op == "call_module" or found.slot not in whole)):
             yield found
 
 
@@ -165,17 +163,19 @@ def _product(node: fx.Node, region: Region) -> Site | None:
     return Site(node, _names(slot), slot, found.weight, form, found.kind, found.input, bias_slot)
 
 
-def _whole_weight(
-    node: fx.Node, region: Region, uses: Mapping[fx.Node, Any], layouts: Mapping[str, set[str]]
-) -> Site | None:
-    """A parameter that something other than a known layer reads, or layers that see it in different forms."""
+def _whole_weight(node: fx.Node, region: Region) -> Site | None:
+    """What `node` reads, as a weight to be adapted as a whole."""
     parameter = read_parameter(node, region)
     if parameter is None or parameter.dim() < 2:
         return None
     slot = _slot(node, "weight", node, region)
-    if all(_is_layer_of(user, slot, uses, region) for user in node.users) and len(layouts[slot]) == 1:
-        return None
     return Site(node, _names(slot), slot, parameter, form_of("weight", parameter.shape, {}), "weight")
+
+
+def _is_of_layers(read: Site, uses: Mapping[fx.Node, Any], layouts: Mapping[str, set[str]], region: Region) -> bool:
+    """Whether nothing other than known layers uses what is read, and they see it in one form."""
+    one_form = len(layouts[read.slot]) == 1
+    return one_form and all(_is_layer_of(user, read.slot, uses, region) for user in read.node.users)
 
 
 def _is_layer_of(user: fx.Node, slot: str, uses: Mapping[fx.Node, Any], region: Region) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -42,23 +42,23 @@ def check_target(target: str, option: str) -> None:
         raise SpecError(f"lora: '{option}' holds an empty text; it would match nothing")
 
 
-def is_meant(target: str, names: Iterable[str], operator: str, shape: Sequence[int]) -> bool:
-    """Whether a target means a layer.
+def is_meant(target: str, names: Iterable[str], operators: Collection[str], shape: Sequence[int]) -> bool:
+    """Whether a target means a weight.
 
     Args:
         target: `all-linear`; `re:` and a regular expression that matches all of a name; `op:conv2d`;
             `shape:768x*`, of the weight; a glob over the name; or a name, or its end after a dot.
-        names: what the layer may be called.
-        operator: what it computes.
-        shape: of its weight.
+        names: what the layer that has it may be called.
+        operators: what its uses compute.
+        shape: of it.
     """
     if target == ALL_LINEAR:
-        return operator in _LINEAR
+        return any(operator in _LINEAR for operator in operators)
     kind, colon, rest = target.partition(":")
     if colon and kind == "re":
         return any(re.fullmatch(rest, name) for name in names)
     if colon and kind == "op":
-        return operator == rest
+        return rest in operators
     if colon and kind == "shape":
         wanted = rest.split("x")
         return len(wanted) == len(shape) and all(w in ("*", str(n)) for w, n in zip(wanted, shape, strict=True))
@@ -67,9 +67,11 @@ def is_meant(target: str, names: Iterable[str], operator: str, shape: Sequence[i
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
-def first_meant(patterns: Mapping[str, V], names: Sequence[str], operator: str, shape: Sequence[int]) -> V | None:
-    """The value of the first pattern that means a layer, or None."""
-    return next((value for key, value in patterns.items() if is_meant(key, names, operator, shape)), None)
+def first_meant(
+    patterns: Mapping[str, V], names: Sequence[str], operators: Collection[str], shape: Sequence[int]
+) -> V | None:
+    """The value of the first pattern that means a weight, or None."""
+    return next((value for key, value in patterns.items() if is_meant(key, names, operators, shape)), None)
 
 
 def nearest_names(targets: Iterable[str], names: Iterable[str], count: int = 5) -> list[str]:

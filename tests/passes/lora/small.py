@@ -105,6 +105,29 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.embed(ids))))
 
 
+class TiedByFunction(nn.Module):
+    """The head is a function of the table of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.body = nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.body(self.embed(ids))), self.embed.weight)
+
+
+class AlsoAWhole(nn.Module):
+    """The weight of a layer is read once more, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.enc(x)), self.enc.weight.t())
+
+
 class TwoNames(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import (
     MHA,
     MLP,
+    AlsoAWhole,
     ConvNet,
     EmbConv1D,
     Functional,
@@ -34,6 +35,7 @@ from tests.passes.lora.small import (
     Opaque,
     Recurrents,
     Tied,
+    TiedByFunction,
     TwoNames,
     floats,
     ints,
@@ -80,6 +82,8 @@ CASES: dict[str, Case] = {
         + ["gru.weight_ih_l0", "gru.weight_hh_l0"],
     ),
     "tied": (Tied, ints(3, 7), ["embed", "body", "head"]),
+    "tied by a function": (TiedByFunction, ints(3, 7), ["embed", "body"]),
+    "also a whole": (AlsoAWhole, floats(3, 8), ["enc"]),
     "two names": (TwoNames, floats(3, 8), ["first", "first"]),
     "opaque": (Opaque, floats(3, 8), ["head", "gate.left", "gate.right"]),
     "transformer": (
@@ -219,6 +223,21 @@ def test_shared_weights_stay_shared() -> None:
     randomize(module)
     merge(module, (x,))
     assert module.get_parameter("embed.weight") is module.get_parameter("head.weight")
+
+
+def test_uses_that_no_one_update_fits_are_a_skip() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * self.conv.weight.norm()
+
+    module = capture(Penalised(), (torch.randn(2, 4, 9),)).module
+    (skip,) = LoRA(targets=("*",)).run(fxopt.graph.Program(module).regions[0])
+    assert isinstance(skip, Skip)
+    assert skip.reason == "it is read as a 'conv1d' too, whose update has another form"
 
 
 def test_one_module_has_one_adapter() -> None:

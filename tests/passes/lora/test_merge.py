@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,10 @@ from fxopt.capture import Captured
 from fxopt.errors import PassError
 from fxopt.pipeline import run_passes
 from passes import QAT, Clean, Fuse, LoRA, LoRAMerge
-from passes.lora import load_adapter, merge, save_adapter, trainable_parameters, unmerge
+from passes.lora import load_adapter, merge, save_adapter, set_adapter, trainable_parameters, unmerge
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
-from tests.passes.lora.small import MLP, Opaque, Tied, TwoNames
+from tests.passes.lora.small import MLP, AlsoAWhole, Opaque, Tied, TiedByFunction, TwoNames
 from tests.passes.lora.test_inject import CASES
 
 
@@ -54,6 +56,29 @@ def test_a_tied_weight_that_is_adapted_at_one_place_only() -> None:
         assert not torch.equal(module.get_parameter("head.weight"), embedding)
         unmerge(module)
         assert module.get_parameter("head.weight") is embedding
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize("targets", [("all-linear",), ("op:embedding", "op:weight")])
+@pytest.mark.parametrize("build", [TiedByFunction, AlsoAWhole])
+def test_a_weight_that_is_meant_at_one_use_is_adapted_at_all(
+    build: type[nn.Module], targets: tuple[str, ...], init: str, tmp_path: Path
+) -> None:
+    model, x = build().eval(), torch.randint(0, 20, (3, 7)) if build is TiedByFunction else torch.randn(3, 8)
+    module = adapted(model, x, targets=targets, init=init).module
+    with torch.no_grad():
+        assert not torch.allclose(module(x), model(x), atol=1e-2)
+    inject(module, LoRA(rank=2, targets=targets, adapter="second"))
+    randomize(module)
+    save_adapter(module, tmp_path)
+    fresh = capture(model, (x,)).module
+    load_adapter(fresh, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(fresh(x), module(x), atol=1e-4)
+        set_adapter(module, "second")
+        expected = module(x)
+        merge(module)
+        assert torch.allclose(module(x), expected, atol=1e-4)
 
 
 def test_one_module_under_two_names() -> None:
