@@ -14,7 +14,7 @@ from passes.lora import inside
 from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
 from passes.lora.forms import Form
 from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
-from passes.lora.sites import Site, find_sites, whole_weight
+from passes.lora.sites import Site, adapter_behind, find_sites, whole_weight
 from passes.lora.tail import loosen
 
 Choose = Callable[[tuple[str, ...], Collection[str], nn.Parameter], "Recipe | Skip | None"]
@@ -83,8 +83,7 @@ class Insertion:
         if site.inner:
             holder = self._region.submodule(site.node)._modules.get(inside.HOLDER)
             return holder is not None and _flat(site.inner) in holder._modules
-        users = [user for user in site.node.users if user.op == "call_module"]
-        return any(isinstance(self._region.submodule(user), Adapter) for user in users)
+        return adapter_behind(site.node, self._region) is not None
 
     def _insert_all(self, sites: Sequence[Site]) -> Iterator[Change | Skip]:
         """One parameter is adapted at all of its uses or at none: its weight can't hold an update for some."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.graph import Affine, Region, read_affine, read_parameter, read_product, source_of
-from fxopt.modules import Fused
+from fxopt.modules import Fused, Mask
 from passes.lora import inside
 from passes.lora.adapter import Adapter
 from passes.lora.forms import Form, form_of
@@ -70,6 +70,26 @@ def find_sites(region: Region) -> Iterator[Site | Skip]:
             yield Skip(region.qualified(node), f"adapters have no form for '{kind}'", source_of(node))
         elif isinstance(found, Skip) or (found is not None and (node.op == "call_module" or found.slot not in whole)):
             yield found
+
+
+def adapter_behind(node: fx.Node, region: Region) -> Adapter | None:
+    """The adapter that the value of a layer, or of the read of a weight, goes through."""
+    for user, value in uses_of(node, region):
+        module = region.submodule(user) if user.op == "call_module" else None
+        # The input of a layer is an argument too, and so is the weight where DoRA needs it.
+        if isinstance(module, Adapter) and user.args[:2][-1] is value:
+            return module
+    return None
+
+
+def uses_of(node: fx.Node, region: Region) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What uses the value of a node, past casts and masks that other passes put in, and which argument that is."""
+    for user in node.users:
+        masks = user.op == "call_module" and isinstance(region.submodule(user), Mask)
+        if masks or (user.op == "call_method" and user.target == "to"):
+            yield from uses_of(user, region)
+        else:
+            yield user, node
 
 
 def whole_weight(site: Site, region: Region) -> Site:

@@ -53,6 +53,14 @@ def test_added_adapters_share_the_call() -> None:
     assert found[0]["second"].rank == 3
 
 
+def test_a_layer_right_before_one_that_has_an_adapter_gets_its_own() -> None:
+    module = capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (torch.randn(2, 4),)).module
+    for name, target in (("first", "1"), ("second", "0")):
+        inject(module, LoRA(targets=(target,), adapter=name))
+    found = {child.name: child.names for child in module.modules() if isinstance(child, Adapter)}
+    assert found == {"1": ("first",), "0": ("second",)}
+
+
 def test_switching_keeps_the_graph_and_chooses_what_trains() -> None:
     module, x = two()
     graph = str(module.graph)
