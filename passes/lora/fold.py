@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxopt.errors import PassError, VerifyError
-from fxopt.graph import GraphModule
+from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 from fxopt.modules import Fused, Mask
 from fxopt.modules.mask import SUFFIX
@@ -17,6 +19,8 @@ from fxopt.verify import TOLERANCE, relative_error
 from passes.lora.active import adapters
 from passes.lora.adapter import Adapter, LayerAdapter
 from passes.lora.forms import Conv
+from passes.lora.inside import Adapted
+from passes.lora.sites import adapter_behind, uses_of
 
 
 def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) -> None:
@@ -35,8 +39,9 @@ def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) ->
         VerifyError: the outputs differ by more than rounding.
     """
     found = [adapter for adapter in adapters(module) if not adapter.merged]
+    program = functools.cache(Program)
     for adapter in found:
-        reason = why_not(module, adapter, keep_zeros)
+        reason = why_not(program(_captured(module, adapter)), adapter, keep_zeros)
         if reason is not None:
             raise PassError(f"lora: '{adapter.name}' can't be merged: {reason}")
     before = _outputs(module, inputs)
@@ -83,9 +88,12 @@ def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:
             _put(owner, leaf, nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad))
 
 
-def why_not(module: nn.Module, adapter: Adapter, keep_zeros: bool) -> str | None:
+def why_not(program: Program, adapter: Adapter, keep_zeros: bool) -> str | None:
     """What keeps a weight from holding its adapters; None if nothing does."""
-    owner, leaf = slot_of(module, adapter)
+    owner, leaf = slot_of(program.root, adapter)
+    others = ", ".join(f"'{name}'" for name in _read_plain(program, owner, leaf))
+    if others:
+        return f"its weight is read without the adapter by {others}"
     masked = isinstance(owner._modules.get(leaf + SUFFIX), Mask)
     if masked and isinstance(adapter, LayerAdapter) and not keep_zeros:
         return "its weight has a mask, which would drop part of the update; merge with keep_zeros"
@@ -100,13 +108,35 @@ def why_not(module: nn.Module, adapter: Adapter, keep_zeros: bool) -> str | None
     return None
 
 
+def _read_plain(program: Program, owner: nn.Module, leaf: str) -> Iterator[str]:
+    """The uses of a parameter that go through no adapter of it."""
+    weight = owner._parameters[leaf]
+    assert weight is not None
+    for reader in program.readers(weight):
+        region = program.region_of(reader)
+        if reader.op == "get_attr":
+            path, _, name = str(reader.target).rpartition(".")
+            # What is tied under another name is not written.
+            mine = region.module.get_submodule(path) is owner and name == leaf
+            uses = [use for use, _ in uses_of(reader, region)] if mine else []
+        else:
+            uses = [reader] if any(child is owner for child in region.submodule(reader).modules()) else []
+        for use in uses:
+            called = region.submodule(use) if use.op == "call_module" else None
+            if isinstance(called, Adapted):
+                continue
+            found = called if isinstance(called, Adapter) else adapter_behind(use, region)
+            if found is None or slot_of(program.root, found) != (owner, leaf):
+                yield region.qualified(use)
+
+
 def slot_of(module: nn.Module, adapter: Adapter, slot: str | None = None) -> tuple[nn.Module, str]:
     """The module and the name there of the parameter that an adapter is for, or of another one."""
     path, _, leaf = (slot or adapter.slot).rpartition(".")
     return _captured(module, adapter).get_submodule(path), leaf
 
 
-def _captured(module: nn.Module, adapter: Adapter) -> nn.Module:
+def _captured(module: nn.Module, adapter: Adapter) -> GraphModule:
     """The outermost captured module that holds an adapter: its names count from there."""
     if isinstance(module, GraphModule):
         return module

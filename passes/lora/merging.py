@@ -69,14 +69,14 @@ class LoRAMerge(Pass):
             region.program.replace_module(module, inside.plain(module))
 
     def _fold(self, adapter: Adapter, region: Region) -> str | None:
-        root = region.program.root
         if adapter.merged:
             return None
-        reason = why_not(root, adapter, self.keep_zeros)
+        reason = why_not(region.program, adapter, self.keep_zeros)
         if reason is None:
             # All that share a weight are merged together, so that what was tied stays tied.
-            every = [child for child in root.modules() if isinstance(child, Adapter) and not child.merged]
-            fold(root, [child for child in every if why_not(root, child, self.keep_zeros) is None], self.keep_zeros)
+            program, zeros = region.program, self.keep_zeros
+            every = [child for child in program.root.modules() if isinstance(child, Adapter) and not child.merged]
+            fold(program.root, [child for child in every if why_not(program, child, zeros) is None], zeros)
         return reason
 
 

@@ -81,6 +81,18 @@ def test_a_weight_that_is_meant_at_one_use_is_adapted_at_all(
         assert torch.allclose(module(x), expected, atol=1e-4)
 
 
+def test_a_weight_that_is_also_read_without_its_adapter() -> None:
+    class Limited(TiedByFunction):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed.max_norm = 100.0
+
+    module = adapted(Limited(), torch.randint(0, 20, (3, 7))).module
+    reason = "its weight is read without the adapter by 'embed'"
+    with pytest.raises(PassError, match=f"'embed' can't be merged: {reason}"):
+        merge(module)
+
+
 def test_one_module_under_two_names() -> None:
     """PEFT folds the adapter in once a name: outputs were 5.9 off."""
     x = torch.randn(3, 8)
