@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
-from fxopt.findings import Finding
-from passes.audit.evidence import Evidence
+from fxopt.findings import Finding, Place
+from passes.audit.evidence import Evidence, code
 from passes.audit.evidence.trail import DANGEROUS, divisor, epsilon, through
 from passes.audit.rule import Rule
+
+
+def _follows_type(place: Place) -> bool:
+    """Whether the number is computed there from the type of a tensor: it is another one in float16."""
+    tree = code.syntax(place.path)
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
+    around = [node for node in statements if node.lineno <= place.line <= (node.end_lineno or node.lineno)]
+    calls = [node for node in ast.walk(around[-1]) if isinstance(node, ast.Call)] if around else []
+    asked = [call.args[0] for call in calls if ast.unparse(call.func).endswith("finfo") and call.args]
+    return any(not ast.unparse(kind).startswith("torch.") for kind in asked)
 
 
 class EpsilonUnderflows(Rule):
     """An epsilon that is zero in float16.
 
-    Below 6e-8 a number rounds to zero in float16: the guard against a division by zero is gone.
+    Below 6e-8 a number rounds to zero in float16: the guard against a division by zero is gone. One that is computed
+    from the type of a tensor, `torch.finfo(x.dtype).tiny`, is another one there.
 
     Bad:
         x / (x.norm(dim=-1, keepdim=True) + 1e-8)
@@ -39,7 +51,7 @@ class EpsilonUnderflows(Rule):
             if guard is None or guard.place is None or epsilon(guard) >= 2.9e-8:
                 continue
             key = (guard.place.path, guard.place.line)
-            if key not in reported:
+            if key not in reported and not _follows_type(guard.place):
                 reported.add(key)
                 message = f"{epsilon(guard):g} is 0 in float16, and '{step.name.strip('_')}' relies on it"
                 yield self.found(message, guard.place, step.module)

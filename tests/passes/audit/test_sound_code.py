@@ -53,6 +53,18 @@ CODE = {
         "x = self.fc(x)\nif self.pre:\n    y = self.act(x)\nelse:\n    y = self.fc(x)\nreturn y + self.fc(x)",
         True,
     ),
+    "a clamp by the type": (
+        "FX301",
+        "",
+        "return self.fc(x).abs().clamp(\n    min=torch.finfo(x.dtype).tiny\n).log()",
+        False,
+    ),
+    "a clamp by another type": (
+        "FX301",
+        "",
+        "return self.fc(x).abs().clamp(min=torch.finfo(torch.float32).tiny).log()",
+        True,
+    ),
 }
 
 
