@@ -92,6 +92,7 @@ class Forward:
         given: the spread of the first input that has one.
         layers: the spread of what each module returned, in the order in which they did so first.
         results: the spread of each output of the model.
+        returned: numbers of the tensors that the model returned.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -104,6 +105,7 @@ class Forward:
     given: Spread | None = None
     layers: dict[str, Spread] = field(default_factory=dict)
     results: list[Spread] = field(default_factory=list)
+    returned: set[int] = field(default_factory=set)
 
     def made(self) -> dict[int, Step]:
         """The step that made each tensor first."""
@@ -217,8 +219,9 @@ def run_forward(subject: Subject) -> Forward:
     module = copied(subject, training=False)
     with kept(), torch.no_grad():
         try:
-            with telling_modules(module, stack), _measured(module, seen), Watch(seen, stack), Tape(seen, stack):
+            with telling_modules(module, stack), _measured(module, seen), Watch(seen, stack), Tape(seen, stack) as tape:
                 first = call(module, subject)
+            seen.returned = {tape.number(tensor) for tensor in tensors(first)}
             seen.results = [found for tensor in floating(first) if (found := spread(tensor)) is not None]
             inputs = pytree.tree_leaves((subject.inputs.args, dict(subject.inputs.kwargs)))
             spreads = (spread(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor))

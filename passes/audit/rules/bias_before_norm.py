@@ -36,11 +36,19 @@ class BiasBeforeNorm(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        steps = evidence.forward.steps if evidence.forward else []
-        layers = {number: step for step in steps if step.name in _LAYERS for number in step.outputs}
-        for step in steps:
-            layer = layers.get(step.inputs[0].number) if step.name == "batch_norm" and step.inputs else None
-            module = evidence.module_at(layer.module) if layer else None
-            if layer is not None and isinstance(module, _KINDS) and module.bias is not None:
-                path = layer.module
+        seen = evidence.forward
+        if seen is None:
+            return
+        readers: dict[int, list[str]] = {}
+        layers: dict[str, set[int]] = {}
+        for step in seen.steps:
+            if step.name in _LAYERS:
+                layers.setdefault(step.module, set()).update(step.outputs)
+            for value in step.inputs if step.outputs else []:  # what gives no tensor asks for the shape
+                readers.setdefault(value.number, []).append(step.name)
+        for path, outputs in layers.items():
+            module = evidence.module_at(path)
+            read = [name for number in outputs for name in readers.get(number, ["nothing"])]
+            only_norms = set(read) == {"batch_norm"} and not outputs & seen.returned
+            if only_norms and isinstance(module, _KINDS) and module.bias is not None:
                 yield self.found(f"the bias of '{path}' has no effect", place_of(evidence, path, ""), path)

@@ -28,6 +28,8 @@ def rules(write, init: str, forward: str) -> set[str]:
 
 
 IN_PLACE = "self.act, self.pre = nn.ReLU(inplace=True), True"
+NORM = "self.bn = nn.BatchNorm1d(3)"
+TWO_NORMS = "y = self.fc(x)\nreturn self.bn(y) + self.other(y)"
 CODE = {
     "arms that exclude each other": (
         "FX107",
@@ -65,6 +67,10 @@ CODE = {
         "return self.fc(x).abs().clamp(min=torch.finfo(torch.float32).tiny).log()",
         True,
     ),
+    "a norm beside another reader": ("FX601", NORM, "y = self.fc(x)\nreturn self.bn(y) + y", False),
+    "a norm of what is returned": ("FX601", NORM, "y = self.fc(x)\nreturn self.bn(y), y", False),
+    "a norm behind one call of two": ("FX601", NORM, "return self.bn(self.fc(x)) + self.fc(-x)", False),
+    "two norms": ("FX601", f"{NORM}\n        self.other = nn.BatchNorm1d(3)", TWO_NORMS, True),
 }
 
 
