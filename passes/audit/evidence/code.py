@@ -158,6 +158,17 @@ def _sets(statement: ast.stmt) -> set[str]:
     return {name for target in flat if (name := self_attribute(target))}
 
 
+def kept(function: ast.FunctionDef) -> Iterator[int]:
+    """The lines whose results are kept on `self`, by themselves or by a statement that reads their variable."""
+    statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
+    keeping = [statement for statement in statements if _sets(statement)]
+    read = {node.id for statement in keeping for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    for statement in statements:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if statement in keeping or any(isinstance(target, ast.Name) and target.id in read for target in targets):
+            yield from range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
+
+
 def _registers(call: ast.Call) -> set[str]:
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

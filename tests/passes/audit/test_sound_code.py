@@ -71,6 +71,9 @@ CODE = {
     "a norm of what is returned": ("FX601", NORM, "y = self.fc(x)\nreturn self.bn(y), y", False),
     "a norm behind one call of two": ("FX601", NORM, "return self.bn(self.fc(x)) + self.fc(-x)", False),
     "two norms": ("FX601", f"{NORM}\n        self.other = nn.BatchNorm1d(3)", TWO_NORMS, True),
+    "kept on self": ("FX602", "", "self.loss = x.square().mean()\nreturn self.fc(x)", False),
+    "kept on self later": ("FX602", "", "loss = x.square().mean()\nself.loss = loss\nreturn self.fc(x)", False),
+    "not kept": ("FX602", "", "self.size = x.shape[0]\nx.square().mean()\nreturn self.fc(x)", True),
 }
 
 
