@@ -30,6 +30,8 @@ def rules(write, init: str, forward: str) -> set[str]:
 IN_PLACE = "self.act, self.pre = nn.ReLU(inplace=True), True"
 NORM = "self.bn = nn.BatchNorm1d(3)"
 TWO_NORMS = "y = self.fc(x)\nreturn self.bn(y) + self.other(y)"
+NO_GRAD = "y = self.fc(x).tanh()\nwith torch.no_grad():\n    z = self.fc(x).tanh()\nreturn y + z"
+AUTOCAST = "y = self.fc(x).tanh()\nwith torch.autocast('cpu', torch.bfloat16):\n    z = self.fc(x).tanh()\nreturn y + z"
 CODE = {
     "arms that exclude each other": (
         "FX107",
@@ -74,6 +76,9 @@ CODE = {
     "kept on self": ("FX602", "", "self.loss = x.square().mean()\nreturn self.fc(x)", False),
     "kept on self later": ("FX602", "", "loss = x.square().mean()\nself.loss = loss\nreturn self.fc(x)", False),
     "not kept": ("FX602", "", "self.size = x.shape[0]\nx.square().mean()\nreturn self.fc(x)", True),
+    "without gradients": ("FX603", "", NO_GRAD, False),
+    "in fewer bits": ("FX603", "", AUTOCAST, False),
+    "before and after": ("FX603", "", f"{NO_GRAD} + self.fc(x).tanh()", True),
 }
 
 
