@@ -1,4 +1,4 @@
-"""What torch's function mode does not see: module calls, the mode flag, builtins, autocast, autograd functions.
+"""What torch's function mode does not see: module calls, the mode flag, builtins, regions, autograd functions.
 
 All of it is replaced for the time of one recording, on the recording thread only, and put back whatever
 happens.
@@ -15,8 +15,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import nn
 
+from fxopt.capture.gradients import switch_gradients
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.tensors import Origin
@@ -39,6 +41,7 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
         stack.enter_context(_mode_flag(recorder, is_recording))
         stack.enter_context(_builtins(recorder, is_recording))
         stack.enter_context(_autocast(recorder, is_recording))
+        stack.enter_context(_gradients(recorder, is_recording))
         stack.enter_context(_autograd_functions(recorder, is_recording))
         stack.enter_context(_arrays(recorder, is_recording))
         stack.enter_context(_vmap(recorder, is_recording))
@@ -157,6 +160,42 @@ def _autocast(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[
         return leave(self, *error)
 
     with replaced(cls, "__enter__", on_enter), replaced(cls, "__exit__", on_exit):
+        yield
+
+
+@contextmanager
+def _gradients(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
+    """A region with or without gradients ends in the mode that its caller is in, not in that of the recording."""
+    before: dict[int, fx.Node] = {}
+
+    def begins(original: Callable[..., Any]) -> Callable[..., Any]:
+        def begin(self: Any, *args: Any, **options: Any) -> Any:
+            if not is_recording():
+                return original(self, *args, **options)
+            with recorder.paused():
+                result = original(self, *args, **options)
+            before[id(self)] = recorder.emit("call_function", switch_gradients, (torch.is_grad_enabled(),))
+            return result
+
+        return begin
+
+    def ends(original: Callable[..., Any]) -> Callable[..., Any]:
+        def end(self: Any, *args: Any) -> Any:
+            if not is_recording() or id(self) not in before:
+                return original(self, *args)
+            recorder.emit("call_function", switch_gradients, (before[id(self)],))
+            with recorder.paused():
+                return original(self, *args)
+
+        return end
+
+    with ExitStack() as stack:
+        # `set_grad_enabled` begins where it is made, and ends there too where it is made to decorate a function.
+        places = {torch.no_grad: "__enter__", torch.enable_grad: "__enter__", torch.set_grad_enabled: "__init__"}
+        for cls, beginning in places.items():
+            stack.enter_context(replaced(cls, beginning, begins(vars(cls)[beginning])))
+            stack.enter_context(replaced(cls, "__exit__", ends(vars(cls)["__exit__"])))
+        stack.enter_context(replaced(torch.set_grad_enabled, "__call__", ends(torch.set_grad_enabled.__call__)))
         yield
 
 

@@ -21,9 +21,10 @@ _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstan
 
 
 class State:
-    """Buffers, parameters, submodules and plain attributes of a module tree at one moment."""
+    """Buffers, parameters, submodules and plain attributes of a module tree at one moment; whether autograd records."""
 
     def __init__(self, module: nn.Module):
+        self._gradients = torch.is_grad_enabled()
         self._seen: dict[int, Attribute] = {}
         self._modules = [child for child in _all_modules(module) if not isinstance(child, torch.jit.ScriptModule)]
         self._attributes = [
@@ -73,6 +74,7 @@ class State:
 
     def restore(self) -> None:
         """Put everything back, in place."""
+        torch.set_grad_enabled(self._gradients)
         self.restore_tensors()
         for module, registries in zip(self._modules, self._registries, strict=True):
             for name, before in registries.items():

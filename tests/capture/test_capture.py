@@ -221,6 +221,82 @@ def test_a_mode_that_raises_is_refused():
         captured.module.train()(torch.randn(3, 4))
 
 
+# Gradients
+
+
+class Region(nn.Module):
+    """Runs one of the functions below."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.fc, x)
+
+
+def nested(fc, x):
+    with torch.no_grad():
+        y = fc(x)
+        with torch.enable_grad():
+            z = fc(y)
+        return y, z, fc(z)
+
+
+def switched(fc, x):
+    with torch.set_grad_enabled(False):
+        y = fc(x)
+    return y, fc(y)
+
+
+def decorated(fc, x):
+    return torch.set_grad_enabled(False)(fc.forward)(x), torch.enable_grad()(fc.forward)(x), fc(x)
+
+
+def entered_twice(fc, x):
+    region = torch.no_grad()
+    with region:
+        y = fc(x)
+    with region:
+        return y, fc(y)
+
+
+def caught(fc, x):
+    try:
+        with torch.no_grad():
+            raise KeyError
+    except KeyError:
+        return fc(x)
+
+
+@pytest.mark.parametrize("function", [nested, switched, decorated, entered_twice, caught])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_region_without_gradients_ends_in_the_mode_of_its_caller(function, recorded):
+    module, x = Region(function), torch.randn(3, 4)
+    with torch.set_grad_enabled(recorded):
+        captured = capture(module, (x,))
+    assert captured.opaque == ()
+    for called in (True, False):
+        with torch.set_grad_enabled(called):
+            expected, actual = module(x), captured.module(x)
+            assert torch.is_grad_enabled() is called
+        same(expected, actual)
+        assert [t.requires_grad for t in actual] == [t.requires_grad for t in expected]
+
+
+def guarded(fc, x):
+    with torch.no_grad():
+        return fc(x) if x.shape[0] > 2 else x
+
+
+def test_recapture_leaves_the_mode_of_its_caller():
+    captured = capture(Region(guarded), (torch.randn(3, 4),), on_guard_failure="recapture").module
+    captured(torch.randn(2, 4))
+    assert torch.is_grad_enabled()
+    assert captured.fc(torch.randn(2, 4)).requires_grad
+
+
 # Attributes and constants
 
 
