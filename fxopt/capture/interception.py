@@ -9,7 +9,9 @@ from __future__ import annotations
 import builtins
 import math
 import operator
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -99,7 +101,7 @@ def _mode_flag(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
 
 @contextmanager
 def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
-    """`range`, `len`, `operator.index` and parts of `math` read numbers past the methods that a traced number has."""
+    """`range`, `len`, `operator.index` and most of `math` read numbers past the methods that a traced number has."""
     original_range, original_len, original_index = builtins.range, builtins.len, operator.index
 
     class RangeType(type):
@@ -131,13 +133,31 @@ def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[
         stack.enter_context(replaced(builtins, "range", Range))
         stack.enter_context(replaced(builtins, "len", length))
         stack.enter_context(replaced(operator, "index", index))
-        for name in ("comb", "factorial", "gcd", "isqrt", "lcm", "perm"):
-            stack.enter_context(replaced(math, name, _reading(getattr(math, name))))
+        reading = {id(function): _reading(function) for function in _MATH}
+        # The user's files may have them by name.
+        files = {sys.modules.get(type(module).__module__) for module in recorder.root.modules()} - {None}
+        for owner in (math, *files):
+            for name, value in list(vars(owner).items()):
+                if id(value) in reading:
+                    stack.enter_context(replaced(owner, name, reading[id(value)]))
         yield
 
 
+_RECORDED = {math.floor, math.ceil, math.trunc, math.prod, getattr(math, "sumprod", None)}
+"""Functions that call the methods of a number."""
+
+_MATH = [each for each in vars(math).values() if isinstance(each, types.BuiltinFunctionType) and each not in _RECORDED]
+
+
 def _reading(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *numbers: function(*map(concrete, numbers))
+    def read(*numbers: Any, **options: Any) -> Any:
+        return function(*map(_read, numbers), **{name: _read(number) for name, number in options.items()})
+
+    return read
+
+
+def _read(value: Any) -> Any:
+    return [concrete(number) for number in value] if isinstance(value, (list, tuple, Iterator)) else concrete(value)
 
 
 @contextmanager

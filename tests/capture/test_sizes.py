@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from math import log2
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,8 @@ ALWAYS = {
     "larger by one": lambda x, n: x * 2 if n + 1 > n else x,
     "twice less once": lambda x, n: x * 2 if 2 * n - n == n else x,
     "negated": lambda x, n: x.expand(3 + (-n + n), *x.shape),
+    "multiplied up": lambda x, n: x.reshape(math.prod(x.shape)),
+    "rounded": lambda x, n: x * math.ceil(n / 2),
     "of what values size": lambda x, n: x * 2 if (m := x[x > 0].shape[0]) + 2 - m == 2 else x,
 }
 
@@ -190,6 +193,11 @@ SEEN = {
     "bits": lambda x: x * x.shape[0].bit_length(),
     "divisor": lambda x: x * math.gcd(x.shape[0], 6),
     "root": lambda x: x * math.isqrt(4 * x.shape[0]),
+    "logarithm": lambda x: x * math.log(x.shape[0]),
+    "logarithm by another name": lambda x: x * log2(x.shape[0]),
+    "power of a ratio": lambda x: x * math.exp(x.shape[0] / 4),
+    "sum of ratios": lambda x: x * math.fsum(size / 4 for size in x.shape[:1]),
+    "question with an option": lambda x: x * 2 if math.isclose(x.shape[0] / 4, 0.5, abs_tol=x.shape[0] / 100) else x,
 }
 
 
@@ -211,6 +219,15 @@ def test_rounding_what_depends_on_values_is_opaque(rounded):
     for value in (0.4, 1.4, 2.6):
         x = torch.tensor([value])
         assert torch.equal(captured.module(x), module(x))
+
+
+@pytest.mark.parametrize("read", [lambda v: math.exp(v), lambda v: log2(v), lambda v: math.hypot(3.0, v)])
+def test_what_math_reads_of_values_is_opaque(read):
+    module = Calls(lambda x: x * read(x.max().item()))
+    captured = capture(module, (torch.tensor([0.5]),))
+    assert "decides on a number that depends on the values" in captured.opaque[0].reason
+    x = torch.tensor([2.0])
+    assert torch.equal(captured.module(x), module(x))
 
 
 def test_numbers_of_sizes_go_on():
