@@ -14,6 +14,9 @@ import torch.fx as fx
 from fxopt.capture.traced import RELATIONS
 from fxopt.errors import GuardError
 
+NOT_GIVEN = ...
+"""Default of a parameter whose own is no literal: what is not given is left to the user's forward."""
+
 
 def guard(actual: Any, relation: str, expected: Any, answer: bool, assumption: str, location: str) -> None:
     """Check that a comparison still gives the answer that it gave when the module was captured.
@@ -48,7 +51,8 @@ def guard_input(actual: Any, expected: Any, name: str) -> None:
     if _traced(guard_input, actual, expected, name):
         return
     if actual is not expected and (type(actual) is not type(expected) or actual != expected):
-        raise _broken(f"{name} is {expected!r}", "an input", f"{actual!r} here")
+        what = "not given" if expected is NOT_GIVEN else repr(expected)
+        raise _broken(f"{name} is {what}", "an input", f"{actual!r} here")
 
 
 def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:

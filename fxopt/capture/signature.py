@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.guards import guard_input, guard_rank
+from fxopt.capture.guards import NOT_GIVEN, guard_input, guard_rank
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.tensors import Origin
@@ -63,18 +63,21 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
             continue
         default = () if prefix or parameter.default is _MISSING else (parameter.default,)
         if default and not _is_literal(default[0]):
-            default = (None,)
+            default = (NOT_GIVEN,)
         node = recorder.graph.create_node("placeholder", prefix + name, default, {}, name)
         nodes.append((name, node, value))
     for name, node, value in nodes:
+        if name not in given:
+            recorder.emit("call_function", guard_input, (node, node.args[0], name))
+            continue
         bound.arguments[name] = recorder.adopt(node, value, _GIVEN)
         if isinstance(value, torch.Tensor):
             recorder.emit("call_function", guard_rank, (node, value.dim(), name))
-        if name not in given and isinstance(value, (int, float)) and not isinstance(value, bool):
-            recorder.emit("call_function", guard_input, (node, value, name))
     for name in set(parameters) - given:
         del bound.arguments[name]
 
 
 def _is_literal(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and not value)
+    if type(value) is tuple:
+        return all(map(_is_literal, value))
+    return value is None or isinstance(value, (bool, int, float, str))

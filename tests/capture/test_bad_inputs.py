@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import capture
+from fxopt.errors import GuardError
 from tests.capture.agree import same
 
 
@@ -156,6 +157,48 @@ def test_numbers_are_inputs_not_constants():
     module = Of(_numbers).eval()
     module.load_state_dict(captured.state_dict())
     same(module(X, 3, shift=0.25), captured(X, 3, shift=0.25))
+
+
+OFFSET = torch.full((4,), 2.0)
+
+
+class Defaults(nn.Module):
+    """Parameters with defaults of all kinds."""
+
+    def forward(self, x, sizes=(2, (0.5,)), steps=[1, 2], act=torch.relu, shift=OFFSET):  # noqa: B006
+        return act(x * sizes[0] + sizes[1][0]) + sum(steps) + shift
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sizes": (2, (0.5,))}, None),
+        ({"sizes": (3, (0.5,))}, r"sizes is \(2, \(0.5,\)\)"),
+        ({"steps": [1, 3]}, r"steps is not given \(an input\), but it is \[1, 3\] here"),
+        ({"steps": None}, "steps is not given"),
+        ({"act": torch.tanh}, "act is not given"),
+        ({"shift": torch.ones(4)}, "shift is not given"),
+    ],
+)
+def test_what_was_left_to_its_default_stays_so(given, said):
+    module = Defaults()
+    captured = capture(module, (X,))
+    assert captured.opaque == ()
+    assert [type(step) for step in module.forward.__defaults__[1]] == [int, int]
+    x = torch.randn(5, 4)
+    same(module(x), captured.module(x))
+    if said is None:
+        same(module(x, **given), captured.module(x, **given))
+    else:
+        with pytest.raises(GuardError, match=said):
+            captured.module(x, **given)
+
+
+def test_a_tuple_that_was_given_can_be_left_to_its_default_later():
+    module = Defaults()
+    captured = capture(module, (X,), {"sizes": (3, (1.5,))})
+    same(module(X, sizes=(4, (2.5,))), captured.module(X, sizes=(4, (2.5,))))
+    same(module(X), captured.module(X))
 
 
 def test_a_generator_of_random_numbers_is_drawn_from_equally():
