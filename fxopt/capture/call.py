@@ -25,14 +25,17 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def fresh(self) -> Call:
-        """Copies that a forward may write into; what can't be copied is shared."""
+        """Copies that a forward may write into; what can't be copied is shared.
+
+        A tensor that was given twice is two tensors: another call may give others.
+        """
         both = (self.args, dict(self.kwargs))
         if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(both)):
             # Not a tensor with a history, nor whatever an object of the user's raises.
             with suppress(Exception):
-                return Call(*copy.deepcopy(both))
+                return Call(*_apart(copy.deepcopy(both)))
         memo: dict[int, Any] = {}
-        return Call(*pytree.tree_map(lambda leaf: _copied(leaf, memo), both))
+        return Call(*_apart(pytree.tree_map(lambda leaf: _copied(leaf, memo), both)))
 
     def run(self, module: nn.Module) -> Any:
         """Call `module` with fresh arguments."""
@@ -52,6 +55,18 @@ class Call:
                         f"input {name!r} of '{type(module).__name__}' is a {type(leaf).__name__}, which can be read "
                         "only once; capture runs the module more than once: give a list"
                     )
+
+
+def _apart(value: Any) -> Any:
+    met: set[int] = set()
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        is_first = id(tensor) not in met
+        met.add(id(tensor))
+        return tensor if is_first else _copied(tensor, {})
+
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return value if len({*map(id, tensors)}) == len(tensors) else pytree.tree_map_only(torch.Tensor, own, value)
 
 
 def _copied(leaf: Any, memo: dict[int, Any]) -> Any:

@@ -152,6 +152,39 @@ def test_unusual_inputs_and_outputs(name):
     assert captured.opaque == ()
 
 
+def _apart(fc, a, b, more):
+    return fc(a) - 2 * fc(b) + 3 * more["c"]
+
+
+class AttendsOpaquely(nn.Module):
+    """A part that is captured by itself, and that opaque code gives one tensor as two."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Of(lambda fc, a, b: fc(a) - 2 * b)
+
+    def forward(self, a, b, more):
+        return self.part(a, a) if a.sum() > 100 else self.part(a, b) + self.part(b, more["c"])
+
+
+@pytest.mark.parametrize("make", [lambda: Of(_apart), AttendsOpaquely])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_one_tensor_given_as_several_arguments_stands_for_several(make, scale):
+    module, x = make(), torch.ones(3, 4) * scale
+    captured = capture(module, (x, x, {"c": x})).module
+    for given in ((x, x, x), torch.rand(3, 3, 4), torch.rand(3, 3, 4) * 1000):
+        a, b, c = given
+        same(module(a, b, {"c": c}), captured(a, b, {"c": c}))
+
+
+def test_attention_of_one_tensor_to_itself_is_attention_to_others_too():
+    module = nn.MultiheadAttention(4, 2)
+    captured = capture(module, (X, X, X))
+    assert captured.opaque == ()
+    same(module(X, X, X), captured.module(X, X, X))
+    same(module(X, X + 1, X), captured.module(X, X + 1, X))
+
+
 def test_numbers_are_inputs_not_constants():
     captured = capture(Of(_numbers).eval(), (X, 2), {"shift": 0.5}).module
     module = Of(_numbers).eval()
