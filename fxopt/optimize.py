@@ -182,7 +182,7 @@ def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[I
 
 
 def _evaluated(evaluate: Evaluate, module: nn.Module) -> dict[str, float]:
-    mode = module.training
+    modes = [(child, child.training) for child in module.modules()]
     try:
         with torch.no_grad():
             found = {str(name): float(value) for name, value in evaluate(module).items()}
@@ -193,5 +193,7 @@ def _evaluated(evaluate: Evaluate, module: nn.Module) -> dict[str, float]:
             f"evaluate(module) raises {type(error).__name__}: {error}; it takes a module and returns a dict of floats"
         ) from error
     finally:
-        module.train(mode)
+        for child, training in modes:
+            child.train(training)  # a captured module takes the graph of that mode
+            child.training = training
     return found

@@ -43,6 +43,21 @@ def test_the_module_passed_in_and_the_random_state_are_unchanged() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_evaluation_leaves_each_part_in_its_own_mode(training: bool) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Dropout(), nn.Tanh())).train(training)
+    module[1].train(not training)
+    module[2][0].train(not training)
+    modes = [child.training for child in module.modules()]
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        return {"sum": module.eval()(torch.ones(2, 4)).sum().item()}
+
+    result = fxopt.optimize(module, torch.randn(2, 4), passes=[], evaluate=evaluate, devices=())
+    assert [child.training for child in module.modules()] == modes
+    assert [child.training for child in result.module.modules()] == modes
+
+
 @pytest.mark.parametrize("name", ["tensor", "tuple", "dict"])
 def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(name: str) -> None:
     x = torch.linspace(0, 1, 6).reshape(2, 3)
