@@ -105,7 +105,7 @@ def _copy_tensor(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
     shared = torch.empty(0, dtype=value.dtype, device=value.device)
     shared.set_(storages[key], value.storage_offset(), value.shape, value.stride())
     if not isinstance(tensor, nn.Parameter):
-        return shared.requires_grad_(tensor.requires_grad)
+        return shared.requires_grad_(tensor.requires_grad and tensor.is_leaf)
     duplicate = nn.Parameter(shared, requires_grad=tensor.requires_grad)
     duplicate.__dict__.update(tensor.__dict__)
     return duplicate

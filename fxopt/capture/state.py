@@ -36,6 +36,7 @@ class State:
         ]
         tensors = [*module.parameters(), *module.buffers()]
         self._tensors = [(tensor, tensor._version, lazy_copy(tensor)) for tensor in tensors if not is_lazy(tensor)]
+        self._leaves = [tensor for tensor, _, _ in self._tensors if tensor.grad_fn is None]
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether an attribute is `tensor`, or holds it."""
@@ -96,6 +97,9 @@ class State:
         """Put the values of parameters and buffers back, and which tensor is registered as what."""
         for module, registries in zip(self._modules, self._registries, strict=True):
             module._buffers.update(registries["_buffers"])
+        for tensor in self._leaves:
+            if tensor.grad_fn is not None:
+                tensor.detach_()
         with torch.no_grad():
             for tensor, version, copy in self._tensors:
                 if copy is None or not _is_written(tensor, version, copy):

@@ -297,6 +297,36 @@ def test_recapture_leaves_the_mode_of_its_caller():
     assert captured.fc(torch.randn(2, 4)).requires_grad
 
 
+class KeepsHidden(nn.Module):
+    """Keeps its last state in a buffer, with the history of it."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.in_place = in_place
+        self.register_buffer("hidden", torch.zeros(3, 4))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.fc(x) + self.hidden)
+        if self.in_place:
+            self.hidden.copy_(hidden)
+        else:
+            self.hidden = hidden
+        return hidden * 2
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("was_run", [False, True])
+def test_buffers_have_no_history_of_the_recording(in_place, was_run):
+    module, x = KeepsHidden(in_place), torch.randn(3, 4)
+    if was_run:
+        module(x)
+    captured = capture(module, (x,))
+    assert captured.opaque == ()
+    assert not captured.module.hidden.requires_grad
+    same(module(x), copy.deepcopy(captured.module)(x))
+
+
 # Attributes and constants
 
 
