@@ -25,6 +25,7 @@ from fxopt.capture.state import State
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Met, Origin
+from fxopt.nested import tensors_in
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         output = call_as_given(module, bound, len(args))
         recorder.active = False
     seconds = time.perf_counter() - began
-    _record_reassigned(recorder, module, buffers, opaque)
+    _record_reassigned(recorder, module, buffers, opaque, (output, args, kwargs))
     try:
         recorder.record_changed_objects()
         recorder.graph.output(recorder.argument(output))
@@ -226,7 +227,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     recorder.done = True
     return Recording(
         graph=recorder.graph,
-        output=_without_history(without_numbers(output)),
+        output=_without_history(without_numbers(output), {_memory(buffer) for buffer in buffers.values()}),
         blocked=recorder.blocked,
         examples=run.examples,
         guards=tuple(recorder.guards),
@@ -245,12 +246,14 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _record_reassigned(
-    recorder: Recorder, module: nn.Module, before: Mapping[str, torch.Tensor], opaque: frozenset[str]
+    recorder: Recorder, module: nn.Module, before: Mapping[str, torch.Tensor], opaque: frozenset[str], left: Any
 ) -> None:
     """A buffer that the forward replaced is written instead, so that the captured module's state moves too.
 
-    Opaque modules replace their own.
+    Opaque modules replace their own. Of an old value that is among what is `left`, or in another buffer, there is a
+    copy.
     """
+    replaced: list[tuple[fx.Node, torch.Tensor, torch.Tensor]] = []
     for name, after in _buffers(module).items():
         old = before.get(name)
         if old is after:
@@ -261,16 +264,36 @@ def _record_reassigned(
         if old is None or old.dtype != after.dtype:
             recorder.block(f"it replaces its buffer '{name}' by one of another dtype", path=owner)
             continue
-        target, source = recorder.known(old).node, recorder.known(after).node
+        replaced.append((recorder.known(old).node, old, after))
+    memory = {_memory(old) for _, old, _ in replaced}
+    kept = {id(tensor): tensor for tensor in (*tensors_in(left), *(after for _, _, after in replaced))}
+    for tensor in kept.values():
+        if _memory(tensor) in memory:
+            value = recorder.known(tensor)
+            value.node = recorder.emit("call_method", "clone", (value.node,))
+    for target, old, after in replaced:
+        source = recorder.known(after).node
         if old.shape == after.shape:
             recorder.emit("call_method", "copy_", (target, source))
         else:
             recorder.emit("call_method", "set_", (target, recorder.emit("call_method", "clone", (source,))))
 
 
-def _without_history(output: Any) -> Any:
-    """Outputs that don't hold on to what autograd kept of the run, which can be most of a model's memory."""
-    return pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.detach().requires_grad_(leaf.requires_grad), output)
+def _memory(tensor: torch.Tensor) -> int | None:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+def _without_history(output: Any, written: set[int | None]) -> Any:
+    """Outputs that don't hold on to what autograd kept of the run, which can be most of a model's memory.
+
+    What lies in memory that later runs write is copied.
+    """
+
+    def kept(leaf: torch.Tensor) -> torch.Tensor:
+        value = leaf.detach()
+        return (value.clone() if _memory(leaf) in written else value).requires_grad_(leaf.requires_grad)
+
+    return pytree.tree_map_only(torch.Tensor, kept, output)
 
 
 def _kept(value: Any) -> Any:

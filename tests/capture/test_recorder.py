@@ -263,6 +263,56 @@ def test_a_buffer_that_the_forward_replaces_by_a_larger_one_is_replaced_in_the_g
     assert torch.equal(copy.deepcopy(captured.module)(X), module(X))
 
 
+class Reassigns(nn.Module):
+    """Replaces its buffers by one of the functions below, and returns what the function does."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("now", torch.arange(4.0))
+        self.register_buffer("then", torch.zeros(4))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def old_value(module, x):
+    before = module.now
+    module.now = module.now + x
+    return {"before": before, "now": module.now}
+
+
+def old_view(module, x):
+    before = module.now[1:]
+    module.now = module.now + x
+    return before * 2, before
+
+
+def moved_on(module, x):
+    module.then, module.now = module.now, module.now + x
+    return module.then
+
+
+def swapped(module, x):
+    module.then, module.now = module.now, module.then
+    return x + module.now
+
+
+def turned(module, x):
+    module.now = module.now.view(2, 2).t().reshape(4)
+    return x
+
+
+@pytest.mark.parametrize("function", [old_value, old_view, moved_on, swapped, turned])
+def test_the_old_value_of_a_buffer_that_is_replaced_stays_what_it_was(function):
+    module, x = Reassigns(function), torch.ones(4)
+    captured = capture(module, (x,))
+    assert captured.opaque == ()
+    for _ in range(3):
+        assert parts(captured.module(x)) == parts(module(x))
+        assert parts(dict(captured.module.named_buffers())) == parts(dict(module.named_buffers()))
+
+
 class OpaqueAroundResized(nn.Module):
     def __init__(self):
         super().__init__()
