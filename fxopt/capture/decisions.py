@@ -12,7 +12,7 @@ import torch.fx as fx
 from fxopt.capture.captured import Guard
 from fxopt.capture.describe import describe
 from fxopt.capture.frames import user_source
-from fxopt.capture.guards import guard, guard_parts, guard_tensor, structure
+from fxopt.capture.guards import guard, guard_dtype, guard_parts, guard_tensor, structure
 from fxopt.capture.objects import Objects
 from fxopt.capture.provenance import Depends
 from fxopt.capture.sums import Sum, result_of, sum_of
@@ -95,6 +95,21 @@ class Decisions(Objects):
         expected = self.known(kept).node
         self.fixed.add(expected.target)
         self.emit("call_function", guard_tensor, (known.node, expected, assumption, location))
+
+    def asked_dtype(self, tensor: torch.Tensor) -> None:
+        """Guard the dtype of an input. As its rank, that is not told beforehand: most code asks only to make more of it."""
+        if tensor not in self.values:
+            return
+        node = owner = self.known(tensor).node
+        while owner.target in (operator.getitem, getattr):
+            owner = owner.all_input_nodes[0]
+        if owner.op != "placeholder" or (node, tensor.dtype) in self._compared:
+            return
+        self._compared.add((node, tensor.dtype))
+        kind = "of a floating point dtype" if tensor.is_floating_point() else f"of dtype {tensor.dtype}"
+        self.emit(
+            "call_function", guard_dtype, (node, tensor.dtype, f"{describe(node)} {kind}", str(user_source() or ""))
+        )
 
     def counted(self, node: fx.Node, name: str, parts: tuple[torch.Tensor, ...]) -> None:
         """Guard how many parts a function took a tensor into: Python code counts them unseen."""

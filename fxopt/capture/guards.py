@@ -108,6 +108,20 @@ def guard_rank(actual: Any, dimensions: int, name: str) -> None:
         raise _broken(f"{name} has {dimensions} dimensions", "an input", f"{actual.dim()} here")
 
 
+def guard_dtype(actual: torch.Tensor, expected: torch.dtype, assumption: str, location: str) -> None:
+    """Check an input whose dtype the user's code asked for.
+
+    Any floating point dtype is as good as the captured one, so that what was captured can be cast.
+
+    Raises:
+        GuardError: naming the input and the user's line that asked.
+    """
+    if _traced(guard_dtype, actual, expected, assumption, location):
+        return
+    if actual.dtype is not expected and not (actual.is_floating_point() and expected.is_floating_point):
+        raise _broken(assumption, location, f"{actual.dtype} here")
+
+
 def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
     """Check that a module is in the mode in which its graph was recorded.
 

@@ -20,6 +20,9 @@ CONCRETE_READS = frozenset(
 )
 """Methods whose answer Python uses at once; nothing can be traced on."""
 
+DTYPE_READS = frozenset("is_floating_point is_complex".split())
+"""Methods that answer by the dtype."""
+
 SILENT = frozenset("__format__ __repr__ __str__ __hash__ __dir__".split())
 """Methods for messages: what they show decides nothing."""
 

@@ -68,6 +68,8 @@ class Recorder(Decisions, TorchFunctionMode):
             return self._set_property(func, args)
         if name in operators.SHAPE_READS:
             return self._sizes_of(func, args, kwargs)
+        if name in operators.DTYPE_READS:
+            self.asked_dtype(args[0] if args else kwargs["input"])
         result = func(*_plain(args), **_plain(kwargs))
         if result is NotImplemented or name in operators.SILENT:
             return result
@@ -130,6 +132,8 @@ class Recorder(Decisions, TorchFunctionMode):
             if known.shape is Depends.CONSTANT:
                 return value
             return torch.Size([self.size(known, dim, size) for dim, size in enumerate(value)])
+        if name == "dtype":
+            self.asked_dtype(tensor)
         if name == "device" and tensor in self.values:
             self._devices[id(value)] = (value, self.emit("call_function", getattr, (self.known(tensor).node, name)))
         if name in operators.TENSOR_PROPERTIES and isinstance(value, torch.Tensor):

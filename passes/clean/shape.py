@@ -1,6 +1,6 @@
 """Casts that change nothing, reshapes of reshapes, transposes that undo each other.
 
-x.float()                      =>  x                     where x is float32 already
+x.float()                      =>  x                     where x is float32 already, and no input
 x.view(a).view(b)              =>  x.view(b)
 x.transpose(1, 2).mT           =>  (kept; only calls with the same spelling are compared)
 x.permute(p).permute(q)        =>  x.permute(p[q]), or x where that is the order it had
@@ -8,6 +8,7 @@ x.permute(p).permute(q)        =>  x.permute(p[q]), or x where that is the order
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -61,15 +62,25 @@ def _plain(*nodes: fx.Node) -> bool:
 
 
 def _is_no_cast(node: fx.Node, name: str, source: fx.Node) -> bool:
-    """Whether it casts to the dtype that the tensor has. Such a cast returns the very same tensor."""
+    """Whether it casts to the dtype that the tensor has. Such a cast returns the very same tensor.
+
+    That of an input is for those that come in another dtype.
+    """
     dtype = getattr(source.meta.get("tensor_meta"), "dtype", None)
-    if dtype is None:
+    if dtype is None or _is_given(source):
         return False
     if name in _CASTS and _plain(node):
         return bool(_CASTS[name] is dtype)
     wanted = node.args[1] if len(node.args) > 1 else node.kwargs.get("dtype")
     options = set(node.kwargs) - {"dtype"}
     return name in ("to", "type") and len(node.args) <= 2 and not options and wanted is dtype
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether it is an input, or a part of one."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 def _drop(node: fx.Node, source: fx.Node, region: Region, what: str) -> Change:

@@ -192,6 +192,45 @@ def test_numbers_are_inputs_not_constants():
     same(module(X, 3, shift=0.25), captured(X, 3, shift=0.25))
 
 
+class Asks(nn.Module):
+    """Asks something of the dtype of its input."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.question = question
+        self.register_buffer("scale", torch.tensor(255.0))
+
+    def forward(self, image):
+        return image.float() / self.scale if self.question(image) else image
+
+
+DTYPES = {
+    "compared": lambda image: image.dtype == torch.uint8,
+    "asked of the dtype": lambda image: not image.dtype.is_floating_point,
+    "asked of the tensor": lambda image: not image.is_floating_point(),
+    "asked of torch": lambda image: not torch.is_floating_point(input=image),
+    "of a part": lambda image: image[:, 0].dtype == torch.uint8,
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_what_was_decided_on_the_dtype_of_an_input_is_guarded(name):
+    module, images = Asks(DTYPES[name]), torch.full((3, 4), 51, dtype=torch.uint8)
+    for given, other, said in ((images, X, "of dtype torch.uint8"), (X, images, "of a floating point dtype")):
+        captured = capture(module, (given,))
+        assert captured.opaque == ()
+        same(module(given), captured.module(given))
+        with pytest.raises(GuardError, match=rf"image.* {said} \(test_bad_inputs.py:\d+\), but it is torch"):
+            captured.module(other)
+
+
+def test_what_was_captured_in_one_floating_point_dtype_can_be_cast():
+    module = Of(lambda fc, x: fc(x) + torch.ones(4, dtype=x.dtype)).eval()
+    captured = capture(module, (X,)).module
+    same(module.double()(X.double()), captured.double()(X.double()))
+    torch.testing.assert_close(captured.half()(X.half()), module.half()(X.half()), check_dtype=False)
+
+
 OFFSET = torch.full((4,), 2.0)
 
 

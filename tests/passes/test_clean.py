@@ -50,8 +50,8 @@ def positions(x: torch.Tensor) -> torch.Tensor:
 REWRITES: dict[str, tuple[Callable[[torch.Tensor], object], list[str]]] = {
     "dead code": (dead, ["cos"]),
     "dropout": (lambda x: F.dropout(x, 0.5, False).cos(), ["cos"]),
-    "cast": (lambda x: x.float().to(torch.float32).cos(), ["cos"]),
-    "type": (lambda x: x.type(torch.float32).cos(), ["cos"]),
+    "cast": (lambda x: (x + 1).float().to(torch.float32).cos(), ["add", "cos"]),
+    "type": (lambda x: (x + 1).type(torch.float32).cos(), ["add", "cos"]),
     "contiguous twice": (lambda x: x.t().contiguous().contiguous(), ["t", "contiguous"]),
     "views": (lambda x: x.view(2, 6).view(-1).cos(), ["view", "cos"]),
     "reshapes": (lambda x: x.t().reshape(2, 6).reshape(-1).cos(), ["t", "reshape", "cos"]),
@@ -119,6 +119,7 @@ def once_without_gradients(x: torch.Tensor) -> torch.Tensor:
 
 KEEPS: dict[str, Callable[[torch.Tensor], object]] = {
     "another dtype": lambda x: x.double().float(),
+    "a cast of an input, which may come in another dtype": lambda x: x.float().cos(),
     "a written constant": written_constant,
     "a returned constant": lambda x: (x.cos(), torch.ones(3)),
     "written in between": written_between,
