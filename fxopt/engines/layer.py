@@ -30,7 +30,7 @@ class Layer:
         last: the node whose value it computes: `node`, or what follows and is computed with it.
         input: what the operator is applied to.
         other: what is added, or None.
-        reuses: whether the memory of `other` may hold the result: nothing else sees it.
+        reuses: whether the memory of `other` may hold the result: nothing else sees it, nor does the operator read it.
         kind: "linear", "conv" or "conv_transpose".
         shape: of the input of the example.
         weight, bias: the parameters.
@@ -95,7 +95,7 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
         last=node,
         input=affine.input,
         other=other,
-        reuses=other is not None and _is_fresh(other, region),
+        reuses=other is not None and other is not affine.input and _is_fresh(other, region),
         kind=affine.kind.rstrip("123d"),
         shape=meta.shape,
         weight=(affine.module.masked_weight() if isinstance(affine.module, Fused) else affine.weight).detach(),

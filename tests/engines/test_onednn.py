@@ -257,8 +257,20 @@ class AddsInto(nn.Module):
         return x * 2
 
 
+class AddsItsInput(nn.Module):
+    """`fuse` makes one node of the second layer and the addition, which alone uses what the first layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return F.relu(self.two(x) + x)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("form", [Meeting, Viewed, Hidden, WritesInput, AddsInto])
+@pytest.mark.parametrize("form", [Meeting, Viewed, Hidden, WritesInput, AddsInto, AddsItsInput])
 def test_odd_graphs(form: type[nn.Module], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(kernel, monkeypatch)
     torch.manual_seed(0)
