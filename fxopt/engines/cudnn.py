@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine
@@ -16,6 +17,7 @@ from fxopt.engines.layers import Layers
 from fxopt.engines.strides import hide
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules.functional import tail
 from fxopt.rewriting import propagate_shapes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,6 +92,8 @@ def fused_kernel(layer: Layer) -> Callable[..., torch.Tensor] | str:
 
     def add_relu(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         x, other = (value.contiguous(memory_format=torch.channels_last) for value in (x, other))
+        if not layer.gives_the_shape_of(other, x):
+            return tail(F.conv2d(x, weight, bias, *geometry), other, layer.activation)
         return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)
 
     return relu if layer.other is None else add_relu

@@ -68,6 +68,18 @@ class Layer:
         ones = all(size == 1 for size in self.weight.shape[2:]) and not any(self.padding)
         return self.kind == "conv" and ones and self.groups == 1 and self.spatial == 2
 
+    def gives_the_shape_of(self, other: torch.Tensor, x: torch.Tensor) -> bool:
+        """Whether the output for `x`, of a linear layer or a convolution, has the shape of `other`.
+
+        What is added may be broadcast for some batch sizes only, which fused operators do not do.
+        """
+        outputs = self.weight.shape[0]
+        if self.kind == "linear":
+            return other.shape == (*x.shape[:-1], outputs)
+        geometry = zip(x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        sizes = [(size + 2 * pad - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, pad, step in geometry]
+        return other.shape == (x.shape[0], outputs, *sizes)
+
     @property
     def signature(self) -> tuple[Any, ...]:
         """What its speed depends on."""

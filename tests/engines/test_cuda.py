@@ -51,7 +51,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def add_relu(x: Any, w: Any, z: Any, alpha: float, b: Any, *geometry: Any) -> torch.Tensor:
         made.append("add_relu")
         assert alpha == 1
-        return F.relu(F.conv2d(x, w, b, *geometry) + z)
+        out = F.conv2d(x, w, b, *geometry)
+        assert z.shape == out.shape, "cuDNN does not broadcast"
+        return F.relu(out + z)
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
@@ -68,6 +70,24 @@ def test_cudnn_fuses_what_it_can_and_says_what_it_cannot(calls: list[str]) -> No
     reasons = {skip.reason for skip in built.reasons}
     assert "cuDNN fuses a ReLU behind a convolution, here is none" in reasons
     assert any("this is 'linear'" in reason for reason in reasons)
+
+
+def test_what_is_added_is_broadcast_where_batches_differ(calls: list[str]) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+            self.shift = nn.Parameter(torch.randn(1, 4, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(self.conv(x) + self.shift)
+
+    model, x = Shifted().eval(), torch.randn(2, 3, 5, 5)
+    built = CuDNN().build(replay(model, Inputs((x[:1],)), spec.parse("clean,fuse")), Inputs((x[:1],)), {})
+    with torch.no_grad():
+        for given in (x[:1], x):
+            agree(built.run(given), model(given))
+    assert calls == ["add_relu"]
 
 
 def test_cudnn_keeps_float32_unless_asked(calls: list[str]) -> None:

@@ -156,6 +156,23 @@ def test_every_addition(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("form", [Tailed, AddsFresh])
+@pytest.mark.parametrize("layer", ["linear on sequences", "conv1d", "conv2d, odd geometry", "conv2d, 1x1 strided"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_what_is_added_is_broadcast_where_batches_differ(
+    activation: str, layer: str, form: type[nn.Module], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(kernel, monkeypatch)
+    torch.manual_seed(0)
+    factory, shape = LAYERS[layer]
+    model, x = form(factory(), ACTIVATIONS[activation]()).eval(), torch.randn(3, *shape[1:])
+    y = torch.randn_like(model.layer(x).detach())
+    executable = lowered(model, x[:1], y[:1])
+    for rows, added in ((3, 1), (1, 3), (3, 3)):
+        check(executable, model, x[:rows], y[:added])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "conv2d, 1x1"])
 def test_bfloat16(layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(kernel, monkeypatch)

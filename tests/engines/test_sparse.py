@@ -258,6 +258,32 @@ def test_a_value_that_is_written_in_place_is_not_stale() -> None:
     torch.testing.assert_close(fxopt.lower(model, (x,), "sparse")(x), expected)
 
 
+class Placed(nn.Module):
+    """One position for all samples, and a sum whose other side has gone through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(32, 32)
+        self.two = nn.Linear(32, 32)
+        self.places = nn.Parameter(torch.randn(1, 5, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x) + self.places
+        return torch.relu(self.two(x) + self.one(self.places))
+
+
+@pytest.mark.parametrize("name", [name for name in (*LAST, *FIRST) if name != "bfloat16"])
+def test_what_is_added_is_broadcast_where_batches_differ(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = zeroed(Placed(), 0.2), torch.randn(3, 5, 32)
+    with torch.no_grad():
+        for layer in (model.one, model.two):
+            layer.weight[:16] = layer.weight[:, :16] = 0
+    executable = lowered(model, x[:1], name)
+    for rows in (1, 3):
+        torch.testing.assert_close(executable(x[:rows]), model(x[:rows]).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_masks_count_as_zeros() -> None:
     x = torch.randn(8, 256)
     captured = capture(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval(), (x,))

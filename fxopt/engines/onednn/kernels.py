@@ -74,39 +74,38 @@ def _adding(layer: Layer, weight: torch.Tensor, geometry: list[Any]) -> Kernel:
     after = None if relu else layer.activation
     memory_format = _FORMATS[layer.spatial]
     bias = layer.bias
-    if layer.reuses:
-        into = _mkldnn._convolution_pointwise_.binary
+    conv, beside = _mkldnn._convolution_pointwise.default, _mkldnn._convolution_pointwise.binary
+    into = _mkldnn._convolution_pointwise_.binary
+    broadcasting = _then(lambda x: conv(x, weight, bias, *geometry, "none", [], ""), layer.activation)
 
-        def in_place(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-            other = other.contiguous(memory_format=memory_format)
-            out: torch.Tensor = into(other, x, weight, bias, *geometry, *options)
-            return out if after is None else after.apply_(out)
-
-        return in_place
-    conv = _mkldnn._convolution_pointwise.binary
-
-    def beside(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if not layer.gives_the_shape_of(other, x):
+            return broadcasting(x, other)
         other = other.contiguous(memory_format=memory_format)
-        out: torch.Tensor = conv(x, other, weight, bias, *geometry, *options)
+        both = (other, x) if layer.reuses else (x, other)
+        out: torch.Tensor = (into if layer.reuses else beside)(*both, weight, bias, *geometry, *options)
         return out if after is None else after.apply_(out)
 
-    return beside
+    return add
 
 
 def _packed_linear(layer: Layer) -> Kernel:
     weight = _mkldnn._reorder_linear_weight(_apart(layer.weight), places(layer))
     bias = layer.bias
+    run = _mkldnn._linear_pointwise.default
     if layer.other is not None:
         adding = _mkldnn._linear_pointwise.binary
         after = layer.activation
+        broadcasting = _then(lambda x: run(x, weight, bias, "none", [], ""), after)
 
         def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            if not layer.gives_the_shape_of(other, x):
+                return broadcasting(x, other)
             out: torch.Tensor = adding(x, other, weight, bias, "add")
             return out if after is None else after.apply_(out)
 
         return add
     attr, scalars, algorithm = _post_op(layer.activation, _LINEAR_ATTRS)
-    run = _mkldnn._linear_pointwise.default
     return _then(lambda x: run(x, weight, bias, attr or "none", scalars, algorithm), None if attr else layer.activation)
 
 
@@ -188,8 +187,7 @@ def _over_channels(layer: Layer, product: Callable[[torch.Tensor], torch.Tensor]
             x = x[:, :, ::vertical, ::horizontal]
         batch, _, height, width = x.shape
         out = product(x.permute(0, 2, 3, 1).reshape(-1, inputs))
-        added = None if other is None else other.permute(0, 2, 3, 1).reshape(-1, outputs)
-        return tail(out, added, activation).view(batch, height, width, outputs).permute(0, 3, 1, 2)
+        return tail(out.view(batch, height, width, outputs).permute(0, 3, 1, 2), other, activation)
 
     return run
 

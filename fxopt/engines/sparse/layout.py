@@ -28,3 +28,17 @@ def to_features_last(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     samples = lead.numel()
     flat = y.transpose(1, 2).reshape(-1, y.shape[1])
     return flat[:samples].reshape(*lead, y.shape[1])
+
+
+def of_both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A value with the samples that the sum of two has."""
+    if one.shape[:-1] == other.shape[:-1]:
+        return one
+    return one.new_empty(1).expand(*torch.broadcast_shapes(one.shape[:-1], other.shape[:-1]), 1)
+
+
+def broadcast(y: torch.Tensor, own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`y`, features first with the samples of `own`, with those of `like`."""
+    if own.shape[:-1] == like.shape[:-1]:
+        return y
+    return to_features_first(to_features_last(y, own).expand(*like.shape[:-1], -1))

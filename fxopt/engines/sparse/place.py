@@ -13,7 +13,7 @@ from torch import nn
 from fxopt.engines.binding import named
 from fxopt.engines.layer import Layer
 from fxopt.engines.sparse.kernels import Kernel
-from fxopt.engines.sparse.layout import to_features_first, to_features_last
+from fxopt.engines.sparse.layout import broadcast, of_both, to_features_first, to_features_last
 from fxopt.graph import Effects, Region
 
 _POINTWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.LeakyReLU, nn.Identity)
@@ -92,11 +92,15 @@ class Placement:
             if kernel is None:
                 done = graph.call_function(named(self._last[node], node.name), tuple(given))
             else:
-                first = graph.call_function(
-                    named(kernel, node.name), tuple(self._first_of(value, layer.last) for value in given)
-                )
+                firsts = [self._first_of(value, layer.last) for value in given]
+                likes = [self._like.get(value, value) for value in given]
+                like = likes[0]
+                if likes[-1] is not like:  # of another batch than the example's one of them may be broadcast
+                    like = graph.call_function(of_both, tuple(likes))
+                    firsts = [graph.call_function(broadcast, (*pair, like)) for pair in zip(firsts, likes, strict=True)]
+                first = graph.call_function(named(kernel, node.name), tuple(firsts))
                 self._fresh.add(first)
-                done = self._back(first, self._like.get(given[0], given[0]))
+                done = self._back(first, like)
         self._replace(layer.last, done)
         if node is not layer.last:
             graph.erase_node(node)
