@@ -36,7 +36,8 @@ SHAPE_ONLY = frozenset(
 
 RANDOM = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ poisson random_ exponential_ geometric_ cauchy_ log_normal_ gumbel_softmax".split()
+    "uniform_ poisson random_ exponential_ geometric_ cauchy_ log_normal_ gumbel_softmax binomial _standard_gamma "
+    "_sample_dirichlet".split()
 )
 """Functions that draw random numbers in either mode."""
 

@@ -67,7 +67,8 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 _RANDOM = frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout rand rand_like randn "
     "randn_like randint randint_like randperm bernoulli multinomial normal poisson rrelu gumbel_softmax "
-    "scaled_dot_product_attention uniform_ normal_ bernoulli_".split()
+    "scaled_dot_product_attention uniform_ normal_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ "
+    "binomial _standard_gamma _sample_dirichlet".split()
 )
 _PURE_FUNCTIONS: frozenset[Any] = frozenset(
     {fused_call, getattr, operator.getitem, len, *(getattr(operator, name) for name in (
@@ -291,8 +292,18 @@ def _is_inplace(node: fx.Node, name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+_MAY_RETURN_ARGUMENT = frozenset(
+    "alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod conj_physical dequantize dropout "
+    "einsum feature_alpha_dropout feature_dropout meshgrid sum_to_size to_dense type_as unsafe_chunk unsafe_split "
+    "unsafe_split_with_sizes".split()
+)
+"""Operators that give an argument, or a view of one, although their schema does not say so."""
+
+
 @functools.cache
 def _returns_fresh(name: str) -> bool:
+    if name in _MAY_RETURN_ARGUMENT:
+        return False
     schemas = _schemas(name)
     plain = [s for s in schemas if not s.overload_name.endswith("out")]
     return bool(plain) and all(r.alias_info is None for s in plain for r in s.returns)

@@ -85,6 +85,30 @@ def test_aliases_follow_views_and_writes() -> None:
     assert aliases(sin) == {sin}
 
 
+RETURNS_ARGUMENT: dict[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
+    "type_as": lambda g, x: call(g, "type_as", x, x),
+    "sum_to_size": lambda g, x: call(g, "sum_to_size", x, 4),
+    "dropout": lambda g, x: call(g, F.dropout, x, 0.5, False),
+    "alpha_dropout": lambda g, x: call(g, F.alpha_dropout, x, 0.5, False),
+    "feature_dropout": lambda g, x: call(g, torch.feature_dropout, x, 0.5, False),
+    "einsum": lambda g, x: call(g, torch.einsum, "i->i", x),
+    "atleast_1d": lambda g, x: call(g, torch.atleast_1d, x),
+    "broadcast_tensors": lambda g, x: call(g, torch.broadcast_tensors, x),
+    "meshgrid": lambda g, x: call(g, torch.meshgrid, x),
+    "cartesian_prod": lambda g, x: call(g, torch.cartesian_prod, x),
+    "to_dense": lambda g, x: call(g, "to_dense", x),
+    "unsafe_chunk": lambda g, x: call(g, "unsafe_chunk", x, 2),
+    "to": lambda g, x: call(g, "to", x, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS_ARGUMENT)
+def test_what_may_return_its_argument_shares_memory_with_it(name: str) -> None:
+    region = region_of(RETURNS_ARGUMENT[name])
+    x, node, _ = region.graph.nodes
+    assert Effects(region).may_alias(node) == (x,)
+
+
 def test_reads_of_one_memory_alias() -> None:
     def build(graph: fx.Graph, x: fx.Node) -> object:
         return graph.create_node("get_attr", "state"), graph.create_node("get_attr", "state")
@@ -120,6 +144,7 @@ DEAD: dict[str, tuple[Callable[[fx.Graph, fx.Node], object], list[str]]] = {
     "write to what is dead": (lambda g, x: (call(g, "mul_", call(g, torch.sin, x), 2), x)[1], ["sin", "mul_"]),
     "write to a buffer": (lambda g, x: (call(g, "add_", g.create_node("get_attr", "state"), 1), x)[1], []),
     "random": (lambda g, x: (call(g, torch.rand_like, x), x)[1], []),
+    "random by a distribution": (lambda g, x: (call(g, torch.binomial, x, x), x)[1], []),
     "dropout in evaluation": (lambda g, x: (call(g, F.dropout, x, 0.5, False), x)[1], ["dropout"]),
     "dropout in training": (lambda g, x: (call(g, F.dropout, x, 0.5, True), x)[1], []),
     "unknown": (lambda g, x: (call(g, see, x), x)[1], []),
