@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from fxopt.contract import Change, Skip
 from fxopt.engines.strides import hide, why_noticed
-from fxopt.graph import Affine, Region, inherit, rank_of, read_affine, source_of
+from fxopt.graph import Affine, Effects, Region, inherit, rank_of, read_affine, source_of
 
 _KINDS = ("conv2d", "conv_transpose2d")
 
@@ -43,11 +43,14 @@ def run_channels_last(region: Region) -> Iterator[Change | Skip]:
             conv.weight, conv.weight.detach().contiguous(memory_format=torch.channels_last)
         )
     hide(region)
+    effects = Effects(region)
     for entry, users in entries.items():
-        with region.graph.inserting_before(min(users)):
-            made = region.graph.call_method("contiguous", (entry,), {"memory_format": torch.channels_last})
-        inherit(made, entry)
-        for user in users:
+        made = None
+        for user in sorted(users):
+            if made is None or effects.written_between(entry, made, user):
+                with region.graph.inserting_before(user):
+                    made = region.graph.call_method("contiguous", (entry,), {"memory_format": torch.channels_last})
+                inherit(made, entry)
             user.replace_input_with(entry, made)
     count = len({id(conv.node) for conv in convolutions})
     more = f" and {count - 1} more" if count > 1 else ""

@@ -438,6 +438,21 @@ def test_all_of_it_is_computed_in_channels_last() -> None:
     assert not any(seen)
 
 
+def test_what_is_written_between_two_layers_enters_twice() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cos(x)
+        first = self.conv(x) + self.point(x)
+        x[:, 0] = 0
+        return first + self.conv(x)
+
+    torch.manual_seed(0)
+    model, x = parts(forward, point=POINT)().eval(), torch.randn(*IMAGE)
+    module = run(Layout(branches=False), model, (x,)).module
+    converted = [n for n in module.graph.nodes if n.kwargs.get("memory_format") is torch.channels_last]
+    assert len(converted) == 2
+    assert_close(module(x), model(x))
+
+
 CONTIGUOUS: dict[str, tuple[Forward, str]] = {
     "strides": (lambda self, x: self.conv(x).as_strided((2, 4), (4, 1)), "looks at strides"),
     "a written view": (lambda self, x: self.conv(x).view(-1).mul_(2), "is a view of memory that is written"),
