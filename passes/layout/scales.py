@@ -115,6 +115,8 @@ def _why_not(found: Scale, constant: Any, region: Region) -> str | None:
         source = source.args[0]
     if isinstance(source, fx.Node) and any(source in effects.writes(node) for node in region.graph.nodes):
         return "the graph writes into what it scales or shifts by"
+    if _dtype(found.node) != _dtype(found.value):
+        return f"it gives {_dtype(found.node)} for {_dtype(found.value)}"
     if not (found.scale.isfinite().all() and found.shift.isfinite().all()):
         return "it scales or shifts by what is not finite"
     if not found.behind:
@@ -142,6 +144,10 @@ def _constant(value: Any, region: Region) -> torch.Tensor | None:
     if value.op == "call_function":
         return inner[value.args[1]]  # type: ignore[index]
     return getattr(inner, str(value.target))(*value.args[1:])  # type: ignore[no-any-return]
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("tensor_meta"), "dtype", None)
 
 
 def _by_channel(constant: torch.Tensor, axis: int, rank: int | None, channels: int) -> torch.Tensor | None:

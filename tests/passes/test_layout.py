@@ -279,6 +279,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         parts(lambda self, x: self.conv(x) * 2 + self.conv(torch.cos(x))), "is also called at"),
     "shift before a padded one": (parts(lambda self, x: self.conv(x + 1)), "does not reach the border"),
     "too large": (parts(lambda self, x: self.conv(x) * 1e42), "do not fit"),
+    "another dtype": (
+        parts(lambda self, x: self.conv(x) * self.wide[0], wide=nn.ParameterList([torch.rand(4, 1, 1).double()])),
+        "it gives torch.float64 for torch.float32",
+    ),
     "off the middle": (
         parts(lambda self, x: self.three(x) + self.two(x),
               three=nn.Conv2d(4, 4, 3, 2, 1), two=nn.Conv2d(4, 4, 2, 2, 1)),
