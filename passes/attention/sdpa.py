@@ -17,7 +17,7 @@ from torch import nn
 
 from fxopt.capture.modes import select
 from fxopt.contract import Change, Skip
-from fxopt.graph import Region, hide_strides, inherit, source_of, why_not_plain, why_noticed
+from fxopt.graph import Effects, Region, hide_strides, inherit, source_of, why_not_plain, why_noticed
 from passes.attention.call import (
     dtype_of,
     given,
@@ -148,11 +148,11 @@ def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None
     dropout = _dropout(weights.dropout, end, region)
     if dropout:
         options["dropout_p"] = dropout
-    query, scale = _unscaled(scores.query, scores.scale)
+    query, scale = _unscaled(scores.query, scores.scale, end, region)
     for factor, sign in scores.factors:
         query = region.insert_function(end, torch.mul if sign > 0 else torch.div, (query, factor))
     keys = transposed(scores.keys, end, region)
-    keys, scale = _unscaled(keys, scale)
+    keys, scale = _unscaled(keys, scale, end, region)
     values = weights.values
     shape = shape_of(scores.query)
     assert shape is not None
@@ -176,8 +176,12 @@ def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None
     return Change(f"computed by {what}", where, line)
 
 
-def _unscaled(value: fx.Node, scale: float) -> tuple[fx.Node, float]:
-    """What is scaled by positive numbers for nobody else, and the scale with these numbers."""
+def _unscaled(value: fx.Node, scale: float, end: fx.Node, region: Region) -> tuple[fx.Node, float]:
+    """What is scaled by positive numbers for nobody else, and the scale with these numbers.
+
+    Only as far as what is scaled still has the same values at `end`: it may be scaled in place.
+    """
+    effects = Effects(region)
     while name_of(value) in ("mul", "div") and len(value.users) == 1:
         both: tuple[Any, Any] = operands(value) or (None, None)
         inner, by = both
@@ -185,6 +189,8 @@ def _unscaled(value: fx.Node, scale: float) -> tuple[fx.Node, float]:
         if is_number(inner) and not divides:
             inner, by = by, inner
         if not is_number(by) or by <= 0 or not isinstance(inner, fx.Node) or dtype_of(inner) != dtype_of(value):
+            break
+        if effects.written_between(inner, value.prev, end):
             break
         value, scale = inner, scale / by if divides else scale * by
     return value, scale

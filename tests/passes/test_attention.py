@@ -85,9 +85,24 @@ def cast(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return F.softmax(a.float(), dim=-1, dtype=torch.float32).type_as(a) @ v
 
 
+def scaled_in_place(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q = torch.cos(q)
+    q *= 8**-0.5
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def written_once_scaled(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q = torch.cos(q)
+    scaled = q * 8**-0.5
+    q.zero_()
+    return (scaled @ k.mT).softmax(-1) @ v
+
+
 ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
     "plain": (plain, {"scale": 8**-0.5}),
     "scaled before": (before, {"scale": 8**-0.5}),
+    "scaled in place": (scaled_in_place, {"scale": 1.0}),
+    "written once it was scaled": (written_once_scaled, {"scale": 1.0}),
     "no scale": (lambda self, q, k, v: (q @ k.mT).softmax(3) @ v, {"scale": 1.0}),
     "scaled twice": (lambda self, q, k, v: (2 * (q * 0.25) @ (k / 2).mT * 0.5).softmax(-1) @ v, {"scale": 0.125}),
     "scaled by the length": (lambda self, q, k, v: (q @ k.mT * q.size(0) ** -0.5).softmax(-1) @ v, {"scale": 1.0}),
