@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from fxopt.graph import Region
+from fxopt.graph import Effects, Region
 from passes.attention.call import dtype_of, given, name_of, shape_of
 from passes.attention.scores import Mask, Scores
 
@@ -22,7 +22,7 @@ def attention_mask(scores: Scores, before: fx.Node, region: Region) -> dict[str,
     masks = scores.masks
     if not masks:
         return {}
-    if len(masks) == 1 and _is_causal(masks[0], shape_of(scores.product)):
+    if len(masks) == 1 and _is_causal(masks[0], shape_of(scores.product), before, region):
         return {"is_causal": True}
     insert = region.insert_function
     aligned = [Mask(mask.kind, _aligned(mask, scores, before, region), mask.fill) for mask in masks]
@@ -69,9 +69,10 @@ def _aligned(mask: Mask, scores: Scores, before: fx.Node, region: Region) -> fx.
     return node
 
 
-def _is_causal(mask: Mask, scores: tuple[int, ...] | None) -> bool:
-    """Whether a mask is made to be triangular, the first query seeing the first key alone."""
+def _is_causal(mask: Mask, scores: tuple[int, ...] | None, before: fx.Node, region: Region) -> bool:
+    """Whether a mask is made to be triangular, the first query seeing the first key alone, and is so still."""
     node, kind = _origin(mask.node), mask.kind
+    made, effects = node, Effects(region)
     if mask.split is not None or not isinstance(node, fx.Node):
         return False
     name = name_of(node)
@@ -82,6 +83,9 @@ def _is_causal(mask: Mask, scores: tuple[int, ...] | None) -> bool:
     asked = given(node, "input", "diagonal") if isinstance(node, fx.Node) else {}
     source = asked.get("input")
     if scores is None or not isinstance(source, fx.Node) or shape_of(source) != scores[-2:]:
+        return False
+    lives = ((source, node), (node, before), (made, before))
+    if any(effects.written_between(value, value, end) for value, end in lives):
         return False
     filled = given(source, "size", "fill_value").get("fill_value") if name_of(source) == "full" else None
     if kind == "add":

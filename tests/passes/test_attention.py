@@ -98,6 +98,17 @@ def written_once_scaled(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     return (scaled @ k.mT).softmax(-1) @ v
 
 
+def edited(mask: torch.Tensor, *, value: float) -> torch.Tensor:
+    """All queries see the first keys, as those of a prefix."""
+    mask[:, :2] = value
+    return mask
+
+
+def prefixed(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    hidden = edited(causal(5), value=False)
+    return scores(q, k).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
 ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
     "plain": (plain, {"scale": 8**-0.5}),
     "scaled before": (before, {"scale": 8**-0.5}),
@@ -147,6 +158,23 @@ ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
     "causal by addition": (
         lambda self, q, k, v: (scores(q, k) + torch.triu(torch.full((5, 5), -math.inf), 1)).softmax(-1) @ v,
         {"is_causal": True},
+    ),
+    "causal in place": (
+        lambda self, q, k, v: scores(q, k).masked_fill(torch.ones(5, 5).tril_() == 0, -1e10).softmax(-1) @ v,
+        {"is_causal": True},
+    ),
+    "causal behind a prefix": (
+        lambda self, q, k, v: (
+            scores(q, k).masked_fill(edited(torch.tril(torch.ones(5, 5)), value=1) == 0, -1e10).softmax(-1) @ v
+        ),
+        {"attn_mask": ()},
+    ),
+    "causal behind a prefix of booleans": (prefixed, {"attn_mask": ()}),
+    "causal, of what was edited": (
+        lambda self, q, k, v: (
+            (scores(q, k) + torch.triu(edited(torch.full((5, 5), -math.inf), value=0), 1)).softmax(-1) @ v
+        ),
+        {"attn_mask": ()},
     ),
     "below the causal diagonal": (
         lambda self, q, k, v: (
