@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fxopt.capture.attributes import Attribute, is_left, look, old
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.copy_on_write import lazy_copy
 
-__all__ = ["State", "random_state_kept"]
+__all__ = ["State", "random_state_kept", "tensors_kept"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
@@ -108,6 +109,15 @@ class State:
                     tensor.copy_(copy)
                 else:
                     tensor.set_(copy.clone())  # type: ignore[call-overload]  # torch declares it for storages only
+
+
+@contextmanager
+def tensors_kept(*modules: nn.Module) -> Iterator[None]:
+    """Leave the values of parameters and buffers as they were."""
+    with ExitStack() as held:
+        for module in modules:
+            held.callback(State(module).restore_tensors)
+        yield
 
 
 def _all_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.capture.state import random_state_kept, tensors_kept
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.gpu import current_among
+from fxopt.engines.once import once
 from fxopt.engines.one_form import OneForm
 from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
@@ -72,7 +74,8 @@ class Executable(nn.Module):
         """What the engine made, made now where that is not done yet."""
         if self._built is None:
             began = time.perf_counter()
-            with torch.no_grad(), current_among(tensor.device for tensor in self._inputs.tensors):
+            place = current_among(tensor.device for tensor in self._inputs.tensors)
+            with torch.no_grad(), tensors_kept(self.module), random_state_kept(), place:
                 self._built = self.engine.build(self.module, self._inputs, self._choices)
             self._choices = dict(self._built.choices)
             self._one_form = OneForm(self.module.forward)
@@ -105,7 +108,7 @@ class Executable(nn.Module):
         if self._rounding is None:
             self._rounding = 0.0
             if any(isinstance(child, FakeQuantize) for child in self.module.modules()):
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                with torch.no_grad():
                     rounded = self._outputs()
                     with without_rounding(self.module):
                         exact = self._outputs()
@@ -115,9 +118,7 @@ class Executable(nn.Module):
 
     def _outputs(self) -> list[torch.Tensor]:
         """The module's tensors for the example."""
-        torch.manual_seed(0)
-        given = self._inputs.map(lambda tensor: tensor.detach().clone())
-        return list(tensors_in(self.module(*given.args, **given.kwargs)))
+        return list(tensors_in(once(self.module, self.module, self._inputs)[0]))
 
     @property
     def dtypes(self) -> set[torch.dtype]:

@@ -14,12 +14,14 @@ from torch import nn
 
 from fxopt import bench
 from fxopt.bench.statistics import paired_interval
+from fxopt.capture.state import tensors_kept
 from fxopt.contract import Skip
 from fxopt.engines.eager import Eager
 from fxopt.engines.executable import Executable
 from fxopt.engines.exports import Exports
 from fxopt.engines.gpu import rounding_of_torch
 from fxopt.engines.lower import after_passes, build
+from fxopt.engines.once import once
 from fxopt.engines.place import on
 from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find, written
@@ -203,12 +205,13 @@ def climb(
     until = max(began + budget_seconds, time.perf_counter() + (1 - _BUILDING) * budget_seconds)
     tell("measure the engines in turns")
     share = _TOGETHER if asked == AUTO else 1.0
-    found = _together(original, running, inputs, place, share * (until - time.perf_counter()), seed)
-    rungs = [rung if rung.dropped else dataclasses.replace(rung, comparison=found[rung.label]) for rung in rungs]
-    chosen = rungs[-1] if named else None
-    if asked == AUTO:
-        left = until - time.perf_counter()
-        chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, place, left, seed)
+    with tensors_kept(*(rung.executable.module for rung in running if rung.executable is not None)):
+        found = _together(original, running, inputs, place, share * (until - time.perf_counter()), seed)
+        rungs = [rung if rung.dropped else dataclasses.replace(rung, comparison=found[rung.label]) for rung in rungs]
+        chosen = rungs[-1] if named else None
+        if asked == AUTO:
+            left = until - time.perf_counter()
+            chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, place, left, seed)
     return Ladder(asked, str(place), tuple(rungs), chosen, max_error, budget_seconds, time.perf_counter() - began)
 
 
@@ -291,11 +294,8 @@ def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple
     """The largest relative error over the trials that it takes, and what the dtype of that output allows."""
     worst, allowed = 0.0, 0.0
     for index, trial in enumerate(oracle.trials):
-        given = trial.inputs.map(lambda tensor: tensor.detach().to(place, copy=True))
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                values, structure = given.flatten_with(executable(*given.args, **given.kwargs))
+            values, structure = once(executable, executable.module, trial.inputs.to(place))
         except EngineError:
             if index == 0:
                 raise

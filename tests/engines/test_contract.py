@@ -226,6 +226,38 @@ def test_an_engine_that_computes_something_else_is_not_used(
         build(Broken(fault), model, Inputs((x,)))
 
 
+class Running(nn.Module):
+    """Takes away a mean that it keeps; it may return the memory that it keeps it in."""
+
+    mean: torch.Tensor
+
+    def __init__(self, *, gives_mean: bool) -> None:
+        super().__init__()
+        self.gives_mean = gives_mean
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.linear(x)
+        self.mean.mul_(0.9).add_(x.mean(0))
+        return (x - self.mean, self.mean) if self.gives_mean else (x - self.mean,)
+
+
+@pytest.mark.parametrize("gives_mean", [False, True])
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_building_and_checking_leave_buffers_and_random_streams_as_they_were(engine: str, gives_mean: bool) -> None:
+    model, x = Running(gives_mean=gives_mean).eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        model.linear.weight[:2] = 0
+    before = torch.get_rng_state()
+    executable = fxopt.lower(model, x, engine)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        for _ in range(3):
+            agree(executable(x), model(x))
+    assert torch.equal(executable.module.mean, model.mean)
+
+
 def test_sizes_that_an_engine_fixes_are_held(cnn: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = cnn
     executable = build(Broken(), model, Inputs((x,)))

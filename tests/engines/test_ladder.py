@@ -25,7 +25,7 @@ from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
 from fxopt.verify import TOLERANCE, Oracle
 from passes import QAT
-from tests.engines.test_contract import agree
+from tests.engines.test_contract import Running, agree
 from tests.engines.test_others import needs
 from tests.models import STATIC
 from tests.report.record_example import comparison
@@ -97,6 +97,17 @@ def test_auto_takes(name: str, measured: dict[Any, float]) -> None:
     assert found.chosen.engine == expected
     assert [rung.engine for rung in found.rungs] == ["eager", "onednn"]
     assert all(rung.comparison and rung.relative_error is not None for rung in found.rungs)
+
+
+def test_measuring_leaves_buffers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
+    model, example = Running(gives_mean=False).eval(), Inputs((torch.randn(3, 4),))
+    rewritten = fxopt.capture(model, example.args).module
+    found = climb("auto", model, rewritten, example, oracle=Oracle(model, example), budget_seconds=1.0)
+    assert [rung.dropped for rung in found.rungs] == ["", ""]
+    for rung in found.rungs:
+        assert rung.executable is not None
+        assert not rung.executable.module.get_buffer("mean").any()
 
 
 def test_all_takes_none(measured: dict[Any, float]) -> None:

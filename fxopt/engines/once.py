@@ -1,0 +1,31 @@
+"""One run of a module, or of what an engine made of it, that leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.state import random_state_kept, tensors_kept
+from fxopt.inputs import Inputs
+
+
+def once(run: Callable[..., Any], module: nn.Module, inputs: Inputs) -> tuple[list[Any], Any]:
+    """All values that a run on copies of the inputs gives, and what they are nested in; see `Inputs.flatten_with`.
+
+    Random streams and the tensors of `module`, which a forward may write, are afterwards as they were.
+    """
+    given = inputs.map(lambda tensor: tensor.detach().clone())
+    with random_state_kept(), tensors_kept(module):
+        torch.manual_seed(0)
+        values, structure = given.flatten_with(run(*given.args, **given.kwargs))
+        held = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        # What is returned may be what is put back.
+        return [value.clone() if _memory(value) in held else value for value in values], structure
+
+
+def _memory(value: Any) -> int | None:
+    dense = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    return value.untyped_storage()._cdata if dense else None
