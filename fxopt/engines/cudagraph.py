@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.cudnn import CuDNN
 from fxopt.engines.inductor import Inductor
+from fxopt.engines.written import refuse_writes
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.nested import tensors_in
 
 _WARM_UP_CALLS = 3
 
@@ -61,7 +63,8 @@ class CudaGraph(Engine):
         stream.wait_stream(torch.cuda.current_stream())
         try:
             # Kernels are chosen and workspaces taken before the recording.
-            with torch.cuda.stream(stream):
+            copies = {f"input {number}": tensor for number, tensor in enumerate(tensors_in(held))}
+            with torch.cuda.stream(stream), refuse_writes(self.name, copies):
                 for _ in range(_WARM_UP_CALLS):
                     built.run(*args, **kwargs)
             torch.cuda.current_stream().wait_stream(stream)

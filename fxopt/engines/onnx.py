@@ -22,6 +22,7 @@ from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
 from fxopt.engines.onnx_zero_points import part_zero_points
+from fxopt.engines.written import refuse_writes
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -103,15 +104,18 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
     """What the module gives for the example.
 
     Raises:
-        EngineError: where an input or output is no tensor that NumPy could hold, or an input is an object.
+        EngineError: where an input or output is no tensor that NumPy could hold, an input is an object, or the module
+            writes into an input, a parameter or a buffer, which exporters leave out.
     """
     if inputs.objects:
         raise EngineError(
             f"engine '{engine}' takes tensors in lists, tuples or dicts, and no object that a call may change, as among"
             f" {inputs.describe()}"
         )
-    with torch.no_grad():
-        given = inputs.map(lambda tensor: tensor.detach().clone())
+    given = inputs.map(lambda tensor: tensor.detach().clone())
+    held = {f"input {number}": tensor for number, tensor in enumerate(given.tensors)}
+    held |= {f"'{name}'": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    with torch.no_grad(), refuse_writes(engine, held):
         output = module(*given.args, **given.kwargs)
     leaves = pytree.tree_leaves(output)
     objects = [leaf for leaf in leaves if is_object(leaf)]

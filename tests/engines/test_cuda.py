@@ -132,6 +132,18 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     return made
 
 
+def test_a_cuda_graph_is_not_recorded_of_writes_into_an_input(graphs: list[Recording]) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2) + 1
+
+    x = torch.ones(3)
+    module = fxopt.capture(Writes().eval(), (x,)).module
+    with pytest.raises(EngineError, match="would lose what the module writes into input 0"):
+        CudaGraph(around="eager").build(module, Inputs((x,)), {})
+    assert torch.equal(x, torch.ones(3))
+
+
 def test_a_cuda_graph_is_replayed_on_its_own_tensors(graphs: list[Recording]) -> None:
     model, module, example = fused("simple_net")
     built = CudaGraph(around="eager").build(module, Inputs(example), {})

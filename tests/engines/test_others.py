@@ -22,7 +22,7 @@ from fxopt.errors import EngineError
 from fxopt.modules import without_rounding
 from fxopt.verify import relative_error
 from passes import PTQ, Fuse, QuantizeFreeze
-from tests.engines.test_contract import REFUSED_CALLS, agree
+from tests.engines.test_contract import REFUSED_CALLS, Running, agree
 from tests.models import DYNAMIC, STATIC
 
 EXPORTING = ("onnxruntime", "openvino")
@@ -230,6 +230,14 @@ def test_a_fixed_batch_size_is_said() -> None:
     assert any("the batch size is fixed" in skip.reason for skip in executable.reasons)
 
 
+class Cached(nn.Module):
+    """Keys of earlier calls in a tensor of the caller's, which takes those of this one."""
+
+    def forward(self, keys: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        keys[:, 1:2] = new
+        return keys * 2
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]] = {
     "depends on values": (
         lambda: DYNAMIC["router"].build(),
@@ -240,6 +248,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]
         lambda: DYNAMIC["early_exit"].build(),
         DYNAMIC["early_exit"].example(),
         "cannot export one|tensors that NumPy knows",
+    ),
+    "writes an input": (
+        Cached().eval,
+        (torch.zeros(2, 3), torch.ones(2, 1)),
+        "would lose what the module writes into input 0: return the new values",
+    ),
+    "writes a buffer": (
+        Running(gives_mean=False).eval,
+        (torch.randn(3, 4),),
+        "would lose what the module writes into 'mean'",
     ),
     "bfloat16": (lambda: nn.Linear(3, 2).eval().bfloat16(), (torch.randn(2, 3).bfloat16(),), "not torch.bfloat16"),
 }
