@@ -129,7 +129,13 @@ def run_passes(
     return Ledger(tuple(entries))
 
 
-def replay(module: nn.Module, inputs: Inputs, passes: Sequence[Pass], spared: Sequence[Set[str]] = ()) -> GraphModule:
+def replay(
+    module: nn.Module,
+    inputs: Inputs,
+    passes: Sequence[Pass],
+    spared: Sequence[Set[str]] = (),
+    calibration: Sequence[Inputs] | None = None,
+) -> GraphModule:
     """Capture and rewrite without verifying: what a recipe does that was verified when it was written.
 
     Args:
@@ -137,11 +143,14 @@ def replay(module: nn.Module, inputs: Inputs, passes: Sequence[Pass], spared: Se
         inputs: to capture it with.
         passes: in order.
         spared: for each pass the places that it leaves alone; empty where none leaves any.
+        calibration: inputs for passes that need data; `inputs` where it is None.
     """
     captured = capture(module, inputs.args, inputs.kwargs)
     check_order(passes)
+    # A copy, since a model may write into its inputs.
+    batches = [inputs.map(lambda tensor: tensor.detach().clone())] if calibration is None else calibration
     for each, places in zip(passes, spared or [frozenset()] * len(passes), strict=True):
-        changes, _ = run_pass(each, captured.module, (), spared=places)
+        changes, _ = run_pass(each, captured.module, batches, spared=places)
         if changes:
             propagate_shapes(captured.module, captured.inputs)
     return captured.module

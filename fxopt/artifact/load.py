@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -72,15 +73,20 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
 def _replay(
     path: Path, recipe: Mapping[str, Any], module: nn.Module, inputs: Inputs, passes: Sequence[Pass]
 ) -> GraphModule:
-    """Make the graph again. A result may have changed its mode after it was captured: then other modes are tried."""
+    """Make the graph again. A result may have changed its mode after it was captured: then other modes are tried.
+
+    Calibration data itself is not kept: any will do, since the ranges are restored. A run without any took out what it
+    would have given a range, so that is tried last.
+    """
     before = _modes(module)
     failure: Exception | None = None
     try:
-        for modes in (_recorded(module, recipe), dict.fromkeys(before, False), dict.fromkeys(before, True), before):
+        tried = (_recorded(module, recipe), dict.fromkeys(before, False), dict.fromkeys(before, True), before)
+        for calibration, modes in itertools.product((None, ()), tried):
             _set_modes(module, modes)
             try:
                 spared = [frozenset(one.get("spared", ())) for one in recipe["passes"]]
-                replayed: GraphModule = replay(module, inputs, passes, spared)
+                replayed: GraphModule = replay(module, inputs, passes, spared, calibration)
             except Exception as error:  # another module may raise anything on these inputs
                 failure = failure or error
                 continue

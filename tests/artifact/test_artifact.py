@@ -48,14 +48,27 @@ def trained(seed: int = 0) -> Net:
     return module
 
 
-def run(module: nn.Module, passes: str, inputs=None) -> Result:
+def run(module: nn.Module, passes: str, inputs=None, batches: int = 0) -> Result:
     given = {"x": torch.randn(4, 3, 6, 6), "add": 0.5} if inputs is None else inputs
-    return optimize(module, given, passes, devices=())
+    data = [{"x": torch.randn(4, 3, 6, 6), "add": 0.5} for _ in range(batches)]
+    return optimize(module, given, passes, devices=(), calibration_data=data)
 
 
-@pytest.mark.parametrize("passes", ["", "clean,fuse", "fuse,qat{bits=4}", "qat"])
-def test_the_outputs_are_equal_to_the_bit(tmp_path, passes):
-    result = run(trained().eval(), passes)
+@pytest.mark.parametrize(
+    ("passes", "batches"),
+    [
+        ("", 0),
+        ("clean,fuse", 0),
+        ("fuse,qat{bits=4}", 0),
+        ("qat", 0),
+        ("qat,quantize-freeze", 0),
+        ("qat,quantize-freeze", 2),
+        ("fuse,ptq,quantize-freeze", 2),
+        ("sparsify{criterion=wanda}", 2),
+    ],
+)
+def test_the_outputs_are_equal_to_the_bit(tmp_path, passes, batches):
+    result = run(trained().eval(), passes, batches=batches)
     save(result, tmp_path / "kept", REPORTS)
     other = trained(seed=1)
     other.loose = result.captured.module.get_buffer(result.captured.constants[0].name)
