@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
@@ -69,11 +69,13 @@ def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator
     for path, owner in list(module.named_modules()):
         where = f"{region.qualified(node)}.{path}" if path else region.qualified(node)
         fakes = {name: child for name, child in owner._modules.items() if isinstance(child, FakeQuantize)}
-        if all(fake.state is State.FROZEN for fake in fakes.values()):
+        if not fakes:
             continue
         with torch.no_grad():
             weights = {leaf: _on_the_grid(owner, leaf, fake) for leaf, fake in _weights(owner)}
             bias = {"bias": owner.folded_bias()} if isinstance(owner, Fused) else {}
+        if _is_final(owner, fakes, weights):
+            continue
         frozen = rebuild(owner, type(owner), **weights, **bias)
         if isinstance(frozen, Fused):
             frozen.reads = ()
@@ -97,6 +99,17 @@ def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator
                 yield Skip(where, reason, line)
 
 
+def _is_final(owner: nn.Module, fakes: Mapping[str, FakeQuantize], weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a run before this one froze it: a schedule of training freezes ranges alone."""
+    joined = isinstance(owner, Fused) and owner.bn is not None
+    baked = all(torch.equal(weight, owner.get_parameter(leaf)) for leaf, weight in weights.items())
+    return baked and not joined and all(map(_rests, fakes.values()))
+
+
+def _rests(fake: FakeQuantize) -> bool:
+    return fake.state is State.FROZEN and fake.ready and not fake.learned
+
+
 def _weights(owner: nn.Module) -> list[tuple[str, FakeQuantize]]:
     return [(leaf, fake) for path, _, leaf, fake in quantized_weights(owner) if not path]
 
@@ -116,16 +129,18 @@ def _freeze_value(node: fx.Node, fake: FakeQuantize, region: Region) -> Iterator
         region.graph.erase_node(node)
         yield Skip(where, _NO_RANGE)
         return
-    if fake.state is not State.FROZEN:
-        if not fake.symmetric and bool((fake.minimum == fake.maximum).all()):
-            yield Skip(where, f"all that it observed was {float(fake.minimum):.3g}: is its calibration data right?")
-        read = behind_mask(source, region)
-        weight = read if read.op == "get_attr" else None
-        region.program.replace_module(fake, _frozen(fake))
-        yield Change(f"range frozen at {fake.bits} bits", where)
-        if weight is not None and isinstance(region.attribute(weight), nn.Parameter):
-            with torch.no_grad():
-                region.swap_parameter(weight, fake.eval()(region.attribute(weight)))
+    read = behind_mask(source, region)
+    held: Any = region.attribute(read) if read.op == "get_attr" else None
+    with torch.no_grad():
+        baked = fake.eval()(held) if isinstance(held, nn.Parameter) else held
+    if _rests(fake) and (baked is held or torch.equal(baked, held)):
+        return
+    if not fake.symmetric and bool((fake.minimum == fake.maximum).all()):
+        yield Skip(where, f"all that it observed was {float(fake.minimum):.3g}: is its calibration data right?")
+    region.program.replace_module(fake, _frozen(fake))
+    yield Change(f"range frozen at {fake.bits} bits", where)
+    if baked is not held:
+        region.swap_parameter(read, baked)
 
 
 def _frozen(fake: FakeQuantize) -> FakeQuantize:

@@ -66,5 +66,7 @@ class QATSchedule:
             # Freezing is for good: calibrating anew is what begins again.
             if quantizer.state is not State.FROZEN:
                 quantizer.state = state
+            if quantizer.learned and quantizer.state is State.FROZEN:
+                quantizer.scale.requires_grad_(False)
         for layer in self._layers:
             layer.norm_frozen = self.freeze_norms_at is not None and self.steps >= self.freeze_norms_at

@@ -578,6 +578,36 @@ class TestFreeze:
         restored = pickle.loads(pickle.dumps(program))
         assert_close(restored(x), program(x), 0)
 
+    @pytest.mark.parametrize("learned", [False, "lsq"])
+    def test_ranges_that_rested_in_training_are_frozen_like_others(self, learned: str | bool) -> None:
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.block = ConvBlock(3, 4)
+                self.weight = nn.Parameter(torch.randn(5, 4))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return F.linear(self.block(x).mean((2, 3)), self.weight)
+
+        program, x = captured(Both().train(), (torch.randn(*IMAGES),)), torch.randn(*IMAGES)
+        rewrite(Fuse(), program)
+        rewrite(QAT(learned=learned), program)  # type: ignore[arg-type]
+        program(x)
+        QATSchedule(program, freeze_ranges_at=0)
+        scales = [fake.scale for fake in quantizers(program).values()]
+        assert not any(scale.requires_grad for scale in scales)
+        program.eval()
+        with torch.no_grad():
+            simulated = program(x)
+            assert rewrite(QuantizeFreeze(), program).changes
+            assert torch.equal(program(x), simulated)
+        layer = next(child for child in program.modules() if isinstance(child, Fused))
+        assert layer.bn is None and layer.weight_fake_quant is not None
+        assert torch.equal(layer.weight_fake_quant(layer.weight), layer.weight)
+        assert torch.equal(program.get_submodule("weight_fake_quant.weight")(program.weight), program.weight)
+        assert not any(isinstance(fake.scale, nn.Parameter) for fake in quantizers(program).values())
+        assert not rewrite(QuantizeFreeze(), program).changes
+
     def test_a_channel_that_its_norm_switched_off_stays_off(self) -> None:
         model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(*IMAGES)
         nn.init.zeros_(model[1].weight[1:2])
