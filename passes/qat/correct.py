@@ -48,7 +48,7 @@ def correct_biases(module: nn.Module, batches: Sequence[Inputs]) -> tuple[str, .
         if shift is None or not shift.isfinite().all():
             return out
         moved[name].append(shift)
-        return out + shift.reshape(_shape(out, layers[name]))
+        return out + shift.reshape(_shape(out, layers[name])).to(out.dtype)
 
     calls: dict[str, int] = {}
     with torch.no_grad():
@@ -69,7 +69,7 @@ def _run(module: nn.Module, batches: Sequence[Inputs]) -> None:
 
 
 def _channels(out: torch.Tensor, layer: Fused) -> int:
-    return out.dim() - 1 if isinstance(layer, nn.Linear) else 1
+    return out.dim() - layer.weight.dim() + 1  # a convolution's input may have no batch
 
 
 def _means(out: torch.Tensor, layer: Fused) -> torch.Tensor:

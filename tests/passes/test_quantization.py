@@ -459,6 +459,26 @@ class TestPTQ:
         ]
         assert errors[1] < errors[0] / 5
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_it_keeps_the_dtype_of_the_model(self, dtype: torch.dtype) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), nn.LayerNorm(8))
+        model = model.append(nn.Linear(8, 2)).eval().to(dtype)
+        x = torch.randn(*IMAGES, dtype=dtype)
+        with torch.no_grad():
+            wanted = model(x)
+        found = self.quantised(model, x)
+        assert found.dtype is dtype
+        assert sqnr(found, wanted) > 20
+
+    def test_biases_are_corrected_without_a_batch_too(self) -> None:
+        torch.manual_seed(0)
+        x, model = torch.randn(3, 9, 9), nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+        with torch.no_grad():
+            wanted = model(x)
+        off = {"equalize": False, "smooth": 0.0, "weights": "int3"}
+        errors = [(self.quantised(model, x, correct=each, **off) - wanted).mean((1, 2)) for each in (False, True)]
+        assert errors[1].abs().max() < errors[0].abs().max() / 5
+
     def test_correcting_leaves_no_trace_of_itself(self) -> None:
         x = torch.randn(8, 3, 8, 8)
         program = captured(Residual().eval(), (x,))
