@@ -150,7 +150,7 @@ def _frozen(fake: FakeQuantize) -> FakeQuantize:
         symmetric=fake.symmetric,
         axis=fake.axis,
         channels=fake.scale.numel(),
-        observer="current" if fake.axis is not None else "minmax",
+        observer="current" if fake.observer == "current" else "minmax",
         device=fake.scale.device,
     ).eval()
     for name in ("zero_point", "minimum", "maximum"):

@@ -39,11 +39,11 @@ class Largest(nn.Module):
         return torch.as_tensor(self.layers(x))
 
 
-def frozen(target: str, weights: str = "") -> tuple[GraphModule, torch.Tensor]:
+def frozen(target: str, weights: str = "", per_channel: bool = True) -> tuple[GraphModule, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.rand(4, 64) / 8 + 7 / 8
-    passes = [PTQ(target=target, weights=weights, equalize=False), QuantizeFreeze()]  # type: ignore[arg-type]
-    return fxopt.optimize(Largest().eval(), x, passes, devices=(), calibration_data=[x]).module, x
+    ptq = PTQ(target=target, weights=weights, equalize=False, per_channel=per_channel)  # type: ignore[arg-type]
+    return fxopt.optimize(Largest().eval(), x, [ptq, QuantizeFreeze()], devices=(), calibration_data=[x]).module, x
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_a_cpu_of_x86_without_vnni_adds_in_16_bits(flags: tuple[str, ...], found
 @pytest.mark.usefixtures("without_vnni")
 def test_only_weights_of_8_bits_saturate() -> None:
     assert saturates(frozen("onnxruntime")[0])
+    assert saturates(frozen("onnxruntime", per_channel=False)[0])
     assert not saturates(frozen("onnxruntime", "int7")[0])
     assert not saturates(Largest())
 
