@@ -247,7 +247,12 @@ class FakeQuantize(nn.Module):
         low = low.clamp(max=0).nan_to_num(neginf=0.0, posinf=0.0)
         high = high.clamp(min=0).nan_to_num(neginf=0.0, posinf=0.0)
         if self.symmetric:
-            self.scale.copy_((torch.maximum(-low, high) / self.high).clamp(min=_SMALLEST))
+            scale = torch.maximum(-low, high) / self.high
+            largest = scale.amax()
+            # Kernels hold biases in steps of weight times input, and those of a channel that is nothing beside the
+            # others would overflow 32 bits. It takes the others' step, in which it is zero.
+            dead = (scale < _SMALLEST) & (scale < largest / (2 * self.high))
+            self.scale.copy_(torch.where(dead, largest, scale).clamp(min=_SMALLEST))
             return
         self.scale.copy_(((1 + _OFF_TIES) * (high - low) / (self.high - self.low)).clamp(min=_SMALLEST))
         self.zero_point.copy_((self.low - (low / self.scale).round()).clamp(self.low, self.high))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
 
 import fxopt
 from fxopt.errors import EngineError
@@ -50,6 +51,25 @@ def test_narrow_integers_run_as_they_were_simulated(bits: int) -> None:
     inputs = Inputs(case.example(), case.kwargs)
     program = prepared(case, [inputs], weights=f"int{bits}", activations="uint4", learned="lsq")
     assert_deployed(program, inputs, trained_and_frozen(program, inputs, training=False))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-9])
+def test_a_dead_channel_gives_its_bias(weight: float) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[1] = weight
+        model[0].bias[1] = 2.0
+    inputs = Inputs((torch.rand(2, 3, 8, 8),))
+    program = captured(model, inputs.args)
+    rewrite(QAT(target="onnxruntime"), program)
+    calibrate(program, [inputs])
+    rewrite(QuantizeFreeze(), program)
+    with torch.no_grad():
+        simulated = [program(*inputs.args)]
+        assert_close(simulated[0], model(*inputs.args), 0.1)
+    assert_deployed(program, inputs, simulated)
 
 
 @pytest.mark.parametrize("name", _NO_GRAPH)
