@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.errors import FxoptError, PassError
-from fxopt.inputs import Inputs
+from fxopt.batches import ADVICE, run_batches
+from fxopt.errors import PassError
 from fxopt.modules import FakeQuantize, State
-
-_ADVICE = "give an iterable of inputs, each a tensor, a tuple of positional arguments or a dict of keyword ones"
 
 
 def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
@@ -38,7 +36,7 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
     if frozen:
         raise PassError(f"calibrate: {frozen[0]!r} is frozen, its range is final; calibrate before 'quantize-freeze'")
     if isinstance(data, torch.Tensor):
-        raise PassError(f"calibrate: the data is one tensor; {_ADVICE}")
+        raise PassError(f"calibrate: the data is one tensor; {ADVICE}")
     before = {name: ({k: v.clone() for k, v in q.state_dict().items()}, q.state) for name, q in quantizers.items()}
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
@@ -46,7 +44,10 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
         for quantizer in quantizers.values():
             quantizer.reset()
             quantizer.state = State.OBSERVE
-        _observe(module, data)
+        with torch.no_grad():
+            count = run_batches("calibrate", data, lambda inputs: inputs.call(module))
+        if count == 0:
+            raise PassError(f"calibrate: the data is empty; {ADVICE}")
         for quantizer in quantizers.values():
             quantizer.settle()
     except BaseException:
@@ -59,22 +60,3 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             if child.training is not training:
                 child.train(training)
     return tuple(name for name, quantizer in quantizers.items() if not quantizer.ready)
-
-
-@torch.no_grad()
-def _observe(module: nn.Module, data: Iterable[Any]) -> None:
-    count = 0
-    for count, batch in enumerate(data, start=1):
-        inputs = Inputs.of(batch)
-        for index, tensor in enumerate(inputs.tensors):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise PassError(f"calibrate: batch {count} holds NaN or Inf in its tensor {index}; leave it out")
-        try:
-            inputs.call(module)
-        except (RuntimeError, TypeError, ValueError, IndexError, FxoptError) as error:
-            raise PassError(
-                f"calibrate: the module does not take batch {count} ({inputs.describe()}): {error}; {_ADVICE}, "
-                "without labels"
-            ) from error
-    if count == 0:
-        raise PassError(f"calibrate: the data is empty; {_ADVICE}")

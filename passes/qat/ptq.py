@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 import torch.fx as fx
 
+from fxopt.batches import run_batches
 from fxopt.contract import Change, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import Affine, GraphModule, Program, Region, observe, read_affine
@@ -93,8 +94,8 @@ class PTQ(Quantization):
                 largest[node] = torch.maximum(largest[node], seen) if node in largest else seen
 
         with torch.no_grad():
-            for batch in batches if found else ():
-                observe(module, batch.args, batch.kwargs, visit)
+            data = batches if found else ()
+            run_batches(self.name, data, lambda each: observe(module, each.args, each.kwargs, visit))
         for norm, (region, layers) in found.items():
             if norm in largest:
                 yield smooth(region, norm, layers, largest[norm], self.smooth)

@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from fxopt.batches import run_batches
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Program, observe
 from fxopt.inputs import Inputs
@@ -21,18 +22,17 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     """Run the module on all batches and add up the squares of what each masked layer is given.
 
     Raises:
-        PassError: there are no batches, or a layer sees none of them.
+        PassError: there are no batches, the module does not take one, or a layer sees none of them.
     """
     hooks = [each.owner.register_forward_pre_hook(_watch(each.mask)) for each in found if isinstance(each.owner, Fused)]
     functional = {id(each.mask): each.mask for each in found if not isinstance(each.owner, Fused)}
     readers = _readers(module, functional)
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
-    count = 0
+    visit = _visit(readers)
     try:
         with torch.no_grad():
-            for count, batch in enumerate(batches, start=1):  # noqa: B007
-                observe(module, batch.args, batch.kwargs, _visit(readers))
+            count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
     finally:
         for hook in hooks:
             hook.remove()

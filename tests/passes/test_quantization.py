@@ -531,6 +531,12 @@ class TestPTQ:
         with pytest.raises(PassError, match="ptq: there is no calibration data; give `calibration_data"):
             fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), [PTQ()], devices=())
 
+    def test_data_that_a_model_with_a_norm_does_not_take_is_named(self) -> None:
+        with pytest.raises(PassError, match=r"ptq: the module does not take batch 1 \(4x9 float32\).* without labels"):
+            fxopt.optimize(
+                Outliers().eval(), torch.randn(4, 16), [PTQ()], devices=(), calibration_data=[torch.randn(4, 9)]
+            )
+
     def test_it_and_qat_exclude_each_other(self) -> None:
         with pytest.raises(SpecError, match="can't be in one pipeline"):
             fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), "qat,ptq", devices=())

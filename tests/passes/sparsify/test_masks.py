@@ -331,6 +331,12 @@ def test_wanda_without_data_is_an_error() -> None:
         masked(model, (x,), "sparsify{criterion=wanda}")
 
 
+def test_data_that_the_model_does_not_take_is_named() -> None:
+    model, x = build("linear")
+    with pytest.raises(PassError, match="sparsify: the module does not take batch 2"):
+        masked(model, (x,), "sparsify{criterion=wanda}", [Inputs((x,)), Inputs((x[..., :-1],))])
+
+
 def test_targets_and_exclude_choose_layers() -> None:
     model, x = build("functional")
     module = masked(model, (x,), "sparsify{targets=[lin*,prod*],exclude=[product]}")

@@ -1,0 +1,38 @@
+"""Calibration data, batch by batch, and which batch a module does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fxopt.errors import FxoptError, PassError
+from fxopt.inputs import Inputs
+
+ADVICE = "give an iterable of inputs, each a tensor, a tuple of positional arguments or a dict of keyword ones"
+
+
+def run_batches(who: str, data: Iterable[Any], run: Callable[[Inputs], object]) -> int:
+    """Hand each batch to `run`; how many there were.
+
+    Args:
+        who: wants the data, for messages.
+        data: batches of inputs, each a tensor, a tuple of positional or a dict of keyword arguments.
+        run: runs a module on one.
+
+    Raises:
+        PassError: for a batch that holds NaN, or that the module does not take.
+    """
+    count = 0
+    for count, batch in enumerate(data, start=1):
+        inputs = Inputs.of(batch)
+        for index, tensor in enumerate(inputs.tensors):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise PassError(f"{who}: batch {count} holds NaN or Inf in its tensor {index}; leave it out")
+        try:
+            run(inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError, FxoptError) as error:
+            what = str(error).partition("\n\nWhile executing")[0]  # torch.fx adds the node and how to trace it
+            raise PassError(
+                f"{who}: the module does not take batch {count} ({inputs.describe()}): {what}; {ADVICE}, without labels"
+            ) from error
+    return count
