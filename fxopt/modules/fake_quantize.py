@@ -173,7 +173,7 @@ class FakeQuantize(nn.Module):
         return rounded.to(input.dtype)
 
     def _rounded_by_learned(self, wide: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        count = wide.numel() / max(1, scale.numel())
+        count = max(1, wide.numel()) / max(1, scale.numel())
         damping = (count * self.high) ** -0.5
         scale = scale.abs().clamp(min=_SMALLEST)
         # In these steps every value is that of torch's operators, bit by bit: freezing moves none over a tie.
@@ -192,19 +192,22 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def observe(self, input: torch.Tensor) -> None:
         """Take the range of `input` into account. NaN is not a range and is left out of it."""
-        if input.numel() == 0:
+        joined = self.training and self.observer != "current" and dist.is_available() and dist.is_initialized()
+        if input.numel() == 0 and not joined:
             return
         wide = input.detach().float()
-        if self.axis is None:
+        if input.numel() == 0:  # the other processes wait for this one
+            low = torch.full_like(self.minimum, torch.inf, dtype=torch.float32)
+            high = -low
+        elif self.axis is None:
             low, high = torch.aminmax(wide)
         else:
             low, high = torch.aminmax(wide.movedim(self.axis, 0).flatten(1), dim=1)
-        joined = self.training and self.observer != "current" and dist.is_available() and dist.is_initialized()
         if joined:
             dist.all_reduce(low, dist.ReduceOp.MIN)
             dist.all_reduce(high, dist.ReduceOp.MAX)
         if self.observer == "ema" and self.ready:
-            low, high = self.minimum.lerp(low, 0.1), self.maximum.lerp(high, 0.1)
+            low, high = self.minimum.float().lerp(low, 0.1), self.maximum.float().lerp(high, 0.1)
         elif self.observer not in ("current", "ema"):
             low, high = torch.fmin(self.minimum, low), torch.fmax(self.maximum, high)
         low = torch.where(low.isfinite(), low, self.minimum)

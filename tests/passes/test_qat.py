@@ -99,6 +99,18 @@ class TestFakeQuantize:
                 fake(batch)
             assert (fake.minimum.item(), fake.maximum.item()) == pytest.approx((low, high))
 
+    def test_moves_an_average_in_half_too(self) -> None:
+        fake = FakeQuantize(observer="ema").bfloat16()
+        for batch in ([-1.0, 1.0], [0.0, 3.0]):
+            fake(torch.tensor(batch, dtype=torch.bfloat16))
+        assert (fake.minimum.item(), fake.maximum.item()) == pytest.approx((-0.9, 1.2), rel=1e-2)
+
+    @pytest.mark.parametrize("learned", [False, True])
+    def test_takes_an_empty_input(self, learned: bool) -> None:
+        fake = FakeQuantize(learned=learned)
+        fake(torch.randn(4))
+        assert fake(torch.randn(0, 4)).shape == (0, 4)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_gives_back_the_dtype(self, dtype: torch.dtype) -> None:
         fake = FakeQuantize()
