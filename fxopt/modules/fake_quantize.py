@@ -26,7 +26,7 @@ class State(enum.Enum):
     """What a `FakeQuantize` does with what it is given."""
 
     OBSERVE = "observe"
-    """Widens its range to hold it, and passes it on as it is."""
+    """In training mode its range widens to hold it; passes it on as it is."""
     QUANTIZE = "quantize"
     """Rounds it; in training mode the range follows first, in evaluation mode it never moves."""
     FROZEN = "frozen"
@@ -62,6 +62,7 @@ class FakeQuantize(nn.Module):
         scale, zero_point, minimum, maximum: buffers; 0-d, or one value a channel. A learned scale is a parameter.
         phase: buffer; the state, so that a state_dict holds it.
         ready: whether anything was observed.
+        calibrating: whether it observes in evaluation mode too.
     """
 
     stays_whole: ClassVar[bool] = True
@@ -98,7 +99,7 @@ class FakeQuantize(nn.Module):
         self.learned = learned
         self.low = -(2 ** (bits - 1)) if symmetric else 0
         self.high = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-        self.ready = False
+        self.ready = self.calibrating = False
         shape = () if axis is None else (channels,)
         scale = torch.ones(shape, device=device)
         if learned:
@@ -127,7 +128,7 @@ class FakeQuantize(nn.Module):
     def follows(self) -> bool:
         """Whether the range moves with what it is given in training."""
         if self.state is not State.QUANTIZE:
-            return False
+            return self.state is State.OBSERVE
         return not self.ready or (self.observer in _FOLLOW and not self.learned)
 
     @property
@@ -157,7 +158,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Observe, round, or both, as the state and the mode say."""
-        if self.state is State.OBSERVE or (self.training and self.follows):
+        if (self.training or self.calibrating) and self.follows:
             self.observe(input)
         if not self.rounds:
             return input

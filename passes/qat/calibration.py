@@ -44,6 +44,7 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
         for quantizer in quantizers.values():
             quantizer.reset()
             quantizer.state = State.OBSERVE
+            quantizer.calibrating = True
         with torch.no_grad():
             count = run_batches("calibrate", data, lambda inputs: inputs.call(module))
         if count == 0:
@@ -56,6 +57,8 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             quantizers[name].state = state
         raise
     finally:
+        for quantizer in quantizers.values():
+            quantizer.calibrating = False
         for child, training in modes:
             if child.training is not training:
                 child.train(training)

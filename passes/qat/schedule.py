@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from fxopt.errors import PassError
@@ -11,9 +14,9 @@ from fxopt.modules import FakeQuantize, Fused, State
 class QATSchedule:
     """Drives the quantisers and batch norms of a module, step by step of its optimizer.
 
-    Until `quantize_from` quantisers observe and pass on what they are given; from then on they round, and their
-    ranges follow the data until `freeze_ranges_at`. From `freeze_norms_at` batch norms that `fuse` joined with
-    their layers normalise by the running statistics, as the folded model will (Krishnamoorthi 2018, section 4).
+    Until `quantize_from` quantisers observe in training mode and pass on what they are given; from then on they round,
+    and their ranges follow the data until `freeze_ranges_at`. From `freeze_norms_at` batch norms that `fuse` joined
+    with their layers normalise by the running statistics, as the folded model will (Krishnamoorthi 2018, section 4).
 
     Args:
         module: what the pass `qat` has been through.
@@ -53,13 +56,27 @@ class QATSchedule:
         self.steps += 1
         self._apply()
 
-    def _apply(self) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What is to be saved beside the module, which has the ranges themselves."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with the module's state of then."""
+        self.steps = int(state["steps"])
+        for quantizer in self._quantizers:
+            if quantizer.state is not State.FROZEN:
+                quantizer.state = self._state  # not settled anew: scales may have been trained since they were
+        self._apply()
+
+    @property
+    def _state(self) -> State:
         if self.steps < self.quantize_from:
-            state = State.OBSERVE
-        elif self.freeze_ranges_at is not None and self.steps >= self.freeze_ranges_at:
-            state = State.FROZEN
-        else:
-            state = State.QUANTIZE
+            return State.OBSERVE
+        rests = self.freeze_ranges_at is not None and self.steps >= self.freeze_ranges_at
+        return State.FROZEN if rests else State.QUANTIZE
+
+    def _apply(self) -> None:
+        state = self._state
         for quantizer in self._quantizers:
             if quantizer.state is State.OBSERVE and state is not State.OBSERVE:
                 quantizer.settle()

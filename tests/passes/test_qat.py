@@ -84,7 +84,7 @@ class TestFakeQuantize:
         assert FakeQuantize().eval()(x) is x
 
     def test_observing_passes_on(self) -> None:
-        fake = FakeQuantize().eval()
+        fake = FakeQuantize()
         fake.state = State.OBSERVE
         x = torch.randn(10)
         assert fake(x) is x

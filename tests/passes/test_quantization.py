@@ -40,12 +40,12 @@ def heavy_tailed() -> torch.Tensor:
 
 class TestRanges:
     def observed(self, observer: str, bits: int = 4, *batches: torch.Tensor) -> FakeQuantize:
-        fake = FakeQuantize(bits, observer=observer).eval()  # type: ignore[arg-type]
+        fake = FakeQuantize(bits, observer=observer)  # type: ignore[arg-type]
         fake.state = State.OBSERVE
         for batch in batches or (heavy_tailed(),):
             fake(batch)
         fake.settle()
-        return fake
+        return fake.eval()
 
     def test_an_outlier_does_not_cost_the_rest_its_resolution(self) -> None:
         values = heavy_tailed()[:-1]
@@ -178,11 +178,11 @@ class TestState:
 
 
 class TestSchedule:
-    def program(self) -> GraphModule:
+    def program(self, **options: object) -> GraphModule:
         x = torch.randn(4, 3, 8, 8)
         program = captured(ConvBlock(3, 4).train(), (x,))
         rewrite(Fuse(), program)
-        rewrite(QAT(), program)
+        rewrite(QAT(**options), program)  # type: ignore[arg-type]
         return program
 
     def test_it_drives_quantisers_and_norms(self) -> None:
@@ -197,6 +197,35 @@ class TestSchedule:
             schedule.step()
         assert states == [{State.OBSERVE}, {State.QUANTIZE}, {State.QUANTIZE}, {State.FROZEN}]
         assert frozen == [False, False, True, True]
+
+    def test_evaluation_moves_no_range_before_rounding_begins(self) -> None:
+        program = self.program()
+        QATSchedule(program, quantize_from=10)
+        program(torch.randn(4, 3, 8, 8))
+        before = copy.deepcopy(program.state_dict())
+        program.eval()(torch.randn(4, 3, 8, 8) * 100)
+        assert_close(program.state_dict(), before, 0)
+
+    @pytest.mark.parametrize("steps", [1, 3, 5])
+    def test_it_goes_on_where_it_was_saved(self, steps: int) -> None:
+        options = {"quantize_from": 2, "freeze_ranges_at": 5}
+        program = self.program(learned="lsq", observer="mse")
+        schedule = QATSchedule(program, **options)
+        for _ in range(steps):
+            program(torch.randn(4, 3, 8, 8))
+            schedule.step()
+        with torch.no_grad():
+            for fake in quantizers(program).values():
+                fake.scale.mul_(1.5)
+        kept, weights = schedule.state_dict(), copy.deepcopy(program.state_dict())
+        again = self.program(learned="lsq", observer="mse")
+        again.load_state_dict(weights)
+        resumed = QATSchedule(again, **options)
+        resumed.load_state_dict(kept)
+        assert resumed.steps == steps
+        assert_close(again.state_dict(), weights, 0)
+        resting = {fake.scale.requires_grad for fake in quantizers(again).values()}
+        assert resting == {steps < 5}
 
     def test_frozen_norms_use_and_keep_the_running_statistics(self) -> None:
         program = self.program()
