@@ -63,6 +63,7 @@ class FakeQuantize(nn.Module):
         phase: buffer; the state, so that a state_dict holds it.
         ready: whether anything was observed.
         calibrating: whether it observes in evaluation mode too.
+        unbounded: whether NaN or Inf reached it while it was calibrating.
     """
 
     stays_whole: ClassVar[bool] = True
@@ -99,7 +100,7 @@ class FakeQuantize(nn.Module):
         self.learned = learned
         self.low = -(2 ** (bits - 1)) if symmetric else 0
         self.high = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-        self.ready = self.calibrating = False
+        self.ready = self.calibrating = self.unbounded = False
         shape = () if axis is None else (channels,)
         scale = torch.ones(shape, device=device)
         if learned:
@@ -207,6 +208,8 @@ class FakeQuantize(nn.Module):
         if joined:
             dist.all_reduce(low, dist.ReduceOp.MIN)
             dist.all_reduce(high, dist.ReduceOp.MAX)
+        if self.calibrating and not bool((low.isfinite() & high.isfinite()).all()):
+            self.unbounded = True
         if self.observer == "ema" and self.ready:
             low, high = self.minimum.float().lerp(low, 0.1), self.maximum.float().lerp(high, 0.1)
         elif self.observer not in ("current", "ema"):
@@ -230,7 +233,7 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             self.scale.fill_(1)
         self.zero_point.zero_()
-        self.ready = False
+        self.ready = self.unbounded = False
 
     def _count(self, wide: torch.Tensor, low: torch.Tensor, high: torch.Tensor, joined: bool) -> None:
         """Take the values into the histogram, which `low` and `high` bound from now on."""

@@ -11,7 +11,7 @@ from fxopt.contract import Change, Promise, Skip
 from fxopt.graph import GraphModule, Region
 from fxopt.inputs import Inputs
 from fxopt.sensitivity import Sensitivity, sensitivity
-from passes.qat.calibration import calibrate
+from passes.qat.calibration import calibrate, why_not_whole
 from passes.qat.freeze import QuantizeFreeze
 from passes.qat.options import Quantization
 from passes.qat.place import place, waiting
@@ -68,7 +68,6 @@ class QAT(Quantization):
                 "shown their ranges",
             )
             return
-        missed = calibrate(module, batches)
+        calibrate(module, batches)
         yield Change(f"calibrated on {len(batches)} batches ({self.observer})", f"{count} inputs")
-        for name in missed:
-            yield Skip(name, "no calibration batch reached it: it does not quantise until one does")
+        yield from why_not_whole(module)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxopt.batches import ADVICE, run_batches
+from fxopt.contract import Skip
 from fxopt.errors import PassError
 from fxopt.modules import FakeQuantize, State
 
@@ -24,7 +25,7 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
         data: batches of inputs, each a tensor, a tuple of positional or a dict of keyword arguments.
 
     Returns:
-        The names of the quantisers that no batch reached; they pass their input on unquantised.
+        The names of the quantisers that found no range, `why_not_whole` says why; they pass their input on unquantised.
 
     Raises:
         PassError: if there is nothing to calibrate, no data, or data that the module can't take.
@@ -63,3 +64,15 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             if child.training is not training:
                 child.train(training)
     return tuple(name for name, quantizer in quantizers.items() if not quantizer.ready)
+
+
+def why_not_whole(module: nn.Module) -> Iterator[Skip]:
+    """The quantisers of a calibrated module whose range lacks what they were given, and why."""
+    for name, child in module.named_modules():
+        if not isinstance(child, FakeQuantize) or (child.ready and not child.unbounded):
+            continue
+        reason = "no calibration batch reached it: it does not quantise until one does"
+        if child.unbounded:
+            then = "its range leaves them out" if child.ready else "it does not quantise"
+            reason = f"NaN or Inf reached it in calibration, which no range holds: {then}"
+        yield Skip(name, reason)

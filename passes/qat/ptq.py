@@ -15,7 +15,7 @@ from fxopt.errors import PassError, SpecError
 from fxopt.graph import Affine, GraphModule, Program, Region, observe, read_affine
 from fxopt.inputs import Inputs
 from fxopt.modules import FakeQuantize
-from passes.qat.calibration import calibrate
+from passes.qat.calibration import calibrate, why_not_whole
 from passes.qat.correct import correct_biases
 from passes.qat.equalize import equalize_layers, smooth, smoothable
 from passes.qat.options import Quantization
@@ -74,10 +74,9 @@ class PTQ(Quantization):
         if self.smooth:
             yield from self._smoothed(module, batches)
         count = len(waiting(module))
-        missed = calibrate(module, batches)
+        calibrate(module, batches)
         yield Change(f"calibrated on {len(batches)} batches ({self.observer})", f"{count} inputs")
-        for name in missed:
-            yield Skip(name, "no calibration batch reached it: it does not quantise")
+        yield from why_not_whole(module)
         if self.correct:
             corrected = correct_biases(module, batches)
             yield Change("mean errors corrected in the biases", f"{len(corrected)} layers")

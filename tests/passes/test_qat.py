@@ -308,7 +308,7 @@ class TestCalibration:
             ([], "the data is empty"),
             (torch.randn(3, 4), "the data is one tensor"),
             ([torch.randn(3, 5)], r"does not take batch 1 \(3x5 float32\)"),
-            ([torch.randn(3, 4), torch.full((3, 4), torch.nan)], "batch 2 holds NaN or Inf"),
+            ([torch.randn(3, 4), torch.full((3, 4), torch.nan)], "batch 2 holds NaN"),
             ([(torch.randn(3, 4), torch.zeros(3))], "without labels"),
         ],
     )
@@ -320,6 +320,26 @@ class TestCalibration:
             calibrate(program, data)  # type: ignore[arg-type]
         assert_close(program.state_dict(), before, 0)
         assert all(q.state is State.QUANTIZE and q.ready for q in quantizers(program).values())
+
+    def test_masks_of_infinities_are_taken_and_what_they_reach_is_named(self) -> None:
+        class Masked(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                return self.layer(x).masked_fill(mask < 0, 0.0) + self.other(mask)
+
+        x, mask = torch.randn(3, 4), torch.tensor([0.0, 0.0, 0.0, -torch.inf]).expand(3, 4)
+        program = run(QAT(), Masked(), (x, mask)).module
+        found = list(QAT().finish(program, [Inputs((x, mask))]))
+        assert found[1:] == [
+            Skip(
+                "input_fake_quant.other",
+                "NaN or Inf reached it in calibration, which no range holds: it does not quantise",
+            )
+        ]
+        assert calibrate(program, [(x, mask), (x, torch.zeros(3, 4))]) == ()
 
     def test_needs_quantisers(self) -> None:
         with pytest.raises(PassError, match="put them in with the pass 'qat' first"):
