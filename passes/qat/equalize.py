@@ -110,6 +110,8 @@ def _fit(first: Affine, second: Affine) -> bool:
     module = first.module
     if len(first.node.users) != 1 or first.is_transposed or second.is_transposed:
         return False
+    if first.weight.dim() != second.weight.dim():  # a linear layer reads the last dimension, a convolution channels
+        return False
     if isinstance(module, Fused):
         named = module.activation is None or module.activation.name in _SCALES_ALONG
         if module.adds or not named:

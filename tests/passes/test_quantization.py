@@ -465,6 +465,17 @@ class TestPTQ:
         sixteen = self.quantised(model, x, bits=16, smooth=0.0, correct=False)
         assert sqnr(sixteen, wanted) > 60
 
+    def test_a_linear_layer_whose_inputs_are_as_many_as_channels_is_no_neighbour_of_a_convolution(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)).eval()
+        with torch.no_grad():
+            model[0].weight[2] *= 30
+        x = torch.randn(*IMAGES)
+        with torch.no_grad():
+            wanted = model(x)
+        assert sqnr(self.quantised(model, x, bits=16, smooth=0.0, correct=False), wanted) > 60
+        assert not any("evened out" in change.what for entry in self.ledger for change in entry.changes)
+
     def test_smoothing_moves_outliers_into_the_weights(self) -> None:
         torch.manual_seed(0)
         model, x = Outliers().eval(), torch.randn(64, 16)
