@@ -54,7 +54,7 @@ class Precision:
             calibration: what the layers are ranked by.
 
         Raises:
-            PassError: where nothing can be ranked, or `evaluate` gives nothing.
+            PassError: where nothing can be ranked, `evaluate` gives nothing, or all of them as floats do not hold it.
         """
         self.progress(f"rank the layers of {each.name}")
         places = {change.where for change in after.changes}
@@ -64,7 +64,7 @@ class Precision:
         name, wanted = self._accuracy(self.original)
         least = wanted - abs(wanted) * self.max_drop
         chosen, value = after, self._accuracy(after.module)[1]
-        low, high = 1, len(ranked) if value < least else 0
+        low, high = 1, 0 if value >= least else len(ranked)
         while low <= high:  # the fewest floats that hold it: the more of them, the better it gets
             count = (low + high) // 2
             self.progress(f"{each.name} without its {count} costliest layers")
@@ -74,6 +74,11 @@ class Precision:
                 chosen, value, high = trial, found, count - 1
             else:
                 low = count + 1
+        if not value >= least:  # NaN is no accuracy that holds
+            raise PassError(
+                f"max_drop: {name} is {value:.4g} even with all {len(ranked)} layers of '{each.name}' left floats, and "
+                f"{least:.4g} was to be held, of {wanted:.4g}; allow a larger drop, or see what `evaluate` measures"
+            )
         ranking = tuple(dataclasses.replace(one, kept=one.name in chosen.spared) for one in ranked)
         kept = [
             Skip(one.name, f"it stays a float: {name} is {value:.4g} then, and {least:.4g} was to be held")

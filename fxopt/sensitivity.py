@@ -125,7 +125,9 @@ def _outputs(module: nn.Module, batches: list[Inputs]) -> torch.Tensor:
 
 
 def _sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    noise = (found - wanted).square().sum()
+    known = wanted.isfinite()  # scores that a mask rules out are -inf in both
+    found, wanted = found[known], wanted[known]
+    noise = (found - wanted).square().sum().nan_to_num(nan=math.inf)
     return math.inf if noise == 0 else float(10 * torch.log10(wanted.square().sum() / noise))
 
 

@@ -58,6 +58,32 @@ def test_the_costliest_layers_stay_floats_until_the_accuracy_holds() -> None:
     assert "1" in spared[0.2]
 
 
+@pytest.mark.parametrize(("found", "shown"), [(0.5, "0.5"), (math.nan, "nan")])
+def test_an_accuracy_that_no_choice_holds_is_an_error(found: float, shown: str) -> None:
+    original = model()
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        return {"accuracy": 1.0 if module is original else found}
+
+    with pytest.raises(PassError, match=f"accuracy is {shown} even with all 4 layers of .ptq. left floats, and 0.9"):
+        fxopt.optimize(
+            original, X, [PTQ()], devices=(), evaluate=evaluate, calibration_data=[X], sensitivity=True, max_drop=0.1
+        )
+
+
+def test_outputs_of_minus_infinity_cost_nothing() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).masked_fill(torch.arange(4) == 2, -torch.inf)
+
+    result = fxopt.optimize(Masks().eval(), X, [QAT()], devices=(), calibration_data=[X])
+    assert all(math.isfinite(one.sqnr_db) for one in sensitivity(result.module, [X]))
+
+
 def test_the_ranking_alone_leaves_nothing_out_and_is_in_the_report() -> None:
     result = held(None)
     (entry,) = (entry for entry in result.record["passes"] if entry["name"] == "ptq")
