@@ -79,6 +79,11 @@ class Exports:
             raise made
         return made
 
+    def size(self, passes: str) -> int | None:
+        """Bytes of the file of the module after `passes`; None where there is none."""
+        made = self._made.get(passes)
+        return sum(file.stat().st_size for file in made.path.parent.iterdir()) if isinstance(made, Exported) else None
+
 
 @contextlib.contextmanager
 def exported(engine: str, module: GraphModule, inputs: Inputs, outputs: Outputs) -> Iterator[Exported]:

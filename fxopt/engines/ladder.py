@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from fxopt.engines.exports import Exports
 from fxopt.engines.gpu import rounding_of_torch
 from fxopt.engines.lower import after_passes, build
 from fxopt.engines.once import once
+from fxopt.engines.parity import agreement
 from fxopt.engines.place import on
 from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find, written
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import Mask
-from fxopt.verify import TOLERANCE, Oracle, relative_error
+from fxopt.modules import FakeQuantize, Mask
+from fxopt.verify import TOLERANCE, Oracle, Trial, relative_error
 
 AUTO, ALL = "auto", "all"
 _LOWEST_BFLOAT16_ERROR = 1e-3
@@ -58,6 +59,7 @@ class Rung:
         dropped: why it is out of the running; empty where it is not.
         closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.
         compiles: whether it compiles code, which may take minutes.
+        parity: of a quantised module, how its outputs agree with the simulation, and how large its file is.
     """
 
     engine: str
@@ -71,11 +73,12 @@ class Rung:
     dropped: str = ""
     closer_than: str = ""
     compiles: bool = False
+    parity: tuple[Skip, ...] = ()
 
     @property
     def reasons(self) -> tuple[Skip, ...]:
-        """What the engine could not take."""
-        return self.executable.reasons if self.executable is not None else ()
+        """What the engine could not take, behind how well it computes on integers."""
+        return (*self.parity, *self.executable.reasons) if self.executable is not None else ()
 
     @property
     def label(self) -> str:
@@ -195,7 +198,7 @@ def climb(
                 continue
             tell(f"build {rung.label}")
             with exports.after(rung.passes):
-                rungs.append(_built(rung, rewritten, inputs, place, judge, max_error, named))
+                rungs.append(_built(rung, rewritten, inputs, place, judge, max_error, named, exports))
     if named and rungs[-1].dropped:
         raise EngineError(rungs[-1].dropped)
     running = [rung for rung in rungs if not rung.dropped]
@@ -254,6 +257,7 @@ def _built(
     oracle: Oracle,
     max_error: float | None,
     named: bool,
+    exports: Exports,
 ) -> Rung:
     max_error = rung.options.get("max_error", max_error)  # its own goes first
     lowest = 0.0 if "tf32" in rung.options else _LOWEST_BFLOAT16_ERROR
@@ -287,21 +291,21 @@ def _built(
     bound = allowed if max_error is None else max_error
     if not error <= bound:
         return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
-    return found
+    if not engine.integers or not any(isinstance(child, FakeQuantize) for child in rewritten.modules()):
+        return found
+    size = None if executable.built.write is None else exports.size(rung.passes)
+    pairs = [
+        pair
+        for trial, values in _outputs(executable, place, oracle)
+        for pair in zip(trial.expected.values, values, strict=True)
+    ]
+    return dataclasses.replace(found, parity=(agreement(pairs, size),))
 
 
 def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple[float, float]:
     """The largest relative error over the trials that it takes, and what the dtype of that output allows."""
     worst, allowed = 0.0, 0.0
-    for index, trial in enumerate(oracle.trials):
-        try:
-            values, structure = once(executable, executable.module, trial.inputs.to(place))
-        except EngineError:
-            if index == 0:
-                raise
-            continue  # sizes that it was not built for
-        if structure != trial.expected.structure:
-            raise EngineError(f"engine '{executable.engine.name}' gives outputs that are nested otherwise")
+    for trial, values in _outputs(executable, place, oracle):
         for expected, found in zip(trial.reference.values, values, strict=True):
             if isinstance(expected, torch.Tensor):
                 error = relative_error(expected, found.to(expected.device))
@@ -311,6 +315,20 @@ def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple
                     rounding = max(executable.rounding, rounding_of_torch(place))
                     allowed = max(rounding, *(TOLERANCE.get(dtype, 0.0) for dtype in dtypes))
     return worst, allowed
+
+
+def _outputs(executable: Executable, place: torch.device, oracle: Oracle) -> Iterator[tuple[Trial, list[Any]]]:
+    """The trials that it takes, and what it gives for each."""
+    for index, trial in enumerate(oracle.trials):
+        try:
+            values, structure = once(executable, executable.module, trial.inputs.to(place))
+        except EngineError:
+            if index == 0:
+                raise
+            continue  # sizes that it was not built for
+        if structure != trial.expected.structure:
+            raise EngineError(f"engine '{executable.engine.name}' gives outputs that are nested otherwise")
+        yield trial, values
 
 
 def _together(

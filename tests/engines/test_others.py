@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fxopt.engines import ENGINES
 from fxopt.engines.decided import ASKED
 from fxopt.errors import EngineError
 from fxopt.modules import without_rounding
+from fxopt.report import render
 from fxopt.verify import relative_error
 from passes import PTQ, Fuse, QuantizeFreeze
 from tests.engines.test_contract import REFUSED_CALLS, Running, agree
@@ -338,6 +340,20 @@ class TestIntegers:
         with torch.no_grad():
             wanted = module(other)
         assert (executable(other) - wanted).norm() < 0.05 * wanted.norm()
+
+    @pytest.mark.parametrize("engine", EXPORTING)
+    def test_a_ladder_tells_how_outputs_agree_with_the_simulation_and_how_large_the_file_is(self, engine: str) -> None:
+        needs(engine)
+        module, x = self.frozen(engine)
+        result = fxopt.optimize(module, x, (), devices=(), engine=engine, engine_seconds=1.0)
+        (_, rung) = result.record["engines"]["rungs"]
+        told = rung["reasons"][0]["reason"]
+        assert re.fullmatch(
+            r"against the simulation: argmax equal in \d+\.\d%, (outputs equal|SQNR \d+\.\d dB); its file has "
+            r"\d+ KiB",
+            told,
+        )
+        assert told in " ".join(render(result.record, "table").split())
 
     def test_onnxruntime_tells_what_runs_on_integers(self) -> None:
         module, x = self.frozen("onnxruntime")
