@@ -13,7 +13,7 @@ from fxopt.graph import Affine, GraphModule, Region, read_affine, source_of
 from fxopt.modules import FakeQuantize, Fused
 from passes.qat.insert import Activations, calls_fake_quantize, quantize_parameter, quantize_weight
 from passes.qat.placement import edge_layers, quantize_outputs
-from passes.qat.products import Factor, factors
+from passes.qat.products import Factor, factors, why_parameter_float
 from passes.qat.scheme import Scheme
 from passes.qat.tables import added_table
 from passes.qat.targets import (
@@ -97,7 +97,11 @@ class _Placing:
             yield Change(self._scheme.what(True, False), name, source_of(node))
         elif is_pooling(node, region, self._target) and self._quantize(node, node.all_input_nodes[0], 0, "input", name):
             yield Change(self._scheme.what(False, True), name, source_of(node))
-        reason = why_float(node, region, self._target) or _why_out_of_reach(node, region)
+        reason = (
+            why_float(node, region, self._target)
+            or _why_out_of_reach(node, region)
+            or why_parameter_float(node, region)
+        )
         if reason:
             yield Skip(name, reason, source_of(node))
 

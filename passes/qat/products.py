@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+from torch import nn
 
 from fxopt.graph import Region, behind_mask, read_parameter
 from passes.qat.insert import calls_fake_quantize
@@ -23,6 +24,11 @@ _FACTORS: dict[Any, tuple[tuple[int, str], ...]] = {
     F.scaled_dot_product_attention: ((0, "query"), (1, "key"), (2, "value")),
 }
 _TRANSPOSES: frozenset[Any] = frozenset({torch.t, "t", torch.transpose, "transpose", getattr})
+_FLOATS: dict[Any, str] = {
+    F.embedding: "only an nn.Embedding has a form that looks up integers",
+    F.embedding_bag: "there is no form of it that looks up integers",
+    torch.einsum: "only as a matrix product would it be quantised",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,17 @@ def factors(node: fx.Node, region: Region) -> tuple[Factor, ...]:
         reader = chain[-2] if len(chain) > 1 else node
         found.append(Factor(value, index, name, read, reader, outputs if parameter.dim() == 2 else None))
     return tuple(found)
+
+
+def why_parameter_float(node: fx.Node, region: Region) -> str | None:
+    """Why a parameter that `node` looks up or multiplies stays a float; None where it does not, or there is none."""
+    if node.op == "call_module":
+        is_bag = isinstance(region.submodule(node), nn.EmbeddingBag)
+        return f"its table stays a float: {_FLOATS[F.embedding_bag]}" if is_bag else None
+    why = _FLOATS.get(node.target) if node.op == "call_function" else None
+    sources = [behind_mask(_before_transposes(source)[-1], region) for source in node.all_input_nodes if why]
+    found = any(read_parameter(source, region) is not None for source in sources)
+    return f"the parameter that it reads stays a float: {why}" if found else None
 
 
 def _before_transposes(node: fx.Node) -> list[fx.Node]:

@@ -148,6 +148,37 @@ def test_a_parameter_is_quantised_along_its_outputs_before_it_is_transposed(name
     assert_close(outcome.module(*case.example()), simulated)
 
 
+class Reads(nn.Module):
+    """A parameter that a function reads."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.function(ids, self.table)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Reads(F.embedding), "embedding: the parameter that it reads stays a float: only an nn.Embedding has a form"),
+        (Reads(F.embedding_bag), "embedding_bag: the parameter that it reads stays a float: there is no form of it"),
+        (
+            Reads(lambda ids, table: torch.einsum("bn,nm->bm", F.one_hot(ids, 9).float().mean(1), table)),
+            "einsum: the parameter that it reads stays a float: only as a matrix product would it be quantised",
+        ),
+        (nn.Sequential(nn.EmbeddingBag(9, 4)), "0: its table stays a float: there is no form of it"),
+    ],
+    ids=["embedding", "embedding_bag", "einsum", "EmbeddingBag"],
+)
+def test_a_parameter_that_stays_a_float_is_told_of(model: nn.Module, reason: str) -> None:
+    outcome = run(QAT(), model.eval(), (torch.randint(0, 9, (2, 5)),))
+    assert not outcome.changes
+    assert [text for text in outcome.reasons if text.startswith(reason)]
+
+
 class Tables(nn.Module):
     """A table and a bias, each added to what a layer gives."""
 
