@@ -23,8 +23,9 @@ class SparsityScheduler:
         loss.backward(); optimizer.step(); scheduler.step(); optimizer.zero_grad()
 
     Momentum and weight decay move a weight whose gradient is zero, so that masking gradients alone leaves no zeros;
-    here they are zero again before anything reads them. Scores are not the optimizer's: they are taken out of its
-    groups. With several processes gradients are equal on all, and so are masks.
+    here they are zero again before anything reads them. Scores are not the optimizer's: their gradients are taken
+    before it sees them, unscaled where a `GradScaler` scales. With several processes gradients are equal on all, and
+    so are masks.
 
     Args:
         module: with masks of the pass `sparsify`, bare or wrapped (DistributedDataParallel, another module).
@@ -42,10 +43,8 @@ class SparsityScheduler:
         for each in self._found:
             self._plans[each.mask.plan].append(each)
         self._step = 0
-        scores = {id(each.mask.score) for each in self._found if each.mask.score is not None}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scores]
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._after_optimizer())
+        optimizer.register_step_pre_hook(self._before_optimizer)
+        optimizer.register_step_post_hook(lambda *_: self._apply())
         self._apply()
 
     def step(self) -> None:
@@ -74,16 +73,34 @@ class SparsityScheduler:
         """Go on where `state_dict` was taken."""
         self._step = int(state["step"])
 
+    def _before_optimizer(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the gradients of scores, those too that a closure makes within the step."""
+        self._take_gradients(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # behind the optimizer itself
+        if closure is None:
+            return args, kwargs
+
+        def taking() -> Any:
+            loss = closure()
+            self._take_gradients(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": taking}
+
     @torch.no_grad()
-    def _after_optimizer(self) -> None:
+    def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # of those that unscale within their own kernel
         for each in self._found:
             score = each.mask.score
             if score is None or score.grad is None:
                 continue
+            grad = score.grad if scale is None else score.grad / scale
+            grad = torch.where(grad.isfinite(), grad, 0)
             # A weight that moves away from zero has W dL/dW < 0; Taylor's error of removing it is |W dL/dW|.
-            score.add_(score.grad.abs() if each.mask.plan.criterion == "taylor" else -score.grad)
+            score.add_(grad.abs() if each.mask.plan.criterion == "taylor" else -grad)
             score.grad = None
-        self._apply()
 
     def _apply(self) -> None:
         for each in self._found:
