@@ -20,12 +20,12 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.capture.gradients import switch_gradients
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.tensors import Origin
 from fxopt.capture.traced import concrete
 from fxopt.capture.vmapped import Told, record_vmap
+from fxopt.graph.modes import switch_gradients
 
 ModuleCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 

@@ -5,8 +5,21 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+
+@fx.has_side_effect
+def switch_gradients(enabled: bool) -> bool:
+    """Let autograd record from now on, or not; returns whether it did so far.
+
+    A region without gradients is two such calls: the second puts back what the first found.
+    """
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return before
+
+
 _SETTERS = frozenset(
     {
+        switch_gradients,
         torch._C._set_grad_enabled,
         torch.amp.autocast_mode._enter_autocast,
         torch.amp.autocast_mode._exit_autocast,
