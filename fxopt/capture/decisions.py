@@ -97,7 +97,7 @@ class Decisions(Objects):
         self.emit("call_function", guard_tensor, (known.node, expected, assumption, location))
 
     def asked_dtype(self, tensor: torch.Tensor) -> None:
-        """Guard the dtype of an input. As its rank, that is not told beforehand: most code asks only to make more of it."""
+        """Guard the dtype of an input, and tell nothing beforehand: most code asks only to make more tensors of it."""
         if tensor not in self.values:
             return
         node = owner = self.known(tensor).node
