@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.utils import _pytree as pytree
 
+from fxopt.capture.copy_on_write import lazy_copy
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.cudnn import CuDNN
 from fxopt.engines.inductor import Inductor
@@ -63,8 +64,7 @@ class CudaGraph(Engine):
         stream.wait_stream(torch.cuda.current_stream())
         try:
             # Kernels are chosen and workspaces taken before the recording.
-            copies = {f"input {number}": tensor for number, tensor in enumerate(tensors_in(held))}
-            with torch.cuda.stream(stream), refuse_writes(self.name, copies):
+            with torch.cuda.stream(stream), refuse_writes(self.name, module, list(tensors_in(held))):
                 for _ in range(_WARM_UP_CALLS):
                     built.run(*args, **kwargs)
             torch.cuda.current_stream().wait_stream(stream)
@@ -76,11 +76,15 @@ class CudaGraph(Engine):
                 "`.item()` or a copy to the CPU, can't be replayed"
             ) from error
 
+        # It reads memory by address: what the inner engine packed has to live on, and so has the memory of a weight,
+        # which a tensor leaves when it is written while a lazy copy shares it.
+        alive = (graph, built, [lazy_copy(tensor) for tensor in (*module.parameters(), *module.buffers())])
+
         def run(*args: Any, **kwargs: Any) -> Any:
             for own, given in zip(held, pytree.tree_leaves((args, kwargs)), strict=True):
                 if isinstance(own, torch.Tensor):
                     own.copy_(given)
-            graph.replay()
+            alive[0].replay()
             return pytree.tree_map_only(torch.Tensor, torch.clone, output)
 
         return Built(run, built.reasons, built.choices)

@@ -113,9 +113,7 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
             f" {inputs.describe()}"
         )
     given = inputs.map(lambda tensor: tensor.detach().clone())
-    held = {f"input {number}": tensor for number, tensor in enumerate(given.tensors)}
-    held |= {f"'{name}'": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    with torch.no_grad(), refuse_writes(engine, held):
+    with torch.no_grad(), refuse_writes(engine, module, given.tensors):
         output = module(*given.args, **given.kwargs)
     leaves = pytree.tree_leaves(output)
     objects = [leaf for leaf in leaves if is_object(leaf)]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from fxopt.errors import EngineError
 
 
 @contextmanager
-def refuse_writes(engine: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Make sure that what runs within writes into none of these tensors, by what a message calls them.
+def refuse_writes(engine: str, module: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make sure that what runs within writes into no parameter or buffer of a module, and into none of the inputs.
 
     Raises:
         EngineError: where it does.
     """
-    before = {name: tensor._version for name, tensor in tensors.items()}
+    named = [(f"'{name}'", tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
+    named += [(f"input {number}", tensor) for number, tensor in enumerate(inputs)]
+    versions = [tensor._version for _, tensor in named]
     yield
-    for name, tensor in tensors.items():
-        if tensor._version != before[name]:
+    for (name, tensor), version in zip(named, versions, strict=True):
+        if tensor._version != version:
             raise EngineError(
                 f"engine '{engine}' would lose what the module writes into {name}: return the new values in place of "
                 "writing them, or take an engine that runs torch's graph, such as 'eager'"

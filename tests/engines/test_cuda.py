@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from fxopt.engines.table import ENGINES
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.pipeline import replay
-from tests.engines.test_contract import agree
+from tests.engines.test_contract import Running, agree
 from tests.models import STATIC
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -132,16 +133,36 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     return made
 
 
-def test_a_cuda_graph_is_not_recorded_of_writes_into_an_input(graphs: list[Recording]) -> None:
-    class Writes(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.mul_(2) + 1
+def test_what_a_cuda_graph_reads_lives_as_long_as_it(graphs: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[weakref.ref[Any]] = []
 
-    x = torch.ones(3)
-    module = fxopt.capture(Writes().eval(), (x,)).module
-    with pytest.raises(EngineError, match="would lose what the module writes into input 0"):
+    def build(*_: Any) -> Built:
+        weight = torch.ones(3)
+        packed.append(weakref.ref(weight))
+        return Built(lambda x: x * weight)
+
+    monkeypatch.setattr(CuDNN, "build", build)
+    _, module, _ = fused("simple_net")
+    built = CudaGraph().build(module, Inputs((torch.ones(3),)), {})
+    assert packed[0]() is not None
+    del built
+    assert packed[0]() is None
+
+
+class WritesInput(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2) + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "what"), [(WritesInput(), "input 0"), (Running(gives_mean=False), "'mean'")], ids=["input", "buffer"]
+)
+def test_a_cuda_graph_is_not_recorded_of_writes(graphs: list[Recording], model: nn.Module, what: str) -> None:
+    x = torch.ones(3, 4)
+    module = fxopt.capture(model.eval(), (x,)).module
+    with pytest.raises(EngineError, match=f"would lose what the module writes into {what}"), torch.no_grad():
         CudaGraph(around="eager").build(module, Inputs((x,)), {})
-    assert torch.equal(x, torch.ones(3))
+    assert torch.equal(x, torch.ones(3, 4))
 
 
 def test_a_cuda_graph_is_replayed_on_its_own_tensors(graphs: list[Recording]) -> None:
