@@ -62,7 +62,7 @@ def run(module: nn.Module, passes: str, inputs=None, batches: int = 0) -> Result
         ("fuse,qat{bits=4}", 0),
         ("qat", 0),
         ("qat,quantize-freeze", 0),
-        ("qat,quantize-freeze", 2),
+        ("fuse,qat,quantize-freeze", 2),
         ("fuse,ptq,quantize-freeze", 2),
         ("sparsify{criterion=wanda}", 2),
     ],
