@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from fxopt.graph import Region
+from fxopt.graph import Effects, Region
 from passes.attention.call import given, name_of, shape_of
 
 
@@ -21,8 +21,19 @@ def transposed(node: fx.Node, before: fx.Node, region: Region) -> fx.Node:
         return region.graph.call_method("transpose", (node, -2, -1))
 
 
-def ungrouped(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """Heads (batch, heads, length, width) before each was repeated for its group, and how often it was."""
+def ungrouped(node: fx.Node, end: fx.Node, region: Region) -> tuple[fx.Node, int] | None:
+    """Heads (batch, heads, length, width) before each was repeated for its group, and how often it was.
+
+    None too where either is written before `end`: one would not be a repetition of the other any more.
+    """
+    found = _repeated(node)
+    effects = Effects(region)
+    if found is None or any(effects.written_between(value, value, end) for value in (node, found[0])):
+        return None
+    return found
+
+
+def _repeated(node: fx.Node) -> tuple[fx.Node, int] | None:
     shape = shape_of(node)
     inner = node.args[0] if node.args else None
     if shape is None or len(shape) != 4 or not isinstance(inner, fx.Node):

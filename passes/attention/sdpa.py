@@ -156,7 +156,7 @@ def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None
     values = weights.values
     shape = shape_of(scores.query)
     assert shape is not None
-    groups = ungrouped(keys), ungrouped(values)
+    groups = ungrouped(keys, end, region), ungrouped(values, end, region)
     if groups[0] is not None and groups[1] is not None and groups[0][1] == groups[1][1]:
         keys, values = groups[0][0], groups[1][0]
         options["enable_gqa"] = True

@@ -104,6 +104,13 @@ def edited(mask: torch.Tensor, *, value: float) -> torch.Tensor:
     return mask
 
 
+def written_repetitions(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Keys of one group that differ."""
+    k, v = (x[:, :2].repeat_interleave(2, dim=1) for x in (k, v))
+    k[:, 0] = 0
+    return before(self, q, k, v)
+
+
 def prefixed(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     hidden = edited(causal(5), value=False)
     return scores(q, k).masked_fill(hidden, -math.inf).softmax(-1) @ v
@@ -198,6 +205,7 @@ ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
         ),
         {"enable_gqa": True},
     ),
+    "grouped by a repetition that is written": (written_repetitions, {"scale": 8**-0.5}),
     "grouped, keys alone": (lambda self, q, k, v: before(self, q, repeated(k[:, :2], 2), v), {"scale": 8**-0.5}),
     "three dimensions": (in_three, {"attn_mask": ()}),
     "cast and added in place": (cast, {"attn_mask": ()}),
