@@ -2,7 +2,7 @@
 
 from fxopt.graph.affine import Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead
-from fxopt.graph.modes import changes_mode, why_other_mode
+from fxopt.graph.modes import Modes, why_other_mode
 from fxopt.graph.module import GraphModule
 from fxopt.graph.norm import BatchNorm, Norm, is_norm, rank_of, read_norm
 from fxopt.graph.observe import observe
@@ -18,6 +18,7 @@ __all__ = [
     "BatchNorm",
     "Effects",
     "GraphModule",
+    "Modes",
     "Norm",
     "Product",
     "Program",
@@ -25,7 +26,6 @@ __all__ = [
     "Source",
     "also_used",
     "behind_mask",
-    "changes_mode",
     "eliminate_dead",
     "hide_strides",
     "inherit",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import torch.fx as fx
 
@@ -30,6 +32,23 @@ _SETTERS = frozenset(
 def changes_mode(node: fx.Node) -> bool:
     """Whether `node` switches gradients or autocast on or off for the nodes behind it."""
     return node.op == "call_function" and node.target in _SETTERS
+
+
+class Modes:
+    """Followed through the nodes of a graph, in order: which regions without gradients or with autocast they lie in."""
+
+    def __init__(self) -> None:
+        self._open: dict[fx.Node, tuple[Hashable, ...]] = {}
+
+    def of(self, node: fx.Node) -> Hashable:
+        """Equal for nodes that run in the same modes."""
+        if changes_mode(node):
+            ends = node.args[0] if node.args else None
+            if isinstance(ends, fx.Node) and ends in self._open:
+                del self._open[ends]
+            else:
+                self._open[node] = (node.target, *map(str, node.args))
+        return tuple(self._open.values())
 
 
 def why_other_mode(start: fx.Node, end: fx.Node) -> str | None:

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.contract import Change
-from fxopt.graph import Effects, Region, changes_mode, source_of
+from fxopt.graph import Effects, Modes, Region, source_of
 
 _FACTORIES = frozenset(
     {torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace, torch.tensor, torch.logspace}
@@ -96,9 +96,9 @@ def merge_duplicates(region: Region) -> Iterator[Change]:
     """Let the second of two equal pure calls go."""
     sharing = Sharing(region)
     first: dict[Hashable, fx.Node] = {}
+    modes = Modes()
     for node in list(region.graph.nodes):
-        if changes_mode(node):
-            first.clear()  # what was computed without gradients, or in another dtype, is not the same
+        mode = modes.of(node)  # what was computed without gradients, or in another dtype, is not the same
         if (
             not sharing.is_pure(node)
             or not sharing.is_private(node)
@@ -108,7 +108,7 @@ def merge_duplicates(region: Region) -> Iterator[Change]:
         key = _key(node)
         if key is None:
             continue
-        known = first.setdefault(key, node)
+        known = first.setdefault((mode, key), node)
         if known is not node:
             what, where, line = f"the same as '{region.qualified(known)}'", region.qualified(node), source_of(node)
             node.replace_all_uses_with(known)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 import fxopt
 from fxopt.capture.guards import guard
 from fxopt.findings import Place, Subject
-from fxopt.graph import Effects, Program, Region, eliminate_dead
+from fxopt.graph import Effects, Modes, Program, Region, eliminate_dead
 from passes.audit.evidence.driver import copied
 from passes.audit.evidence.places import line_of
 
@@ -94,40 +93,17 @@ def _repeated(region: Region) -> list[Spot]:
     written = {member for node in region.graph.nodes for target in effects.writes(node) for member in shared(target)}
     first: dict[object, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
-    modes = _Modes(region)
+    modes = Modes()
     for node in region.graph.nodes:
-        modes.follow(node)
+        mode = modes.of(node)  # equal calls with and without gradients are no repetition
         quiet = effects.is_known(node) and not effects.is_random(node) and not effects.keeps_state(node)
         if quiet and node not in written and written.isdisjoint(node.all_input_nodes):
-            key = (modes.now(), node.op, node.target, _frozen(node.args, same), _frozen(node.kwargs, same))
+            key = (mode, node.op, node.target, _frozen(node.args, same), _frozen(node.kwargs, same))
             earlier = first.setdefault(key, node)
             if earlier is not node:
                 same[node] = earlier
     chains = [node for node in same if _computes(node, effects) and not any(user in same for user in node.users)]
     return [_spot(node, region, earlier=_spot(same[node], region).place) for node in chains]
-
-
-class _Modes:
-    """In which modes of autograd and of autocast a node runs: equal calls in two modes are no repetition."""
-
-    def __init__(self, region: Region):
-        # Whoever changes the mode of autograd puts it back at last.
-        changes = [node.args[0] for node in region.graph.nodes if node.target is torch._C._set_grad_enabled]
-        self._gradients = changes[-1] if changes else None
-        self._autocast: dict[fx.Node, tuple[Any, ...]] = {}
-
-    def follow(self, node: fx.Node) -> None:
-        """Take up what `node` changes."""
-        if node.target is torch._C._set_grad_enabled:
-            self._gradients = node.args[0]
-        elif node.target is torch.amp.autocast_mode._enter_autocast:
-            self._autocast[node] = node.args
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
-            self._autocast.pop(node.all_input_nodes[0], None)
-
-    def now(self) -> object:
-        """All that holds at the last node."""
-        return self._gradients, tuple(self._autocast.values())
 
 
 def _frozen(value: Any, same: dict[fx.Node, fx.Node]) -> object:
