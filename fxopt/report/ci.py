@@ -52,7 +52,7 @@ def failures(target: Mapping[str, Any]) -> list[str]:
         text = f"latency on {target['device']}: {times}, {words.change(latency['ratio'])} {interval}"
         found.append(f"{text}; allowed are {words.effect(target['threshold'])}{cause(target)}")
     found += [f"{one['name']}: {one['message']}" for one in target["checks"] if one["status"] == "failed"]
-    if latency is None and target["verdict"] != "OK":
+    if latency is None and target["verdict"] not in ("OK", "new"):
         found += target["notes"]
     return found
 
@@ -89,7 +89,8 @@ def _base(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
 
 
 def _target(target: Mapping[str, Any]) -> Iterator[Section]:
-    facts = [("wrong", text) if not index else ("", text) for index, text in enumerate(failures(target))]
+    wrong = failures(target)
+    facts = [("wrong", text) if not index else ("", text) for index, text in enumerate(wrong)]
     latency = target["latency"]
     if latency is not None:
         preempted = "" if latency["preempted"] is None else f", {words.effect(latency['preempted'])} preempted"
@@ -104,7 +105,7 @@ def _target(target: Mapping[str, Any]) -> Iterator[Section]:
         facts.append(("" if index else "ladder", f"{words.change(rung['ratio'])} after {rung['after']}"))
     rows = tuple((one["name"], one["before"], one["after"], _status(one)) for one in target["checks"])
     table = Table(("", "base", "head", "check"), rows, (1, 2)) if rows else None
-    notes = () if latency is None else tuple(target["notes"])
+    notes = () if latency is None and wrong else tuple(target["notes"])
     if facts or table or notes:
         yield Section(target["name"], tuple(facts), table, notes)
 

@@ -18,7 +18,8 @@ def github(record: Mapping[str, Any]) -> str:
         place = target["target"].partition(":")[0]
         where = f"file={_value(in_repository(record, place))}," if place.endswith(".py") else ""
         title = _value(f"fxopt ci: {target['name']}: {target['verdict']}")
-        for message in failures(target) or [" ".join([*verdict_row(target)[2:5], *target["notes"]])]:
+        told = verdict_row(target)[2:5] if target["latency"] else ()
+        for message in failures(target) or [" ".join([*told, *target["notes"]]) or "not measured"]:
             lines.append(f"::{level} {where}title={title}::{_data(message)}")
     return "".join(f"{line}\n" for line in lines)
 

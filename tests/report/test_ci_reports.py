@@ -39,6 +39,16 @@ def test_table_and_markdown_say_the_verdict_the_cause_and_the_rest():
         assert "+0.1 % after the model itself" in text
 
 
+def test_a_new_target_is_noted_and_not_called_wrong():
+    record = example()
+    record["targets"] = [target for target in record["targets"] if target["verdict"] == "new"]
+    for style in ("table", "markdown"):
+        text = render(record, style)
+        assert "not in the base" in text and "wrong" not in text
+    page = page_of(record)
+    assert "<p>not in the base</p>" in page and "✗" not in page
+
+
 @pytest.mark.parametrize(
     ("head", "said"),
     [
