@@ -20,7 +20,7 @@ from torch import nn
 
 from fxopt.capture.blame import raised_in
 from fxopt.capture.independent import independent_copy
-from fxopt.capture.state import State, random_state_kept
+from fxopt.capture.state import State, apart, random_state_kept
 from fxopt.contract import Promise
 from fxopt.errors import GuardError, LoadError
 from fxopt.graph import GraphModule
@@ -179,7 +179,7 @@ class Oracle:
                     output = module(*given.args, **given.kwargs)
                     values, structure = given.flatten_with(output)
                     gradients = _gradients(module, values) if self._trains else {}
-                    found = _apart(values, module)
+                    found = tuple(apart(values, module))
             finally:
                 state.restore()
         trainable = {name: each.shape for name, each in module.named_parameters() if each.requires_grad}
@@ -370,16 +370,3 @@ def _pieces(expected: torch.Tensor, found: torch.Tensor) -> Iterator[tuple[torch
 
 def _has_nan(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
-
-
-def _apart(values: Sequence[Any], module: nn.Module) -> tuple[Any, ...]:
-    """Without history, and copied where they are the module's own state, which is set back after the run."""
-    state = {tensor.untyped_storage()._cdata for tensor in module.buffers() if tensor.layout is torch.strided}
-
-    def apart(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        is_state = value.layout is torch.strided and value.untyped_storage()._cdata in state
-        return value.detach().clone() if is_state else value.detach()
-
-    return tuple(map(apart, values))

@@ -21,7 +21,7 @@ from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.signature import bind, call_as_given, record_inputs
-from fxopt.capture.state import State
+from fxopt.capture.state import State, memory_of
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Met, Origin
@@ -227,7 +227,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     recorder.done = True
     return Recording(
         graph=recorder.graph,
-        output=_without_history(without_numbers(output), {_memory(buffer) for buffer in buffers.values()}),
+        output=_without_history(without_numbers(output), memory_of(*buffers.values())),
         blocked=recorder.blocked,
         examples=run.examples,
         guards=tuple(recorder.guards),
@@ -265,10 +265,10 @@ def _record_reassigned(
             recorder.block(f"it replaces its buffer '{name}' by one of another dtype", path=owner)
             continue
         replaced.append((recorder.known(old).node, old, after))
-    memory = {_memory(old) for _, old, _ in replaced}
+    memory = memory_of(*(old for _, old, _ in replaced))
     kept = {id(tensor): tensor for tensor in (*tensors_in(left), *(after for _, _, after in replaced))}
     for tensor in kept.values():
-        if _memory(tensor) in memory:
+        if not memory.isdisjoint(memory_of(tensor)):
             value = recorder.known(tensor)
             value.node = recorder.emit("call_method", "clone", (value.node,))
     for target, old, after in replaced:
@@ -279,11 +279,7 @@ def _record_reassigned(
             recorder.emit("call_method", "set_", (target, recorder.emit("call_method", "clone", (source,))))
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
-
-
-def _without_history(output: Any, written: set[int | None]) -> Any:
+def _without_history(output: Any, written: set[int]) -> Any:
     """Outputs that don't hold on to what autograd kept of the run, which can be most of a model's memory.
 
     What lies in memory that later runs write is copied.
@@ -291,7 +287,7 @@ def _without_history(output: Any, written: set[int | None]) -> Any:
 
     def kept(leaf: torch.Tensor) -> torch.Tensor:
         value = leaf.detach()
-        return (value.clone() if _memory(leaf) in written else value).requires_grad_(leaf.requires_grad)
+        return (value if written.isdisjoint(memory_of(leaf)) else value.clone()).requires_grad_(leaf.requires_grad)
 
     return pytree.tree_map_only(torch.Tensor, kept, output)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxopt.capture.attributes import Attribute, is_left, look, old
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.copy_on_write import lazy_copy
 
-__all__ = ["State", "random_state_kept", "tensors_kept"]
+__all__ = ["State", "apart", "memory_of", "random_state_kept", "tensors_kept"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
@@ -118,6 +118,23 @@ def tensors_kept(*modules: nn.Module) -> Iterator[None]:
         for module in modules:
             held.callback(State(module).restore_tensors)
         yield
+
+
+def apart(values: Iterable[Any], module: nn.Module) -> list[Any]:
+    """What a run gave, without history, and copied where it is the module's own state, which is then set back."""
+    held = memory_of(*module.parameters(), *module.buffers())
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach() if held.isdisjoint(memory_of(value)) else value.detach().clone()
+
+    return [one(value) for value in values]
+
+
+def memory_of(*tensors: torch.Tensor) -> set[int]:
+    """Where tensors lie, to tell which share memory; those of sparse and other layouts are left out."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
 
 
 def _all_modules(module: nn.Module) -> Iterator[nn.Module]:

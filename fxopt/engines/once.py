@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.state import random_state_kept, tensors_kept
+from fxopt.capture.state import apart, random_state_kept, tensors_kept
 from fxopt.inputs import Inputs
 
 
@@ -21,11 +21,4 @@ def once(run: Callable[..., Any], module: nn.Module, inputs: Inputs) -> tuple[li
     with random_state_kept(), tensors_kept(module):
         torch.manual_seed(0)
         values, structure = given.flatten_with(run(*given.args, **given.kwargs))
-        held = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        # What is returned may be what is put back.
-        return [value.clone() if _memory(value) in held else value for value in values], structure
-
-
-def _memory(value: Any) -> int | None:
-    dense = isinstance(value, torch.Tensor) and value.layout is torch.strided
-    return value.untyped_storage()._cdata if dense else None
+        return apart(values, module), structure

@@ -258,6 +258,24 @@ def test_building_and_checking_leave_buffers_and_random_streams_as_they_were(eng
     agree(executable.module.mean, model.mean)
 
 
+class Sparse(nn.Module):
+    """Holds what lies in no plain memory, and gives a number beside its tensor."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return torch.sparse.mm(self.table, x), 3
+
+
+def test_state_of_other_layouts_stands_beside_outputs_that_are_no_tensors() -> None:
+    model, x = Sparse().eval(), torch.randn(4, 2)
+    agree(fxopt.lower(model, x, "eager")(x), model(x))
+
+
 def test_sizes_that_an_engine_fixes_are_held(cnn: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = cnn
     executable = build(Broken(), model, Inputs((x,)))
