@@ -21,6 +21,7 @@ from fxopt.engines.decided import without_decided_guards
 from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
+from fxopt.engines.onnx_simplify import simplify
 from fxopt.engines.onnx_zero_points import part_zero_points
 from fxopt.engines.written import refuse_writes
 from fxopt.errors import EngineError
@@ -161,9 +162,16 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
     with quiet(), ExportedOtherwise():
         program = torch.onnx.export(
-            prepared, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=dynamic, verbose=False
+            prepared,
+            inputs.args,
+            kwargs=dict(inputs.kwargs),
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            optimize=False,
+            verbose=False,
         )
-    assert program is not None
+        assert program is not None
+        simplify(program.model)
     if len(program.model.graph.inputs) != len(inputs.tensors):
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
     drop_empty_assignments(program.model)

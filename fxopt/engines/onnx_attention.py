@@ -15,9 +15,9 @@ def transpose_keys(model: Any) -> None:
     them back. Of its nine operators for each attention one is left, which runtimes fuse with the product behind it.
 
     Args:
-        model: of `onnxscript.ir`; changed in place.
+        model: of `onnx_ir`; changed in place.
     """
-    from onnxscript.ir.passes.common import RemoveUnusedNodesPass
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in list(model.graph):
         if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [0, 2, 1]:
@@ -26,7 +26,7 @@ def transpose_keys(model: Any) -> None:
 
 
 def _replace(graph: Any, transpose: Any) -> None:
-    from onnxscript import ir
+    import onnx_ir as ir
 
     before = transpose.inputs[0].producer()
     readers = list(transpose.outputs[0].consumers())

@@ -11,7 +11,7 @@ def drop_empty_assignments(model: Any) -> None:
     A window that is not shifted along one axis assigns its mask so, in a Swin transformer for one.
 
     Args:
-        model: of `onnxscript.ir`; changed in place.
+        model: of `onnx_ir`; changed in place.
     """
     for node in list(model.graph):
         if node.op_type != "ScatterND" or node.outputs[0].is_graph_output():

@@ -12,9 +12,9 @@ def part_zero_points(model: Any) -> None:
     its zero point unsigned, and fails at a zero point that it has made so for another weight.
 
     Args:
-        model: of `onnxscript.ir`; changed in place.
+        model: of `onnx_ir`; changed in place.
     """
-    from onnxscript import ir
+    import onnx_ir as ir
 
     graph, seen = model.graph, set()
     for node in graph:
