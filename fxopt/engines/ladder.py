@@ -347,7 +347,9 @@ def _together(
 def _fastest(rungs: Sequence[Rung], inputs: Inputs, place: torch.device, left: float, seed: int) -> Rung:
     """The rung with the smallest ratio; where the second may be as fast, and there is time, the two meet once more.
 
-    Of two that are as fast as each other it is the one that builds sooner.
+    What they took in either is held together: a core that others slow down for a while slows engines differently, those
+    most that give each thread its share of the work beforehand. Of two that are as fast as each other it is the one
+    that builds sooner.
     """
 
     def ratio(rung: Rung) -> float:
@@ -359,14 +361,15 @@ def _fastest(rungs: Sequence[Rung], inputs: Inputs, place: torch.device, left: f
         return ranked[0]
     first, second = ranked[:2]
     assert first.comparison is not None and second.comparison is not None
-    apart = paired_interval(first.comparison.times.after, second.comparison.times.after, seed=seed)
-    if apart.low > 1 or left < _SHORTEST_MEASUREMENT:
+    rounds = first.comparison.times.after, second.comparison.times.after
+    if paired_interval(*rounds, seed=seed).low > 1 or left < _SHORTEST_MEASUREMENT:
         return first
     assert first.executable is not None
     final = _together(first.executable.forward, [second], inputs, place, left, seed)[second.label]
-    if final.verdict is bench.Verdict.EQUIVALENT:
+    all_of = paired_interval(rounds[0] + final.times.before, rounds[1] + final.times.after, seed=seed)
+    if all_of.reach <= final.margin:
         return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
-    return second if final.ratio < 1 else first
+    return second if all_of.ratio < 1 else first
 
 
 def _resident(place: torch.device) -> int | None:
