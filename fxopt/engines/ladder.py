@@ -26,10 +26,11 @@ from fxopt.engines.parity import agreement
 from fxopt.engines.place import on
 from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find, written
+from fxopt.engines.unquantized import is_quantized, unquantized
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, Mask
+from fxopt.modules import Mask
 from fxopt.verify import TOLERANCE, Oracle, Trial, relative_error
 
 AUTO, ALL = "auto", "all"
@@ -59,6 +60,7 @@ class Rung:
         dropped: why it is out of the running; empty where it is not.
         closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.
         compiles: whether it compiles code, which may take minutes.
+        in_floats: whether quantisers are left out: what integers are measured beside, and is never chosen.
         parity: of a quantised module, how its outputs agree with the simulation, and how large its file is.
     """
 
@@ -73,6 +75,7 @@ class Rung:
     dropped: str = ""
     closer_than: str = ""
     compiles: bool = False
+    in_floats: bool = False
     parity: tuple[Skip, ...] = ()
 
     @property
@@ -82,10 +85,14 @@ class Rung:
 
     @property
     def label(self) -> str:
-        """`openvino{precision=bf16}`, `onednn after cast{dtype=bf16}`."""
+        """`openvino{precision=bf16}`, `onednn after cast{dtype=bf16}`, `onnxruntime in floats`."""
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
-        name = f"{self.engine}{{{options}}}" if options else self.engine
-        return f"{name} after {self.passes}" if self.passes else name
+        return f"{self.engine}{{{options}}}{self.of}" if options else f"{self.engine}{self.of}"
+
+    @property
+    def of(self) -> str:
+        """What the module became before it was built, as a label says it."""
+        return f"{' in floats' if self.in_floats else ''}{f' after {self.passes}' if self.passes else ''}"
 
     @property
     def is_rounded(self) -> bool:
@@ -94,20 +101,27 @@ class Rung:
 
 
 _ROUNDING = ("precision", "tf32")
+_CAST = "cast{dtype=bf16}"
+_IN_BFLOAT16 = {
+    "openvino": Rung("openvino", {"precision": "bf16"}, in_floats=True),
+    "onnxruntime": Rung("onednn", passes=_CAST, in_floats=True),
+    "inductor": Rung("inductor", passes=_CAST, in_floats=True),
+}
+"""What is measured beside integers of an engine; onnxruntime has no kernels of its own for bfloat16 on the CPU."""
 _CANDIDATES: Sequence[Rung] = (
     Rung("eager"),
     Rung("openvino", {"precision": "bf16"}),
     Rung("openvino", {"precision": "mixed"}, closer_than="openvino{precision=bf16}"),
     Rung("openvino"),
     Rung("onednn"),
-    Rung("onednn", passes="cast{dtype=bf16}"),
+    Rung("onednn", passes=_CAST),
     Rung("sparse"),
     Rung("onnxruntime"),
     Rung("inductor", compiles=True),
 )
 _CUDA_CANDIDATES: Sequence[Rung] = (
     Rung("eager"),
-    Rung("cudagraph", passes="cast{dtype=bf16}"),
+    Rung("cudagraph", passes=_CAST),
     Rung("cudagraph", {"tf32": True}),
     Rung("cudagraph"),
     Rung("cudnn"),
@@ -160,8 +174,9 @@ def climb(
     """Build engines for a rewritten module, verify each, and measure them beside the original.
 
     Args:
-        asked: an engine, such as `openvino{precision=bf16}`, which is then chosen, beside `eager`; "auto" for all, of
-            which the fastest is chosen; "all" to choose none.
+        asked: an engine, such as `openvino{precision=bf16}`, which is then chosen, beside `eager` and, where it runs a
+            quantised module on integers, what that is in float32 and bfloat16; "auto" for all, of which the fastest is
+            chosen; "all" to choose none.
         original: what they are held against, in latency and, by `oracle`, in outputs.
         rewritten: what they run.
         inputs: an example.
@@ -182,10 +197,14 @@ def climb(
     judge = oracle or Oracle(rewritten, inputs, seed)
     place = torch.device(device)
     rewritten, inputs = on(place, rewritten), inputs.to(place)
-    rungs: list[Rung] = []
+    candidates, rungs = _candidates(asked, rewritten, place), list[Rung]()
     named = asked not in (AUTO, ALL)
+    subjects = {False: (rewritten, judge)}
+    if any(rung.in_floats for rung in candidates):
+        in_floats = unquantized(rewritten)
+        subjects[True] = (in_floats, Oracle(in_floats, inputs, seed))
     with Exports() as exports:
-        for rung in _candidates(asked, rewritten, place):
+        for rung in candidates:
             why_not = _why_not_built(rung, rungs)
             spent = (time.perf_counter() - began) / budget_seconds
             # However short it is, there is to be something to choose beside eager.
@@ -197,8 +216,9 @@ def climb(
                 rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))
                 continue
             tell(f"build {rung.label}")
-            with exports.after(rung.passes):
-                rungs.append(_built(rung, rewritten, inputs, place, judge, max_error, named, exports))
+            with exports.after(rung.of):
+                subject, knows = subjects[rung.in_floats]
+                rungs.append(_built(rung, subject, inputs, place, knows, max_error, named, exports))
     if named and rungs[-1].dropped:
         raise EngineError(rungs[-1].dropped)
     running = [rung for rung in rungs if not rung.dropped]
@@ -232,7 +252,14 @@ def _candidates(asked: str, module: GraphModule, place: torch.device) -> Sequenc
     if asked in (AUTO, ALL):
         candidates = _CUDA_CANDIDATES if place.type == "cuda" else _CANDIDATES
         return [rung for rung in candidates if rung.engine != Sparse.name or _has_zeros(module)]
-    return [Rung("eager")] if asked == Eager.name else [Rung("eager"), Rung(*written(asked))]
+    rung = Rung(*written(asked))
+    if rung.engine == Eager.name:
+        return [rung]
+    beside = []
+    if rung.engine in _IN_BFLOAT16 and is_quantized(module):
+        exact = {name: value for name, value in rung.options.items() if name not in _ROUNDING}
+        beside = [Rung(rung.engine, exact, in_floats=True), _IN_BFLOAT16[rung.engine]]
+    return [Rung("eager"), *beside, rung]
 
 
 def _why_not_built(rung: Rung, before: Sequence[Rung]) -> str | None:
@@ -261,7 +288,7 @@ def _built(
 ) -> Rung:
     max_error = rung.options.get("max_error", max_error)  # its own goes first
     lowest = 0.0 if "tf32" in rung.options else _LOWEST_BFLOAT16_ERROR
-    if rung.is_rounded and (max_error is None or max_error < lowest):
+    if rung.is_rounded and not rung.in_floats and (max_error is None or max_error < lowest):
         return dataclasses.replace(
             rung, dropped="not built: fewer bits need a bound on the error: give a max_error, such as 1e-2"
         )
@@ -271,7 +298,7 @@ def _built(
         rewritten = after_passes(module, rung.passes) if rung.passes else module
         seconds = time.perf_counter() - began
         engine = find(rung.engine, rung.options)
-        missing = engine.in_vain(rewritten) if rung.is_rounded and not named else None
+        missing = engine.in_vain(rewritten) if rung.is_rounded and (rung.in_floats or not named) else None
         if missing is not None:
             return dataclasses.replace(rung, dropped=f"not built: {missing}")
         executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)
@@ -291,9 +318,9 @@ def _built(
     bound = allowed if max_error is None else max_error
     if not error <= bound:
         return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
-    if not engine.integers or not any(isinstance(child, FakeQuantize) for child in rewritten.modules()):
+    if not engine.integers or not is_quantized(rewritten):
         return found
-    size = None if executable.built.write is None else exports.size(rung.passes)
+    size = None if executable.built.write is None else exports.size(rung.of)
     pairs = [
         pair
         for trial, values in _outputs(executable, place, oracle)

@@ -222,6 +222,7 @@ def of_ladder(ladder: Ladder) -> EnginesRecord:
                 engine=rung.engine,
                 options=plain(dict(rung.options)),
                 passes=rung.passes,
+                in_floats=rung.in_floats,
                 build_seconds=rung.build_seconds,
                 relative_error=None if rung.relative_error is None else number(rung.relative_error),
                 resident_bytes=rung.resident_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 Number: TypeAlias = "float | str"
 """A float, or "nan", "inf", "-inf"."""
@@ -162,12 +162,14 @@ class MetricsRecord(TypedDict):
 class RungRecord(TypedDict):
     """One engine: what it made of the module, or why it dropped out; null where that is not known.
 
-    `passes` is the spec of what rewrote the module further for it. `latency` holds the original module against it.
+    `passes` is the spec of what rewrote the module further for it, `in_floats` whether quantisers were left out before.
+    `latency` holds the original module against it.
     """
 
     engine: str
     options: dict[str, Any]
     passes: str
+    in_floats: NotRequired[bool]
     build_seconds: float | None
     relative_error: Number | None
     resident_bytes: int | None
