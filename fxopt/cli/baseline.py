@@ -14,6 +14,7 @@ import typer
 
 from fxopt.cli.formats import Format
 from fxopt.cli.progress import progress
+from fxopt.cli.seconds import seconds
 
 app = typer.Typer(
     help="Keep measurements, hold a new one against them, and show them over time.",
@@ -29,7 +30,7 @@ InputTexts = Annotated[
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU.", min=1)]
-Budget = Annotated[float, typer.Option(help="Seconds to measure.", min=0.1, metavar="SECONDS")]
+Budget = Annotated[float, typer.Option(help="Time to measure: `10s`.", parser=seconds, metavar="SECONDS")]
 StoreFile = Annotated[Path, typer.Option("--file", help="The file of baselines.", metavar="FILE")]
 Branch = Annotated[
     str | None, typer.Option("--branch", help="Keep them on this git branch instead of a file.", metavar="NAME")
@@ -59,9 +60,8 @@ def save(
     from fxopt.gate.revision import Repository
 
     repository = Repository.here()
-    # The file that this very command writes does not count; git names it from the top directory on.
-    own = None if branch else file.absolute().parent.resolve() / file.name
-    changes = [name for name in repository.uncommitted() if repository.root / name != own]
+    # The file that this very command writes does not count.
+    changes = repository.uncommitted(None if branch else file.absolute().parent.resolve() / file.name)
     if changes and not dirty:
         raise GateError(
             f"the working tree has uncommitted changes ('{changes[0]}'), and a baseline stands for a commit: commit "

@@ -12,6 +12,7 @@ import typer
 
 from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
+from fxopt.cli.seconds import seconds
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
@@ -42,7 +43,7 @@ def bench(
         str | None, typer.Option(help="Hold all threads to these cores while measuring.", metavar="CORE,CORE")
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="Seconds that measuring one device may take.", min=0.1, metavar="SECONDS")
+        float, typer.Option(help="Time that measuring one device may take: `10s`.", parser=seconds, metavar="SECONDS")
     ] = 10.0,
     cold: Annotated[bool, typer.Option(help="Measure the start of a fresh process too.")] = True,
     style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,

@@ -14,6 +14,7 @@ import typer
 from fxopt.cli.formats import Format
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
+from fxopt.cli.seconds import seconds
 
 
 def ci(
@@ -53,7 +54,7 @@ def ci(
     threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1, show_default="1")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Seconds to measure a target.", min=0.1, metavar="SECONDS", show_default="20"),
+        typer.Option(help="Time to measure a target: `20s`.", parser=seconds, metavar="SECONDS", show_default="20"),
     ] = None,
     latency: Annotated[
         bool | None,

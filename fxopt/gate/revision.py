@@ -66,17 +66,26 @@ class Repository:
         raise GateError(f"--base: there is no commit '{revision}' in '{self.root}'; {advice}")
 
     def changes(self) -> str:
-        """What the working tree holds beyond its commit, as a diff; untracked files by name; "" where it is clean."""
-        status = self.status()
-        return "\n".join([*status, _git(self.root, "diff", "HEAD").stdout]) if status else ""
+        """What the working tree holds beyond its commit, as a diff; untracked files by what tells that one was written.
 
-    def status(self) -> list[str]:
-        """What `git status --porcelain` lists."""
-        return _git(self.root, "status", "--porcelain", "--untracked-files=normal").stdout.splitlines()
+        "" where it is clean.
+        """
+        listed = _git(self.root, "ls-files", "--others", "--exclude-standard", "-z").stdout.split("\0")
+        facts = [(name, (self.root / name).lstat()) for name in listed if name]
+        untracked = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts]
+        return "\n".join([*untracked, _git(self.root, "diff", "HEAD").stdout]).strip()
 
-    def uncommitted(self) -> list[str]:
-        """Files of the working tree that differ from its commit, and those that it lacks; a new folder as one."""
-        return [line[3:].rpartition(" -> ")[2].strip('"') for line in self.status()]
+    def uncommitted(self, but: Path | None = None) -> list[str]:
+        """Files of the working tree that differ from its commit, and those that it lacks; a new folder as one.
+
+        Args:
+            but: a file that does not count.
+        """
+        counted = ["--", "."]
+        if but is not None and but.is_relative_to(self.root):
+            counted.append(f":(exclude,literal){but.relative_to(self.root)}")
+        lines = _git(self.root, "status", "--porcelain", "--untracked-files=normal", *counted).stdout.splitlines()
+        return [line[3:].rpartition(" -> ")[2].strip('"') for line in lines]
 
     def changed_files(self, base: str) -> list[str]:
         """Tracked files of the working tree that differ from a commit."""

@@ -109,7 +109,7 @@ def test_what_save_wrote_in_a_subfolder_is_no_change(repo: Repo):
 
 def test_save_compare_and_history(repo: Repo):
     run = functools.partial(call, repo)
-    quick = ("model.py", "--budget", "0.3", "--quiet")
+    quick = ("model.py", "--budget", "0.3s", "--quiet")
     done = run("compare", *quick)
     assert done.returncode == 5 and "`fxopt baseline save` makes one" in done.stderr
     done = run("save", *quick)
@@ -125,6 +125,10 @@ def test_save_compare_and_history(repo: Repo):
     jsonschema.validate(json.loads(shown.stdout), schema("baseline"), cls=jsonschema.Draft202012Validator)
     done = run("history", "model.py")
     assert done.returncode == 0 and "another machine" in done.stdout and "-99.0 %" in done.stdout
+    path.unlink()
+    for _ in range(2):
+        done = run("save", *quick, "--file", "new/folder.jsonl")
+        assert done.returncode == 0, "what it writes itself is no change"
     repo.write(other="changed")
-    done = run("save", *quick)
-    assert done.returncode == 2 and "uncommitted changes" in done.stderr
+    done = run("save", *quick, "--file", "new/folder.jsonl")
+    assert done.returncode == 2 and "uncommitted changes ('other.py')" in done.stderr

@@ -18,6 +18,7 @@ import torch
 
 from fxopt.errors import GateError
 from fxopt.gate import contest
+from fxopt.gate.revision import Repository
 from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
 
 
@@ -399,6 +400,16 @@ def test_targets_of_a_file_are_resumed_where_a_run_was_stopped(repo: Repo):
     assert "1/2 first: found by the run before" in done.stderr
     assert [target["name"] for target in json.loads(done.stdout)["targets"]] == ["first", "second"]
     assert "found by the run before" not in repo.ci().stderr
+
+
+def test_an_untracked_file_that_is_written_anew_is_another_change(repo: Repo, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(repo.path)
+    assert Repository.here().changes() == ""
+    repo.write(untracked="x = 1")
+    before = Repository.here().changes()
+    assert before
+    repo.write(untracked="x = 22")
+    assert Repository.here().changes() != before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
