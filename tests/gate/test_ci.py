@@ -56,6 +56,18 @@ def test_a_regression_stays_one_where_its_cause_is_not_found(repo: Repo, monkeyp
     assert target["notes"] == ["the cause was not found: the model is too slow for the budget"]
 
 
+def test_a_limit_that_is_exceeded_is_a_regression_though_the_latency_is_not_measured(repo: Repo, monkeypatch):
+    def too_slow(*arguments: object, **options: object) -> None:
+        raise GateError("the model is too slow for the budget")
+
+    monkeypatch.setattr(contest, "take_window", too_slow)
+    repo.write(model=MODEL + "\nmodel.extra = nn.Linear(500, 500)\n")
+    target = repo.only(code=3)
+    assert [check["name"] for check in target["checks"] if check["status"] == "failed"] == ["size"]
+    assert target["notes"] == ["the model is too slow for the budget"]
+    assert target["latency"] is None
+
+
 def test_a_report_is_printed_though_a_file_cannot_be_written(repo: Repo):
     repo.write(model=MODEL + "\nmodel.extra = nn.Linear(500, 500)\n")
     (repo.path / "history").write_text("\n")
