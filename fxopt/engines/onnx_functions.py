@@ -28,7 +28,11 @@ def _attention(
     *others: Any,
     **options: Any,
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention of fewer or more axes  =>  of four: with axes of size 1, or the first as one"""
+    """F.scaled_dot_product_attention of fewer or more axes  =>  of four: with axes of size 1, or the first as one
+
+    The exporter takes `enable_gqa` only where queries have more heads than keys.
+    """
+    options["enable_gqa"] = options.get("enable_gqa", False) and query.shape[-3] != key.shape[-3]
     missing = 4 - query.dim()
     if missing == 0:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)

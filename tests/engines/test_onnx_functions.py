@@ -60,6 +60,20 @@ def test_a_mask_of_attention_of_five_axes(engine: str, axes: int) -> None:
     assert relative_error(Masked()(x), fxopt.lower(Masked().eval(), x, engine)(x)) < 1e-5
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_heads_may_be_grouped_by_one(engine: str, heads: int) -> None:
+    needs(engine)
+    torch.manual_seed(0)
+
+    class Grouped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x[:, :heads] + 1, x[:, :heads], enable_gqa=True)
+
+    x = torch.randn(2, 4, 5, 16)
+    assert relative_error(Grouped()(x), fxopt.lower(Grouped().eval(), x, engine)(x)) < 1e-5
+
+
 class Experts(nn.Module):
     """Each row goes to the expert that its first feature names."""
 
