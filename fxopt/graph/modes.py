@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -17,6 +19,26 @@ def switch_gradients(enabled: bool) -> bool:
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(enabled)
     return before
+
+
+def switches_gradients(graph: fx.Graph) -> bool:
+    """Whether a region of the graph has them on or off."""
+    return any(node.op == "call_function" and node.target is switch_gradients for node in graph.nodes)
+
+
+def back_on_error(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which leaves gradients as its caller had them where it raises within a region, as `with` does."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = torch.is_grad_enabled()
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            torch._C._set_grad_enabled(before)
+            raise
+
+    return run
 
 
 _SETTERS = frozenset(

@@ -14,6 +14,8 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
+from fxopt.graph.modes import back_on_error, switches_gradients
+
 _TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -110,7 +112,11 @@ class GraphModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Regenerate the code of the graph at hand (and drop what was compiled of the other one)."""
         self.__dict__["_compiled"] = {}
-        return super().recompile()
+        code = super().recompile()
+        if switches_gradients(self._graph):
+            cls: Any = type(self)  # one of its own, as torch.fx makes for each graph module
+            cls.forward = back_on_error(cls.forward)
+        return code
 
     def _select(self) -> None:
         graph = self._graphs.get(self.training)

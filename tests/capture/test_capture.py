@@ -285,6 +285,17 @@ def test_a_region_without_gradients_ends_in_the_mode_of_its_caller(function, rec
         assert [t.requires_grad for t in actual] == [t.requires_grad for t in expected]
 
 
+@pytest.mark.parametrize("again", [lambda module: module, copy.deepcopy], ids=["itself", "a copy"])
+def test_an_error_in_a_region_without_gradients_leaves_the_mode_of_the_caller(again):
+    module = again(capture(Region(nested), (torch.randn(3, 4),)).module)
+    with pytest.raises(RuntimeError, match="shapes"):
+        module(torch.randn(3, 5))
+    assert torch.is_grad_enabled()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    x = torch.randn(3, 4)
+    same(module(x), compiled(x))
+
+
 def guarded(fc, x):
     with torch.no_grad():
         return fc(x) if x.shape[0] > 2 else x
