@@ -9,7 +9,8 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
-from fxopt.capture.signature import bind
+from fxopt.capture.guards import NOT_GIVEN
+from fxopt.capture.signature import STARS, bind, default_of
 from fxopt.graph import GraphModule
 
 
@@ -38,9 +39,8 @@ def shell_module(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     kinds = {parameter.kind for parameter in parameters.values()}
     can_be_named = not kinds & {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
     for name, parameter in parameters.items():
-        prefix = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
-        default = () if prefix or parameter.default is parameter.empty else (parameter.default,)
-        node = graph.create_node("placeholder", prefix + name, default, {}, name)
+        prefix = STARS.get(parameter.kind, "")
+        node = graph.create_node("placeholder", prefix + name, default_of(parameter), {}, name)
         if prefix:
             starred.append((prefix, node))
         elif parameter.kind is parameter.KEYWORD_ONLY or (len(positional) >= len(args) and can_be_named):
@@ -69,4 +69,12 @@ def run_shell(
     more: dict[str, Any],
 ) -> Any:
     """Call a shell: what the node of an opaque root does."""
+    if any(value is NOT_GIVEN for value in (*positional, *keywords.values())):
+        parameters = inspect.signature(shell.module.forward).parameters
+        positional = tuple(_or_default(*pair) for pair in zip(positional, parameters.values(), strict=False))
+        keywords = {name: _or_default(value, parameters[name]) for name, value in keywords.items()}
     return shell(training, *positional, *rest, **keywords, **more)
+
+
+def _or_default(value: Any, parameter: inspect.Parameter) -> Any:
+    return parameter.default if value is NOT_GIVEN else value

@@ -61,10 +61,7 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
         prefix = STARS.get(parameter.kind, "")
         if prefix and not value:
             continue
-        default = () if prefix or parameter.default is _MISSING else (parameter.default,)
-        if default and not _is_literal(default[0]):
-            default = (NOT_GIVEN,)
-        node = recorder.graph.create_node("placeholder", prefix + name, default, {}, name)
+        node = recorder.graph.create_node("placeholder", prefix + name, default_of(parameter), {}, name)
         nodes.append((name, node, value))
     for name, node, value in nodes:
         if name not in given:
@@ -75,6 +72,13 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
             recorder.emit("call_function", guard_rank, (node, value.dim(), name))
     for name in set(parameters) - given:
         del bound.arguments[name]
+
+
+def default_of(parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """What a placeholder of it is given: its default, `NOT_GIVEN` for one that code can't spell, or nothing."""
+    if parameter.default is _MISSING:
+        return ()
+    return (parameter.default if _is_literal(parameter.default) else NOT_GIVEN,)
 
 
 def _is_literal(value: Any) -> bool:

@@ -296,6 +296,24 @@ def test_an_error_in_a_region_without_gradients_leaves_the_mode_of_the_caller(ag
     same(module(x), compiled(x))
 
 
+class DecidesOnValues(nn.Module):
+    def forward(self, x, shift=torch.full((3,), 4.0), *, scale=torch.full((3,), 2.0)):  # noqa: B008
+        return x + shift * scale if x.sum() > 0 else x - shift * scale
+
+
+@pytest.mark.parametrize("given", [(torch.ones(3),), (torch.ones(3), torch.zeros(3))], ids=["default", "given"])
+@pytest.mark.parametrize("again", [lambda module: module, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_module_that_no_graph_holds_keeps_defaults_that_are_tensors(given, again):
+    module, x = DecidesOnValues(), -torch.ones(3)
+    captured = capture(module, given)
+    assert captured.opaque
+    called = again(captured.module)
+    same(module(x), called(x))
+    same(module(x, x), called(x, x))
+    same(module(x, shift=x), called(x, shift=x))
+    same(module(x, scale=x), called(x, scale=x))
+
+
 def guarded(fc, x):
     with torch.no_grad():
         return fc(x) if x.shape[0] > 2 else x
