@@ -23,7 +23,7 @@ from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, without_rounding
+from fxopt.modules import is_quantized, without_rounding
 from fxopt.nested import tensors_in
 from fxopt.verify import relative_error
 
@@ -107,7 +107,7 @@ class Executable(nn.Module):
         """
         if self._rounding is None:
             self._rounding = 0.0
-            if any(isinstance(child, FakeQuantize) for child in self.module.modules()):
+            if is_quantized(self.module):
                 with torch.no_grad():
                     rounded = self._outputs()
                     with without_rounding(self.module):

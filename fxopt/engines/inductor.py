@@ -20,7 +20,7 @@ from fxopt.engines.saturation import SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, for_inductor
+from fxopt.modules import for_inductor, is_quantized
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Inductor(Engine):
         options: dict[str, Any] = {"max_autotune": self.max_autotune}
         reasons: list[Skip] = []
         integers = False
-        if any(isinstance(child, FakeQuantize) for child in module.modules()):
+        if is_quantized(module):
             try:
                 copy = for_inductor(copy)
                 options["post_grad_custom_pre_pass"] = CountIntegers(reasons)

@@ -26,11 +26,11 @@ from fxopt.engines.parity import agreement
 from fxopt.engines.place import on
 from fxopt.engines.sparse import Sparse
 from fxopt.engines.table import find, written
-from fxopt.engines.unquantized import is_quantized, unquantized
+from fxopt.engines.unquantized import unquantized
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import Mask
+from fxopt.modules import Mask, is_quantized
 from fxopt.verify import TOLERANCE, Oracle, Trial, relative_error
 
 AUTO, ALL = "auto", "all"

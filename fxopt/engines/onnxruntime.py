@@ -23,7 +23,7 @@ from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize
+from fxopt.modules import is_quantized
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OnnxRuntime(Engine):
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`."""
         outputs = outputs_of(self.name, module, inputs)
-        quantised = any(isinstance(child, FakeQuantize) for child in module.modules())
+        quantised = is_quantized(module)
         with (
             exported(self.name, module, inputs, outputs) as file,
             tempfile.TemporaryDirectory(prefix="fxopt-") as directory,

@@ -11,11 +11,6 @@ from fxopt.graph import GraphModule, Program
 from fxopt.modules import FakeQuantize, Fused
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a quantiser is in it."""
-    return any(isinstance(child, FakeQuantize) for child in module.modules())
-
-
 def unquantized(module: GraphModule) -> GraphModule:
     """A copy of `module` without its quantisers; weights that freezing put on a grid stay there."""
     found = cast(GraphModule, independent_copy(module))

@@ -1,7 +1,7 @@
 """Modules that passes put into a graph and that other passes and the engines recognise again."""
 
 from fxopt.modules.activation import Activation
-from fxopt.modules.fake_quantize import FakeQuantize, Observer, State, without_rounding
+from fxopt.modules.fake_quantize import FakeQuantize, Observer, State, is_quantized, without_rounding
 from fxopt.modules.functional import fused_call
 from fxopt.modules.fused import (
     Fused,
@@ -52,6 +52,7 @@ __all__ = [
     "for_onnx",
     "fused_call",
     "held_weight",
+    "is_quantized",
     "masked_form",
     "quantized_weights",
     "rebuild",

@@ -298,6 +298,11 @@ class FakeQuantize(nn.Module):
         return f"bits={self.bits}, {kind}, {where}, observer={self.observer!r}{learned}, {state}"
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a quantiser is in it."""
+    return any(isinstance(child, FakeQuantize) for child in module.modules())
+
+
 @contextmanager
 def without_rounding(module: nn.Module) -> Iterator[None]:
     """Let all quantisers in `module` pass on what they are given, and observe nothing."""

@@ -14,7 +14,7 @@ from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Region, behind_mask, source_of
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, Fused, State, held_weight, quantized_weights, rebuild
+from fxopt.modules import FakeQuantize, Fused, State, held_weight, is_quantized, quantized_weights, rebuild
 
 _NO_RANGE = "it never observed anything, so it has no range: what it stood for stays a float"
 
@@ -56,7 +56,7 @@ class QuantizeFreeze(Pass):
 
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
         """Refuse a model in which nothing is quantised: whoever freezes it believes that something is."""
-        if not any(isinstance(child, FakeQuantize) for child in module.modules()):
+        if not is_quantized(module):
             raise PassError(
                 "quantize-freeze: nothing is quantised; put 'qat' or 'ptq' before it, and see what these skipped"
             )

@@ -14,7 +14,7 @@ from fxopt.contract import Change, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import Affine, GraphModule, Program, Region, observe, read_affine
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize
+from fxopt.modules import is_quantized
 from passes.qat.calibration import calibrate, why_not_whole
 from passes.qat.correct import correct_biases
 from passes.qat.equalize import equalize_layers, smooth, smoothable
@@ -63,7 +63,7 @@ class PTQ(Quantization):
         Raises:
             PassError: without data.
         """
-        if not any(isinstance(child, FakeQuantize) for child in module.modules()):
+        if not is_quantized(module):
             return
         batches = list(calibration)
         if not batches:

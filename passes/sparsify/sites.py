@@ -21,7 +21,7 @@ from fxopt.graph import (
     source_of,
     why_not_plain,
 )
-from fxopt.modules import MASKED_FORMS, FakeQuantize
+from fxopt.modules import MASKED_FORMS, FakeQuantize, is_quantized
 from passes.sparsify.mask import layer_name
 
 _PLAIN = (
@@ -92,7 +92,7 @@ def _why_not(module: nn.Module, base: type[nn.Module]) -> str | None:
     if base in _PLAIN:
         return why_not_plain(module, base)
     if type(module) is not base:
-        if any(isinstance(child, FakeQuantize) for child in module.modules()):
+        if is_quantized(module):
             return _QUANTIZED
         # The form that holds masks is a subclass too: it has been here before.
         held = type(module) in MASKED_FORMS.values()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.engines import climb
-from fxopt.engines.unquantized import is_quantized, unquantized
+from fxopt.engines.unquantized import unquantized
+from fxopt.modules import is_quantized
 from passes import PTQ, Clean, Fuse, QuantizeFreeze
 from tests.engines.test_others import needs
 from tests.passes.programs import assert_close

@@ -25,7 +25,7 @@ from fxopt.engines.saturation import SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize
+from fxopt.modules import is_quantized
 
 _BFLOAT16_TOLERANCE = 5e-2
 
@@ -113,7 +113,7 @@ class OpenVINO(Engine):
         run(*inputs.args, **inputs.kwargs)
         if file.asks:
             run, reasons = asking(module, inputs, run), (*reasons, ASKED)
-        if any(isinstance(child, FakeQuantize) for child in module.modules()):
+        if is_quantized(module):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
         missing = self.in_vain(module)
         if missing is not None:
