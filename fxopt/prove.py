@@ -14,7 +14,7 @@ from fxopt import bench
 from fxopt.bench import Comparison, Verdict
 from fxopt.capture.independent import independent_copy
 from fxopt.contract import Change, Pass, Skip
-from fxopt.engines.ladder import ALL, AUTO
+from fxopt.engines.candidates import ALL, AUTO
 from fxopt.engines.lower import build
 from fxopt.engines.place import on
 from fxopt.engines.table import find

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import nn
 from fxopt import bench
 from fxopt.bench.statistics import paired_interval
 from fxopt.capture.state import tensors_kept
-from fxopt.contract import Skip
-from fxopt.engines.eager import Eager
+from fxopt.engines.candidates import ALL, AUTO, Rung, candidates
 from fxopt.engines.executable import Executable
 from fxopt.engines.exports import Exports
 from fxopt.engines.gpu import rounding_of_torch
@@ -24,16 +23,14 @@ from fxopt.engines.lower import after_passes, build
 from fxopt.engines.once import once
 from fxopt.engines.parity import agreement
 from fxopt.engines.place import on
-from fxopt.engines.sparse import Sparse
-from fxopt.engines.table import find, written
+from fxopt.engines.table import find
 from fxopt.engines.unquantized import unquantized
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import Mask, is_quantized
+from fxopt.modules import is_quantized
 from fxopt.verify import TOLERANCE, Oracle, Trial, relative_error
 
-AUTO, ALL = "auto", "all"
 _LOWEST_BFLOAT16_ERROR = 1e-3
 """bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""
 _BUILDING, _SLOW_BUILDING = 0.6, 0.25
@@ -42,97 +39,6 @@ _TOGETHER = 0.75
 """Share of the time to measure that goes to all engines; the rest is for the two that are ahead, where these rounds
 can't tell them apart."""
 _SHORTEST_MEASUREMENT = 1.0
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One engine of a ladder.
-
-    Attributes:
-        engine: its name.
-        options: that differ from the defaults.
-        passes: the spec of what rewrites the module further before it is built; empty for nothing.
-        executable: what it made; None where it dropped out.
-        build_seconds: that it took, with these passes and without capture.
-        relative_error: the largest over all inputs that were tried, against the original.
-        resident_bytes: by which what the process holds there grew meanwhile; None where that is not known.
-        comparison: of the original with it.
-        dropped: why it is out of the running; empty where it is not.
-        closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.
-        compiles: whether it compiles code, which may take minutes.
-        in_floats: whether quantisers are left out: what integers are measured beside, and is never chosen.
-        parity: of a quantised module, how its outputs agree with the simulation, and how large its file is.
-    """
-
-    engine: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    passes: str = ""
-    executable: Executable | None = None
-    build_seconds: float | None = None
-    relative_error: float | None = None
-    resident_bytes: int | None = None
-    comparison: bench.Comparison | None = None
-    dropped: str = ""
-    closer_than: str = ""
-    compiles: bool = False
-    in_floats: bool = False
-    parity: tuple[Skip, ...] = ()
-
-    @property
-    def reasons(self) -> tuple[Skip, ...]:
-        """What the engine could not take, behind how well it computes on integers."""
-        return (*self.parity, *self.executable.reasons) if self.executable is not None else ()
-
-    @property
-    def label(self) -> str:
-        """`openvino{precision=bf16}`, `onednn after cast{dtype=bf16}`, `onnxruntime in floats`."""
-        options = ",".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.engine}{{{options}}}{self.of}" if options else f"{self.engine}{self.of}"
-
-    @property
-    def of(self) -> str:
-        """What the module became before it was built, as a label says it."""
-        return f"{' in floats' if self.in_floats else ''}{f' after {self.passes}' if self.passes else ''}"
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether it computes in fewer bits than the module does."""
-        return bool(self.passes) or not self.options.keys().isdisjoint(_ROUNDING)
-
-
-_ROUNDING = ("precision", "tf32")
-_CAST = "cast{dtype=bf16}"
-_IN_BFLOAT16 = {
-    "openvino": Rung("openvino", {"precision": "bf16"}, in_floats=True),
-    "onnxruntime": Rung("onednn", passes=_CAST, in_floats=True),
-    "inductor": Rung("inductor", passes=_CAST, in_floats=True),
-}
-"""What is measured beside integers of an engine; onnxruntime has no kernels of its own for bfloat16 on the CPU."""
-_CANDIDATES: Sequence[Rung] = (
-    Rung("eager"),
-    Rung("openvino", {"precision": "bf16"}),
-    Rung("openvino", {"precision": "mixed"}, closer_than="openvino{precision=bf16}"),
-    Rung("openvino"),
-    Rung("onednn"),
-    Rung("onednn", passes=_CAST),
-    Rung("sparse"),
-    Rung("onnxruntime"),
-    Rung("inductor", compiles=True),
-)
-_CUDA_CANDIDATES: Sequence[Rung] = (
-    Rung("eager"),
-    Rung("cudagraph", passes=_CAST),
-    Rung("cudagraph", {"tf32": True}),
-    Rung("cudagraph"),
-    Rung("cudnn"),
-    Rung("cublas"),
-    Rung("cublas", {"precision": "fp8"}),
-    Rung("sparse"),
-    Rung("cudagraph", {"around": "inductor"}, compiles=True),
-    Rung("inductor", compiles=True),
-)
-"""Both in the order in which they are built: what wins most often first, what builds slowly or seldom wins last, when
-the budget may be spent."""
 
 
 @dataclass(frozen=True)
@@ -197,14 +103,11 @@ def climb(
     judge = oracle or Oracle(rewritten, inputs, seed)
     place = torch.device(device)
     rewritten, inputs = on(place, rewritten), inputs.to(place)
-    candidates, rungs = _candidates(asked, rewritten, place), list[Rung]()
+    tried, rungs = candidates(asked, rewritten, place), list[Rung]()
     named = asked not in (AUTO, ALL)
     subjects = {False: (rewritten, judge)}
-    if any(rung.in_floats for rung in candidates):
-        in_floats = unquantized(rewritten)
-        subjects[True] = (in_floats, Oracle(in_floats, inputs, seed))
     with Exports() as exports:
-        for rung in candidates:
+        for rung in tried:
             why_not = _why_not_built(rung, rungs)
             spent = (time.perf_counter() - began) / budget_seconds
             # However short it is, there is to be something to choose beside eager.
@@ -216,11 +119,14 @@ def climb(
                 rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))
                 continue
             tell(f"build {rung.label}")
-            with exports.after(rung.of):
-                subject, knows = subjects[rung.in_floats]
+            if rung.in_floats and True not in subjects:
+                in_floats = unquantized(rewritten)
+                subjects[True] = (in_floats, Oracle(in_floats, inputs, seed))
+            subject, knows = subjects[rung.in_floats]
+            with exports.after(rung.beforehand):
                 rungs.append(_built(rung, subject, inputs, place, knows, max_error, named, exports))
-    if named and rungs[-1].dropped:
-        raise EngineError(rungs[-1].dropped)
+            if named and rung is _asked_for(tried) and rungs[-1].dropped:
+                raise EngineError(rungs[-1].dropped)
     running = [rung for rung in rungs if not rung.dropped]
     if not running:
         raise EngineError(rungs[0].dropped)
@@ -231,7 +137,7 @@ def climb(
     with tensors_kept(*(rung.executable.module for rung in running if rung.executable is not None)):
         found = _together(original, running, inputs, place, share * (until - time.perf_counter()), seed)
         rungs = [rung if rung.dropped else dataclasses.replace(rung, comparison=found[rung.label]) for rung in rungs]
-        chosen = rungs[-1] if named else None
+        chosen = _asked_for(rungs) if named else None
         if asked == AUTO:
             left = until - time.perf_counter()
             chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, place, left, seed)
@@ -248,32 +154,15 @@ def check(asked: str) -> None:
         find(asked, {})
 
 
-def _candidates(asked: str, module: GraphModule, place: torch.device) -> Sequence[Rung]:
-    if asked in (AUTO, ALL):
-        candidates = _CUDA_CANDIDATES if place.type == "cuda" else _CANDIDATES
-        return [rung for rung in candidates if rung.engine != Sparse.name or _has_zeros(module)]
-    rung = Rung(*written(asked))
-    if rung.engine == Eager.name:
-        return [rung]
-    beside = []
-    if rung.engine in _IN_BFLOAT16 and is_quantized(module):
-        exact = {name: value for name, value in rung.options.items() if name not in _ROUNDING}
-        beside = [Rung(rung.engine, exact, in_floats=True), _IN_BFLOAT16[rung.engine]]
-    return [Rung("eager"), *beside, rung]
+def _asked_for(rungs: Sequence[Rung]) -> Rung:
+    """The one that was named: `eager` comes before it, and what it is measured beside in floats behind."""
+    return next(rung for rung in reversed(rungs) if not rung.in_floats)
 
 
 def _why_not_built(rung: Rung, before: Sequence[Rung]) -> str | None:
     """What makes a rung superfluous among those that were built before it."""
     faster = any(one.label == rung.closer_than and not one.dropped for one in before)
     return f"the error of {rung.closer_than} is allowed" if faster else None
-
-
-def _has_zeros(module: GraphModule) -> bool:
-    """Whether masks hold weights at zero, or most of a weight is zero."""
-    if any(isinstance(child, Mask) for child in module.modules()):
-        return True
-    weights = (parameter for parameter in module.parameters() if parameter.dim() > 1)
-    return any(2 * int(weight.count_nonzero()) < weight.numel() for weight in weights)
 
 
 def _built(
@@ -320,7 +209,7 @@ def _built(
         return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
     if not engine.integers or not is_quantized(rewritten):
         return found
-    size = None if executable.built.write is None else exports.size(rung.of)
+    size = None if executable.built.write is None else exports.size(rung.beforehand)
     pairs = [
         pair
         for trial, values in _outputs(executable, place, oracle)

@@ -15,13 +15,13 @@ def simplify(model: Any) -> None:
     Args:
         model: of `onnx_ir`; changed in place.
     """
-    import onnxscript
     from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule
 
-    onnxscript.optimizer.inline(model)
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
-    onnxscript.rewriter.rewrite(model, [materialize_reshape_shape_rule])
+    optimizer.inline(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    rewriter.rewrite(model, [materialize_reshape_shape_rule])
     for one in (
         common.RemoveUnusedNodesPass(),
         # Constants are nodes by now. As initializers, equal ones are held once, and lie in the file of weights.

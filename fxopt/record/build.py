@@ -219,6 +219,7 @@ def of_ladder(ladder: Ladder) -> EnginesRecord:
         seconds=ladder.seconds,
         rungs=[
             RungRecord(
+                label=rung.label,
                 engine=rung.engine,
                 options=plain(dict(rung.options)),
                 passes=rung.passes,

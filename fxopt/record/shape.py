@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 Number: TypeAlias = "float | str"
 """A float, or "nan", "inf", "-inf"."""
@@ -162,14 +162,15 @@ class MetricsRecord(TypedDict):
 class RungRecord(TypedDict):
     """One engine: what it made of the module, or why it dropped out; null where that is not known.
 
-    `passes` is the spec of what rewrote the module further for it, `in_floats` whether quantisers were left out before.
-    `latency` holds the original module against it.
+    `label` is what reports call it: `engine` with `options`, `in_floats` where quantisers were left out, and `passes`,
+    the spec of what rewrote the module further for it. `latency` holds the original module against it.
     """
 
+    label: str
     engine: str
     options: dict[str, Any]
     passes: str
-    in_floats: NotRequired[bool]
+    in_floats: bool
     build_seconds: float | None
     relative_error: Number | None
     resident_bytes: int | None

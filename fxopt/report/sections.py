@@ -156,11 +156,7 @@ def _engines(record: Record) -> Section:
         return Section("Engines")
     rows, notes = [], []
     for index, rung in enumerate(found["rungs"]):
-        options = ",".join(f"{name}={value}" for name, value in rung["options"].items())
-        name = f"{rung['engine']}{{{options}}}" if options else rung["engine"]
-        name = f"{name} in floats" if rung.get("in_floats") else name
-        name = f"{name} after {rung['passes']}" if rung["passes"] else name
-        latency, seconds = rung["latency"], rung["build_seconds"]
+        name, latency, seconds = rung["label"], rung["latency"], rung["build_seconds"]
         if latency is None:
             notes.append(f"{name} dropped out: {rung['dropped']}")
             continue

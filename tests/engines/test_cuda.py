@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import Inputs, bench, spec
-from fxopt.engines import executable, ladder
+from fxopt.engines import executable
+from fxopt.engines.candidates import ON_CUDA, Rung, candidates
 from fxopt.engines.contract import Built
 from fxopt.engines.cudagraph import CudaGraph
 from fxopt.engines.cudnn import CuDNN
 from fxopt.engines.eager import Eager
 from fxopt.engines.gpu import TF32_TOLERANCE, current_among, products_in_float32, rounding_of_torch
-from fxopt.engines.ladder import Rung
 from fxopt.engines.place import on, place_for
 from fxopt.engines.table import ENGINES
 from fxopt.errors import EngineError
@@ -224,7 +224,7 @@ def test_an_engine_runs_where_the_inputs_are_that_a_gpu_holds() -> None:
     assert place_for("auto", ("cpu",), Inputs.of(torch.zeros(1, device="meta"))) == torch.device("meta")
 
 
-@pytest.mark.parametrize("rung", ladder._CUDA_CANDIDATES, ids=lambda rung: rung.label)
+@pytest.mark.parametrize("rung", ON_CUDA, ids=lambda rung: rung.label)
 def test_candidates_for_a_gpu_run_there(rung: Rung) -> None:
     kind = ENGINES[rung.engine]
     assert "cuda" in kind.devices
@@ -235,7 +235,7 @@ def test_candidates_for_a_gpu_run_there(rung: Rung) -> None:
 def test_on_a_gpu_the_candidates_are_others(asked: str) -> None:
     _, module, _ = fused("simple_net")
     on_cpu, on_cuda = (
-        [rung.label for rung in ladder._candidates(asked, module, torch.device(place))] for place in ("cpu", "cuda")
+        [rung.label for rung in candidates(asked, module, torch.device(place))] for place in ("cpu", "cuda")
     )
     assert on_cpu[0] == on_cuda[0] == "eager"
     assert {*on_cpu} & {*on_cuda} == {"eager", "inductor"}

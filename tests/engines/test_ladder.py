@@ -18,9 +18,10 @@ import fxopt
 from fxopt import Inputs, record, report
 from fxopt.artifact import save
 from fxopt.bench import Times, Verdict
-from fxopt.engines import Executable, exports, ladder, onednn, openvino
+from fxopt.engines import Executable, candidates, exports, ladder, onednn, openvino
+from fxopt.engines.candidates import Rung
 from fxopt.engines.contract import Engine
-from fxopt.engines.ladder import Ladder, Rung, climb
+from fxopt.engines.ladder import Ladder, climb
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
@@ -33,7 +34,7 @@ from tests.report.record_example import comparison
 
 CASE = STATIC["staged_cnn"]
 HERE = (Rung("eager"), Rung("onednn"))
-ALL_RUNGS = ladder._CANDIDATES
+ALL_RUNGS = candidates.ON_CPU
 
 
 def verdict_on(ratio: float) -> Verdict:
@@ -59,7 +60,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
         return found
 
     monkeypatch.setattr(ladder, "_together", together)
-    monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
+    monkeypatch.setattr(candidates, "ON_CPU", HERE)
     return ratios
 
 
@@ -115,7 +116,7 @@ def test_two_as_fast_as_each_other_at_the_end_may_not_have_been_before(monkeypat
 
 
 def test_measuring_leaves_buffers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
+    monkeypatch.setattr(candidates, "ON_CPU", HERE)
     model, example = Running(gives_mean=False).eval(), Inputs((torch.randn(3, 4),))
     rewritten = fxopt.capture(model, example.args).module
     found = climb("auto", model, rewritten, example, oracle=Oracle(model, example), budget_seconds=1.0)
@@ -173,7 +174,7 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
 
     real = ladder.build
     monkeypatch.setattr(ladder, "build", build)
-    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, Rung("cudnn"), Rung("openvino", {"precision": "bf16"})))
+    monkeypatch.setattr(candidates, "ON_CPU", (*HERE, Rung("cudnn"), Rung("openvino", {"precision": "bf16"})))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = run("auto")
     assert [rung.dropped.partition(";")[0] for rung in found.rungs] == [
@@ -201,7 +202,7 @@ def test_a_module_is_exported_once_for_all_engines(
 
     real = exports.export
     monkeypatch.setattr(exports, "export", export)
-    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("eager"), Rung("onnxruntime"), Rung("openvino")))
+    monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onnxruntime"), Rung("openvino")))
     found = run("auto")
     assert len(tried) == 1
     why = "engine '{}' needs an ONNX model, and torch cannot export one: out of luck" if fails else ""
@@ -229,7 +230,7 @@ def test_what_the_platform_lacks_drops_out_with_what_would_bring_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], *map(Rung, brings)))
+    monkeypatch.setattr(candidates, "ON_CPU", (HERE[0], *map(Rung, brings)))
     monkeypatch.setattr(ladder, "_has_zeros", lambda module: True)
     found = run("auto")
     assert found.chosen is found.rungs[0]
@@ -262,7 +263,7 @@ def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
     tmp_path: Path, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6, "cast": 0.3}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST))
+    monkeypatch.setattr(candidates, "ON_CPU", (*HERE, CAST))
     model, x = CASE.build(), CASE.example()[0]
     result = fxopt.optimize(model, x, "clean,fuse", engine="auto", max_error=5e-2, devices=())
     jsonschema.validate(result.record, record.schema())
@@ -281,7 +282,7 @@ def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
 
 def test_no_layer_runs_in_bfloat16_unasked(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST))
+    monkeypatch.setattr(candidates, "ON_CPU", (*HERE, CAST))
     assert (
         run("auto").rungs[2].dropped
         == "not built: fewer bits need a bound on the error: give a max_error, such as 1e-2"
@@ -293,7 +294,7 @@ def test_what_rounds_less_is_built_only_where_the_error_of_what_rounds_more_is_t
     error: float, said: str, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("onednn"), Rung("eager", closer_than="onednn")))
+    monkeypatch.setattr(candidates, "ON_CPU", (Rung("onednn"), Rung("eager", closer_than="onednn")))
     monkeypatch.setattr(ladder, "_error", lambda e, *_: (error if e.engine.name == "onednn" else 0.0, 1e-4))
     assert run("auto").rungs[1].dropped == said
 
@@ -303,7 +304,7 @@ def test_fewer_bits_that_gain_nothing_on_this_cpu_are_not_built(
 ) -> None:
     needs("openvino")
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (*HERE, CAST, Rung("openvino", {"precision": "bf16"})))
+    monkeypatch.setattr(candidates, "ON_CPU", (*HERE, CAST, Rung("openvino", {"precision": "bf16"})))
     monkeypatch.setitem(onednn._DTYPES, torch.bfloat16, lambda: False)  # type: ignore[arg-type]
     monkeypatch.setattr(openvino, "_has_bfloat16", lambda: False)
     assert [rung.dropped for rung in run("auto", max_error=1e-2).rungs[2:]] == [
@@ -316,7 +317,7 @@ def test_a_model_that_has_fewer_bits_of_its_own_is_built_without_kernels_for_the
     measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"cast": 1.0, ("eager", "cast"): 1.0, ("onednn", "cast"): 1.0}
-    monkeypatch.setattr(ladder, "_CANDIDATES", HERE)
+    monkeypatch.setattr(candidates, "ON_CPU", HERE)
     monkeypatch.setitem(onednn._DTYPES, torch.bfloat16, lambda: False)  # type: ignore[arg-type]
     x = torch.randn(2, 4)
     mixed = nn.Sequential(nn.Linear(4, 4), Narrow(4, 4)).eval()
@@ -326,7 +327,7 @@ def test_a_model_that_has_fewer_bits_of_its_own_is_built_without_kernels_for_the
 
 def test_nothing_to_cast_is_said(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured["eager"] = 1.0
-    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], CAST))
+    monkeypatch.setattr(candidates, "ON_CPU", (HERE[0], CAST))
     module, inputs = fxopt.capture(nn.ReLU(), (torch.randn(2),)).module.eval(), Inputs((torch.randn(2),))
     found = climb("auto", module, module, inputs, max_error=1e-2)
     assert found.rungs[1].dropped.startswith("'cast{dtype=bf16}' changes nothing in the module")
@@ -337,7 +338,7 @@ def test_sparse_kernels_are_tried_where_there_are_zeros(
     passes: str, tried: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"eager": 1.0, "sparse": 0.9}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], Rung("sparse")))
+    monkeypatch.setattr(candidates, "ON_CPU", (HERE[0], Rung("sparse")))
     model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
     passes = passes.replace("sparsify", "sparsify{amount=0.9}", 1)
     result = fxopt.optimize(model, x, passes, engine="all", devices=())
@@ -350,7 +351,7 @@ def test_builds_stop_when_the_budget_is_short_and_there_is_something_to_choose(
     holds: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("eager"), Rung("onednn", {"tune_seconds": 0.0}), Rung("onednn")))
+    monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onednn", {"tune_seconds": 0.0}), Rung("onednn")))
     monkeypatch.setattr(ladder, "_error", lambda e, *_: (0.0 if holds or e.engine != OneDNN(0.0) else 1.0, 1e-4))
     _, first, second = run("auto", budget_seconds=1e-9).rungs
     assert bool(first.dropped) is not holds
@@ -431,7 +432,7 @@ def test_what_compiles_is_begun_early_or_not_at_all(
     measured: dict[Any, float], build_seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6, ("onednn", "onednn"): 1.0}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (Rung("eager"), Rung("onednn", compiles=True), Rung("onednn")))
+    monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onednn", compiles=True), Rung("onednn")))
     build_seconds["eager"] = 20
     assert [rung.dropped for rung in run("auto", budget_seconds=60).rungs] == [
         "",
@@ -447,7 +448,7 @@ def test_tf32_needs_a_bound_and_may_hold_one_that_bfloat16_cannot(
     max_error: float | None, needs_one: bool, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured |= {"eager": 1.0}
-    monkeypatch.setattr(ladder, "_CANDIDATES", (HERE[0], Rung("cudnn", {"tf32": True})))
+    monkeypatch.setattr(candidates, "ON_CPU", (HERE[0], Rung("cudnn", {"tf32": True})))
     dropped = run("auto", max_error=max_error).rungs[1].dropped
     assert ("fewer bits need a bound" in dropped) is needs_one
     assert needs_one or "CUDA" in dropped or "cuda" in dropped
@@ -464,7 +465,7 @@ def test_a_budget_that_is_short_goes_to_what_wins_most_often(
 ) -> None:
     needs("openvino")
     measured |= {"eager": 1.0, "openvino": 0.4}
-    monkeypatch.setattr(ladder, "_CANDIDATES", ALL_RUNGS)
+    monkeypatch.setattr(candidates, "ON_CPU", ALL_RUNGS)
     build_seconds["openvino"] = 60
     rungs = run("auto", max_error=max_error, budget_seconds=60).rungs
     assert [rung.label for rung in rungs if rung.executable is not None] == ["eager", first]
