@@ -63,11 +63,16 @@ class Fingerprint:
     cudnn: str | None = None
 
 
-def fingerprint() -> Fingerprint:
-    """The fingerprint of this computer and process, as it is now."""
+def fingerprint(device: torch.device | str = "cuda") -> Fingerprint:
+    """The fingerprint of this computer and process, as it is now.
+
+    Args:
+        device: which of several GPUs is told of, "cuda:1"; the current one for any other device.
+    """
     cpu, flags = _cpu()
     config = torch.__config__.show()
     gpu = torch.cuda.is_available()
+    which = torch.device(device) if torch.device(device).type == "cuda" else torch.device("cuda")
     return Fingerprint(
         cpu=cpu,
         cpu_flags=flags,
@@ -82,10 +87,8 @@ def fingerprint() -> Fingerprint:
         onednn=_found(r"MKL-DNN v([\w.]+)|oneDNN v([\w.]+)", config),
         threads=torch.get_num_threads(),
         interop_threads=torch.get_num_interop_threads(),
-        gpu=torch.cuda.get_device_name() if gpu else None,
-        gpu_memory_bytes=int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-        if gpu
-        else None,
+        gpu=torch.cuda.get_device_name(which) if gpu else None,
+        gpu_memory_bytes=int(torch.cuda.get_device_properties(which).total_memory) if gpu else None,
         gpu_driver=_found(r"Module.*?\s(\d+\.[\d.]+)\s", _text("/proc/driver/nvidia/version")) if gpu else None,
         cuda=torch.version.cuda if gpu else None,
         cudnn=str(torch.backends.cudnn.version()) if gpu else None,

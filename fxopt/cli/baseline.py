@@ -149,7 +149,7 @@ def _measured(
         latency = measure_latency(loaded.module, loaded.inputs, device, budget_seconds=budget, threads=threads)
         size = asdict(measure_size(loaded.module, loaded.inputs, device))
         metrics = loaded.evaluate(loaded.module) if loaded.evaluate is not None else None
-        machine = plain(asdict(fingerprint()))
+        machine = plain(asdict(fingerprint(device)))
         moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         described = loaded.inputs.describe()
         return baseline.entry(target, described, commit, moment, machine, latency, size, plain(metrics))
