@@ -1,12 +1,10 @@
-"""A time as a user writes it."""
+"""A time on a command line."""
 
 from __future__ import annotations
 
-import re
-
 import typer
 
-_SHORTEST = 0.1
+from fxopt.seconds import seconds as written
 
 
 def seconds(text: str) -> float:
@@ -15,8 +13,7 @@ def seconds(text: str) -> float:
     Raises:
         BadParameter: for anything else, or less than 0.1 s.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([sm]?)", str(text).strip())
-    value = float(found.group(1)) * (60 if found.group(2) == "m" else 1) if found else 0.0
-    if value < _SHORTEST:
-        raise typer.BadParameter(f"{text!r} is no time of at least {_SHORTEST} s; write 60s, or 2m")
-    return value
+    try:
+        return written(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -135,18 +135,26 @@ class Contest:
         order = {
             "target": job.target,
             "inputs": list(job.inputs),
-            "weights": job.weights,
             "passes": job.passes,
             "engine": job.engine,
             "device": job.device,
             "threads": job.threads,
         }
         # The head first: what neither side has is no new target, but a wrong call.
-        head, base = self._launcher.start(*((self._checkouts[side], order) for side in ("head", "base")))
+        head, base = self._launcher.start(
+            *((self._checkouts[side], order | {"weights": self._weights(side)}) for side in ("head", "base"))
+        )
         self._sides = {"base": base, "head": head}
         inputs = str(self._launcher.directory / "inputs.pt")
         self._sides["base"].ask("give_inputs", keep=inputs)
         prepare_all(self._sides.values(), "take_inputs", kept=inputs)
+
+    def _weights(self, side: str) -> str | None:
+        """The file of weights of a side; that of the head where the revision has none, as where git ignores them."""
+        if self._job.weights is None:
+            return None
+        own = self._checkouts[side].directory / self._job.weights
+        return str(own if own.exists() else self._checkouts["head"].directory / self._job.weights)
 
     def _facts(self) -> dict[str, dict[str, Any]]:
         """What is known of each side but its latency, found by both at once."""

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fxopt.errors import GateError
+from fxopt.seconds import seconds
 
 FILE = "fxopt.toml"
 _SHAPES: tuple[tuple[str, type, str], ...] = (
@@ -57,7 +58,7 @@ class Job:
         engine: the name of what runs both sides after the passes; "" for torch.
         device: "cpu" or "cuda".
         threads: that torch runs on the CPU.
-        weights: a file to load into the module first.
+        weights: a file to load into the module first; that of the head for a base whose revision has none there.
         budget: seconds that measuring may take.
         timed: whether to measure the latency at all; the rest needs no quiet machine.
         limits: what it is held to.
@@ -166,7 +167,7 @@ def _job(table: Mapping[str, Any], where: str) -> Job:
         "inputs": (list,),
         "lower_is_better": (list,),
         "threads": (int,),
-        "budget": (int, float),
+        "budget": (float, int, str),
         "limits": (dict,),
         "timed": (bool,),
     }
@@ -174,13 +175,17 @@ def _job(table: Mapping[str, Any], where: str) -> Job:
         value = table.get(key)
         if key in table and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             raise GateError(f"{where}: {key} = {value!r}: expected a {types[0].__name__}")
-    if table.get("threads", 1) < 1 or table.get("budget", 20) <= 0:
-        raise GateError(f"{where}: threads and budget must be positive")
+    if table.get("threads", 1) < 1:
+        raise GateError(f"{where}: threads = {table['threads']}: expected 1 or more")
+    try:
+        budget = seconds(table.get("budget", Job.budget))
+    except ValueError as error:
+        raise GateError(f"{where}: budget = {error}") from error
     limits = table.get("limits", {})
     _known(limits, {field.name for field in dataclasses.fields(Limits)}, f"{where}, limits")
     read = Limits(**{key: limit(key, value, f"{where}, limits.{key}") for key, value in limits.items()})
     lists = {key: tuple(map(str, table.get(key, ()))) for key in ("inputs", "lower_is_better")}
-    return Job(**{"name": table["target"], **table, **lists, "limits": read})
+    return Job(**{"name": table["target"], **table, **lists, "budget": budget, "limits": read})
 
 
 def _known(table: Mapping[str, Any], fields: set[str], where: str) -> None:

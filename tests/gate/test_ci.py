@@ -111,6 +111,27 @@ def test_an_unknown_engine_is_a_wrong_call(repo: Repo):
     assert done.returncode == 2 and "unknown engine 'onednm'; did you mean 'onednn'?" in done.stderr
 
 
+@pytest.mark.parametrize(("ignored", "loaded"), [("*.pt", (2.0, 2.0)), ("", (1.0, 2.0))])
+def test_a_side_loads_its_own_weights_and_a_base_without_any_those_of_the_head(repo: Repo, ignored, loaded):
+    def keep(value: float) -> None:
+        torch.save({"weight": torch.full((1, 1), value)}, repo.path / "kept.pt")
+
+    (repo.path / ".gitignore").write_text(ignored)
+    keep(1.0)
+    repo.commit(
+        model="""
+            import torch
+            model = torch.nn.Linear(1, 1, bias=False)
+            example_inputs = torch.ones(1, 1)
+            def evaluate(module):
+                return {"weight": module.weight.item()}
+        """
+    )
+    keep(2.0)
+    (check,) = (check for check in repo.only(weights="kept.pt", timed=False)["checks"] if check["name"] == "weight")
+    assert (float(check["before"]), float(check["after"])) == loaded
+
+
 @pytest.mark.parametrize(
     ("more", "loads"),
     [

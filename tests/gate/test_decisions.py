@@ -123,7 +123,10 @@ def test_what_is_no_limit(name, text, said):
         ("[[target]]\nname = 'a'", "expected target ="),
         ("[[target]]\ntarget = 'm.py'\npases = 'fuse'", "did you mean 'passes'?"),
         ("[[target]]\ntarget = 'm.py'\nthreads = '2'", "threads = '2': expected a int"),
-        ("[[target]]\ntarget = 'm.py'\nthreads = 0", "must be positive"),
+        ("[[target]]\ntarget = 'm.py'\nthreads = 0", "threads = 0: expected 1 or more"),
+        ("[[target]]\ntarget = 'm.py'\nbudget = '20x'", "budget = '20x' is no time of at least 0.1 s; write 60s"),
+        ("[[target]]\ntarget = 'm.py'\nbudget = 0", "budget = 0 is no time of at least 0.1 s"),
+        ("[[target]]\ntarget = 'm.py'\nbudget = [20]", "budget = [20]: expected a float"),
         ("[[target]]\ntarget = 'm.py'\nlimits = {latncy = '5%'}", "did you mean 'latency'?"),
         ("[[target]]\ntarget = 'm.py'\nlimits = {latency = 'x'}", "limits.latency: 'x' is no share"),
         ("[[target]]\ntarget = 'm.py'\n[[target]]\ntarget = 'm.py'", "two targets named 'm.py'"),
@@ -141,6 +144,14 @@ def test_configurations_that_are_not_understood(tmp_path, text, said):
     with pytest.raises(GateError) as caught:
         read_jobs(path)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("20", 20.0), ("0.5", 0.5), ("'20s'", 20.0), ("'1.5 m'", 90.0)])
+def test_a_budget_is_written_as_on_the_command_line(tmp_path, written, meant):
+    path = tmp_path / "fxopt.toml"
+    path.write_text(f"[[target]]\ntarget = 'm.py'\nbudget = {written}\n")
+    (job,) = read_jobs(path)
+    assert job.budget == meant
 
 
 def test_a_target_on_several_devices_is_several_jobs(tmp_path):
