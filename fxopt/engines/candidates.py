@@ -109,12 +109,20 @@ ON_CUDA: Sequence[Rung] = (
 )
 """Both in the order in which they are built: what wins most often first, what builds slowly or seldom wins last, when
 the budget may be spent."""
+IN_FLOATS: Sequence[Rung] = (
+    Rung("openvino", in_floats=True),
+    _IN_BFLOAT16["openvino"],
+    Rung("onednn", in_floats=True),
+    _IN_BFLOAT16["onnxruntime"],
+    Rung("onnxruntime", in_floats=True),
+)
+"""What integers are measured beside on the CPU where all engines are asked for."""
 
 
 def candidates(asked: str, module: GraphModule, place: torch.device) -> Sequence[Rung]:
     """What to build, in this order: all that may be fastest, or what was asked for behind `eager`.
 
-    Behind an engine that runs a quantised module on integers come those that it is measured beside.
+    Behind what runs a quantised module on integers comes what that is measured beside.
 
     Args:
         asked: an engine with options, "auto" or "all".
@@ -125,7 +133,7 @@ def candidates(asked: str, module: GraphModule, place: torch.device) -> Sequence
         EngineError, SpecError: see `written`.
     """
     if asked in (AUTO, ALL):
-        known = ON_CUDA if place.type == "cuda" else ON_CPU
+        known = ON_CUDA if place.type == "cuda" else [*ON_CPU, *(IN_FLOATS if is_quantized(module) else ())]
         return [rung for rung in known if rung.engine != Sparse.name or _has_zeros(module)]
     rung = Rung(*written(asked))
     if rung.engine == Eager.name:

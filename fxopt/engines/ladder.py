@@ -80,9 +80,9 @@ def climb(
     """Build engines for a rewritten module, verify each, and measure them beside the original.
 
     Args:
-        asked: an engine, such as `openvino{precision=bf16}`, which is then chosen, beside `eager` and, where it runs a
-            quantised module on integers, what that is in float32 and bfloat16; "auto" for all, of which the fastest is
-            chosen; "all" to choose none.
+        asked: an engine, such as `openvino{precision=bf16}`, which is then chosen, beside `eager`; "auto" for all, of
+            which the fastest is chosen; "all" to choose none. Where they run a quantised module on integers, what that
+            is in float32 and bfloat16 is measured, too, and never chosen.
         original: what they are held against, in latency and, by `oracle`, in outputs.
         rewritten: what they run.
         inputs: an example.
@@ -111,9 +111,9 @@ def climb(
             why_not = _why_not_built(rung, rungs)
             spent = (time.perf_counter() - began) / budget_seconds
             # However short it is, there is to be something to choose beside eager.
-            rivals = any(not one.dropped for one in rungs[1:])
+            enough = any(not one.dropped for one in rungs[1:])
             late = spent > (_SLOW_BUILDING if rung.compiles else _BUILDING)
-            if rungs and not named and late and (rivals or rung.compiles):
+            if rungs and not named and late and (enough or rung.compiles):
                 why_not = f"the budget of {budget_seconds:g} s was short"
             if why_not is not None:
                 rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))
@@ -140,7 +140,8 @@ def climb(
         chosen = _asked_for(rungs) if named else None
         if asked == AUTO:
             left = until - time.perf_counter()
-            chosen = _fastest([rung for rung in rungs if rung.comparison], inputs, place, left, seed)
+            rivals = [rung for rung in rungs if rung.comparison and not rung.in_floats]
+            chosen = _fastest(rivals, inputs, place, left, seed)
     return Ladder(asked, str(place), tuple(rungs), chosen, max_error, budget_seconds, time.perf_counter() - began)
 
 

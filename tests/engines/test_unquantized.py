@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.engines import climb, ladder
+from fxopt.bench import Verdict
+from fxopt.engines import candidates, climb, ladder
+from fxopt.engines.candidates import Rung
 from fxopt.engines.contract import Engine
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.openvino import OpenVINO
 from fxopt.engines.unquantized import unquantized
 from fxopt.errors import EngineError
 from fxopt.modules import is_quantized
-from passes import PTQ, Clean, Fuse, QuantizeFreeze
+from passes import PTQ, QAT, Clean, Fuse, QuantizeFreeze
 from tests.engines.test_others import needs
 from tests.passes.programs import assert_close
+from tests.report.record_example import comparison
 
 
 class Reads(nn.Module):
@@ -109,6 +112,26 @@ def test_an_engine_that_cannot_be_built_says_so_before_others_are(monkeypatch: p
     with pytest.raises(EngineError, match="out of luck"):
         lowered("onnxruntime")
     assert built == ["eager", "onnxruntime"]
+
+
+@pytest.mark.parametrize("asked", ["auto", "all"])
+def test_among_all_engines_floats_are_measured_and_never_chosen(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(before: Any, rungs: list[Rung], *_: Any) -> dict[str, fxopt.Comparison]:
+        return {rung.label: comparison(Verdict.FASTER, 0.1 if rung.in_floats else 0.5) for rung in rungs}
+
+    torch.manual_seed(0)
+    model, x = convolutions().eval(), torch.randn(2, 3, 6, 6)
+    module = fxopt.optimize(model, x, [QAT()], devices=()).module
+    beside = tuple(rung for rung in candidates.IN_FLOATS if rung.engine == "onednn")
+    monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onednn")))
+    monkeypatch.setattr(candidates, "IN_FLOATS", beside)
+    monkeypatch.setattr(OneDNN, "in_vain", Engine.in_vain)
+    monkeypatch.setattr(ladder, "_together", together)
+    found = climb(asked, model, module, fxopt.Inputs.of(x))
+    in_floats = ["onednn in floats", "onednn in floats after cast{dtype=bf16}"]
+    assert [rung.label for rung in found.rungs] == ["eager", "onednn", *in_floats]
+    assert all(rung.comparison for rung in found.rungs)
+    assert found.chosen in ([None] if asked == "all" else found.rungs[:2])
 
 
 def test_without_quantisers_nothing_is_beside_the_engine() -> None:
