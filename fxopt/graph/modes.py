@@ -21,26 +21,8 @@ def switch_gradients(enabled: bool) -> bool:
     return before
 
 
-def switches_gradients(graph: fx.Graph) -> bool:
-    """Whether a region of the graph has them on or off."""
-    return any(node.op == "call_function" and node.target is switch_gradients for node in graph.nodes)
-
-
-def back_on_error(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, which leaves gradients as its caller had them where it raises within a region, as `with` does."""
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before = torch.is_grad_enabled()
-        try:
-            return forward(*args, **kwargs)
-        except BaseException:
-            torch._C._set_grad_enabled(before)
-            raise
-
-    return run
-
-
+_DEVICES = ("cpu", "cuda")
+"""Whose autocast a region may switch."""
 _SETTERS = frozenset(
     {
         switch_gradients,
@@ -54,6 +36,40 @@ _SETTERS = frozenset(
 def changes_mode(node: fx.Node) -> bool:
     """Whether `node` switches gradients or autocast on or off for the nodes behind it."""
     return node.op == "call_function" and node.target in _SETTERS
+
+
+def back_on_error(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which leaves modes as its caller had them where it raises within a region, as `with` does."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # torch.compile cannot trace what follows
+            return forward(*args, **kwargs)
+        gradients, cached = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+        autocast = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES
+        ]
+        depth = _autocast_depth()
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            torch._C._set_grad_enabled(gradients)
+            for device, enabled, dtype in autocast:
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+            torch.set_autocast_cache_enabled(cached)
+            for _ in range(_autocast_depth() - depth):
+                if torch.autocast_decrement_nesting() == 0:
+                    torch.clear_autocast_cache()  # of weights as they were cast
+            raise
+
+    return run
+
+
+def _autocast_depth() -> int:
+    """In how many regions of autocast this thread is."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 class Modes:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph.modes import back_on_error, switches_gradients
+from fxopt.graph.modes import back_on_error, changes_mode
 
 _TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _STATE_HOOKS = (
@@ -113,7 +113,7 @@ class GraphModule(fx.GraphModule):
         """Regenerate the code of the graph at hand (and drop what was compiled of the other one)."""
         self.__dict__["_compiled"] = {}
         code = super().recompile()
-        if switches_gradients(self._graph):
+        if any(map(changes_mode, self._graph.nodes)):
             cls: Any = type(self)  # one of its own, as torch.fx makes for each graph module
             cls.forward = back_on_error(cls.forward)
         return code

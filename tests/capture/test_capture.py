@@ -314,6 +314,23 @@ def test_a_module_that_no_graph_holds_keeps_defaults_that_are_tensors(given, aga
     same(module(x, scale=x), called(x, scale=x))
 
 
+def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller():
+    class Cast(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.float16), torch.autocast("cpu", enabled=False, cache_enabled=False):
+                return super().forward(x)
+
+    module, x = capture(Cast(4, 4), (torch.randn(3, 4),)).module, torch.randn(3, 4)
+    before = torch.get_autocast_dtype("cpu")
+    with pytest.raises(RuntimeError, match="shapes"):
+        module(torch.randn(3, 5))
+    assert not torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is before
+    assert torch.is_autocast_cache_enabled()
+    torch.autocast_increment_nesting()
+    assert torch.autocast_decrement_nesting() == 0
+    same(module(x), torch.compile(module, backend="eager", fullgraph=True)(x))
+
+
 def guarded(fc, x):
     with torch.no_grad():
         return fc(x) if x.shape[0] > 2 else x
