@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -14,6 +15,9 @@ from fxopt.contract import Change, Pass, Skip
 from fxopt.errors import FxoptError, PassError
 from fxopt.graph import GraphModule, Program, eliminate_dead, observe
 from fxopt.inputs import Inputs
+
+_SHAPES_OF = "shapes_of"
+"""Key of a graph module's metadata: what the shapes in that of its nodes are those of."""
 
 
 def run_pass(
@@ -97,7 +101,12 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
 
 
 def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
-    """Run `module` once and write shape and dtype of each value into the metadata of its node."""
+    """Run `module` once and write shape and dtype of each value into the metadata of its node.
+
+    Not again, also of a copy, while graphs, modules and inputs are what they were: a call may take seconds.
+    """
+    if module.meta.get(_SHAPES_OF) == _described(module, inputs):
+        return
 
     def visit(_: GraphModule, node: torch.fx.Node, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized:
@@ -110,3 +119,16 @@ def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
             observe(module, given.args, given.kwargs, visit)
     finally:
         state.restore()
+    module.meta[_SHAPES_OF] = _described(module, inputs)
+
+
+def _described(module: GraphModule, inputs: Inputs) -> str:
+    """All that shapes and strides follow from but the values of tensors, and which nodes have them, as a digest."""
+    parts: list[object] = [inputs.describe()]
+    parts += [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs.tensors]
+    for child in module.modules():
+        parts.append(type(child))
+        if isinstance(child, GraphModule):
+            parts += [child.graph, [node.name for node in child.graph.nodes if "tensor_meta" in node.meta]]
+    parts += [(name, one.shape, one.dtype) for name, one in [*module.named_parameters(), *module.named_buffers()]]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

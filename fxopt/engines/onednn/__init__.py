@@ -15,7 +15,7 @@ from fxopt.engines.contract import Built, Engine, Run
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
 from fxopt.engines.memory import hand_back
-from fxopt.engines.onednn.kernels import KERNELS, Kernel
+from fxopt.engines.onednn.kernels import KERNELS, Kernel, places
 from fxopt.engines.onednn.tune import choose, fastest
 from fxopt.engines.strides import hide
 from fxopt.errors import EngineError
@@ -32,8 +32,8 @@ _DTYPES: Mapping[torch.dtype, Callable[[], bool]] = {
 _ROUNDS = 5
 _WHOLE_SECONDS = 0.3
 """Time for holding the whole graph against torch's: for the first calls, and again for those behind them."""
-_SLOW_SECONDS = 1.0
-"""A graph of which a call takes longer is held against torch's on a part of its batch."""
+_MANY_PRODUCTS = 10**11
+"""A graph that multiplies more often, which takes about a second, is held against torch's on a part of its batch."""
 _LARGE_BYTES = 1 << 20
 """Weights from which on the memory that packing one leaves behind is handed back at once, which takes a millisecond."""
 
@@ -64,9 +64,7 @@ class OneDNN(Engine):
 
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""
-        began = time.perf_counter()
         propagate_shapes(module, inputs)
-        seconds = time.perf_counter() - began
         hand_back()
         made: dict[str, Kernel] = {}
         if choices:
@@ -83,7 +81,8 @@ class OneDNN(Engine):
         if not self.tune_seconds:
             return ours
         given = _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
-        times = _time_shortly({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs, seconds)
+        products = sum(layer.weight.numel() * places(layer) for layer in layers)
+        times = _time_shortly({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs, products)
         if times[_CHANNELS_LAST] <= times[_AS_GIVEN]:
             return ours
         why = f"packed, the graph took {times[_CHANNELS_LAST] / times[_AS_GIVEN]:.2f}x as long"
@@ -128,10 +127,10 @@ def _kernel(layer: Layer, name: str) -> Kernel | None:
     return kernel
 
 
-def _time_shortly(runs: Mapping[str, Run], inputs: Inputs, seconds: float) -> dict[str, float]:
-    """See `_time`; by fewer rows where one call takes `seconds` and that is long."""
-    if seconds > _SLOW_SECONDS:
-        rows = (inputs.batch_size or 1) * _SLOW_SECONDS / 2 / seconds
+def _time_shortly(runs: Mapping[str, Run], inputs: Inputs, products: int) -> dict[str, float]:
+    """See `_time`; by fewer rows where one call multiplies so often that it takes long."""
+    if products > _MANY_PRODUCTS:
+        rows = (inputs.batch_size or 1) * _MANY_PRODUCTS / 2 / products
         few = inputs.with_batch(max(1, int(rows)))
         with contextlib.suppress(Exception):  # a graph may hold for this batch alone
             return _time(runs, few or inputs)

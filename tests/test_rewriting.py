@@ -1,0 +1,74 @@
+"""Shapes are written into nodes by one call, and by another only where something changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt import rewriting
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.rewriting import propagate_shapes
+
+
+def taller(module: GraphModule) -> None:
+    layer = module.get_submodule("0")
+    layer.weight, layer.bias = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))
+
+
+def double(module: GraphModule) -> None:
+    module.double()
+
+
+def without_metadata(module: GraphModule) -> None:
+    del next(iter(module.graph.nodes)).meta["tensor_meta"]
+
+
+def another_node(module: GraphModule) -> None:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    with module.graph.inserting_before(output):
+        output.args = (module.graph.call_function(torch.sum, (output.args[0], 1)),)
+    module.recompile()
+
+
+X = torch.ones(2, 3)
+CHANGES: dict[str, tuple[Callable[[GraphModule], None] | None, torch.Tensor, bool]] = {
+    "nothing": (None, X + 1, False),
+    "the batch": (None, torch.ones(4, 3), True),
+    "strides of the input": (None, torch.ones(3, 2).T, True),
+    "a parameter": (taller, X, True),
+    "the dtype": (double, X.double(), True),
+    "what a node holds": (without_metadata, X, True),
+    "the graph": (another_node, X, True),
+}
+
+
+def seen(node: torch.fx.Node) -> Any:
+    meta = node.meta["tensor_meta"]
+    return meta.shape, meta.dtype, meta.stride
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_module_is_called_for_its_shapes_again_where_something_changed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, x, again = CHANGES[name]
+    original = fxopt.capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), X).module
+    propagate_shapes(original, Inputs.of(X))
+    module = copy.deepcopy(original)
+    if change is not None:
+        change(module)
+    called = Mock(wraps=rewriting.observe)
+    monkeypatch.setattr(rewriting, "observe", called)
+    propagate_shapes(module, Inputs.of(x))
+    assert called.called is again
+    last = [node for node in module.graph.nodes if node.op != "output"][-1]
+    y = module(x)
+    assert seen(last) == (y.shape, y.dtype, y.stride())
