@@ -154,11 +154,11 @@ def _engines(record: Record) -> Section:
     found = record.get("engines")
     if found is None:
         return Section("Engines")
-    rows, notes = [], []
+    rows, notes, dropped = [], [], dict[str, list[str]]()
     for index, rung in enumerate(found["rungs"]):
         name, latency, seconds = rung["label"], rung["latency"], rung["build_seconds"]
         if latency is None:
-            notes.append(f"{name} dropped out: {rung['dropped']}")
+            dropped.setdefault(rung["dropped"], []).append(name)
             continue
         rows.append(
             (
@@ -177,6 +177,7 @@ def _engines(record: Record) -> Section:
     headings = ("engine", "latency", "speed-up [95 % interval]", "verdict", "relative error", "build", "memory")
     chosen = "* is what was chosen; " if found["chosen"] is not None else ""
     notes.insert(0, f"{chosen}all are held against the original on {found['device']}")
+    notes += [f"{', '.join(names)} dropped out: {why}" for why, names in dropped.items()]
     return Section("Engines", table=Table(headings, tuple(rows), (1, 4, 5, 6)), notes=tuple(notes))
 
 

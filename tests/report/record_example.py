@@ -91,7 +91,10 @@ def ladder() -> Ladder:
     rungs = (
         Rung("eager", {}, "", lowered, 0.0001, 1.2e-7, 0, comparison(Verdict.EQUIVALENT, 1.0)),
         Rung("onednn", {}, "", lowered, 0.62, 3.1e-7, 25_000_000, comparison(ratio=0.6)),
-        Rung("openvino", {"precision": "bf16"}, dropped="OpenVINO is not installed; `pip install fxopt[openvino]`"),
+        *(
+            Rung("openvino", {"precision": how}, dropped="OpenVINO is not installed; `pip install fxopt[openvino]`")
+            for how in ("bf16", "mixed")
+        ),
     )
     return Ladder("auto", "cpu", rungs, rungs[1], 0.01, 60.0, 41.5)
 
