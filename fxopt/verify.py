@@ -31,9 +31,14 @@ TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float32: 1e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
+    torch.complex128: 1e-9,
+    torch.complex64: 1e-4,
+    torch.complex32: 1e-2,
 }
 """Relative error that `Promise.CLOSE` allows, by the dtype of the output."""
 
+_WIDE: frozenset[Any] = frozenset({torch.float64, torch.complex128})
+"""What a float64 run gives where the model itself gives fewer bits."""
 _AFFORDABLE_SECONDS = 2.0
 _GRADIENT_SLACK = 10.0
 _PIECE = 1 << 18
@@ -294,7 +299,7 @@ def _largest(gradient: torch.Tensor) -> float:
 def _value_difference(expected: Any, found: Any, promise: Promise, what: str, *, widened: bool) -> Difference:
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         same = type(expected) is type(found) and (expected is found or bool(expected == found))
-        if widened and expected is torch.float64 and isinstance(found, torch.dtype):
+        if widened and expected in _WIDE and isinstance(found, torch.dtype):
             same = True
         if isinstance(expected, float) and isinstance(found, float):
             error = abs(expected - found) / (abs(expected) or 1.0)
@@ -305,7 +310,7 @@ def _value_difference(expected: Any, found: Any, promise: Promise, what: str, *,
     floating = expected.is_floating_point() or expected.is_complex()
     if floating != (found.is_floating_point() or found.is_complex()):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    if expected.dtype != found.dtype and not (widened and expected.dtype is torch.float64):
+    if expected.dtype != found.dtype and not (widened and expected.dtype in _WIDE):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
     allowed = TOLERANCE.get(found.dtype, 0.0) if promise is not Promise.EXACT else 0.0
     return Difference(relative_error(expected, found), allowed, what)
@@ -369,4 +374,5 @@ def _pieces(expected: torch.Tensor, found: torch.Tensor) -> Iterator[tuple[torch
 
 
 def _has_nan(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
+    numbers = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return numbers and bool(torch.isnan(value).any())

@@ -231,3 +231,31 @@ def test_state_that_is_returned_is_compared_as_the_forward_left_it() -> None:
     oracle, module = Oracle(Returns(1.0).eval(), inputs), capture(Returns(2.0).eval(), inputs).module
     found = compare_outcomes(oracle.expected(), oracle.outcomes(module), Promise.CLOSE)
     assert found.is_broken and found.error == pytest.approx(1.0)
+
+
+class Spectrum(nn.Module):
+    """Complex numbers of a real layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.rfft(self.linear(x))
+
+
+def test_complex_outputs_are_held_to_the_tolerance_of_their_parts() -> None:
+    oracle = Oracle(Spectrum().eval(), Inputs.of(torch.randn(2, 6)))
+    for factor, is_broken in ((1 + 1e-6j, False), (1 + 1e-3j, True)):
+        found = [
+            outcome and dataclasses.replace(outcome, values=tuple(value * factor for value in outcome.values))
+            for outcome in oracle.expected()
+        ]
+        assert compare_outcomes(oracle.expected(), found, Promise.CLOSE).is_broken is is_broken
+        assert oracle.error(found, Promise.CLOSE) == pytest.approx(abs(factor - 1), rel=0.5)
+    assert compare_outcomes(oracle.expected(), found, Promise.EXACT).allowed == 0
+
+
+def test_a_model_that_gives_a_complex_nan_is_refused_by_name() -> None:
+    with pytest.raises(LoadError, match="the model itself gives NaN"):
+        Oracle(Spectrum().eval(), Inputs.of(torch.full((2, 6), NAN)))
