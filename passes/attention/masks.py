@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from passes.attention.scores import Mask, Scores
 def attention_mask(scores: Scores, before: fx.Node, region: Region) -> dict[str, Any]:
     """`attn_mask` or `is_causal`, or neither.
 
-    Booleans stay booleans where all of them fill with minus infinity; else they become what is added.
+    Booleans stay booleans where all of them fill with minus infinity; else all becomes what is added.
     """
     masks = scores.masks
     if not masks:
@@ -26,22 +27,24 @@ def attention_mask(scores: Scores, before: fx.Node, region: Region) -> dict[str,
         return {"is_causal": True}
     insert = region.insert_function
     aligned = [Mask(mask.kind, _aligned(mask, scores, before, region), mask.fill) for mask in masks]
-    added = [mask.node for mask in aligned if mask.kind == "add"]
-    for mask in aligned:
-        if mask.kind != "add" and math.isfinite(mask.fill):
-            zeros = insert(before, torch.zeros_like, (mask.node,), {"dtype": dtype_of(scores.query)})
-            where = _keep(mask, before, region)
-            added.append(insert(before, torch.where, (where, zeros, mask.fill)))
-    keeps = [_keep(mask, before, region) for mask in aligned if mask.kind != "add" and math.isinf(mask.fill)]
-    total = _all(operator.add, added, before, region)
-    keep = _all(operator.and_, keeps, before, region)
-    if total is not None and keep is not None:
-        total = insert(before, torch.where, (keep, total, -math.inf))
-    return {"attn_mask": total if total is not None else keep}
+    total = None
+    # In their order: a fill replaces what was filled or added before it, and is not added to that.
+    for fill, group in groupby(aligned, lambda mask: None if mask.kind == "add" else mask.fill):
+        alike = list(group)
+        if fill is None:
+            total = _all(operator.add, [*([] if total is None else [total]), *(m.node for m in alike)], before, region)
+            continue
+        keep = _all(operator.and_, [_keep(mask, before, region) for mask in alike], before, region)
+        if len(alike) == len(masks) and math.isinf(fill):
+            return {"attn_mask": keep}
+        if total is None:
+            total = insert(before, torch.zeros_like, (keep,), {"dtype": dtype_of(scores.query)})
+        total = insert(before, torch.where, (keep, total, fill))
+    return {"attn_mask": total}
 
 
-def _all(function: Any, nodes: list[fx.Node], before: fx.Node, region: Region) -> fx.Node | None:
-    total = nodes[0] if nodes else None
+def _all(function: Any, nodes: list[fx.Node], before: fx.Node, region: Region) -> fx.Node:
+    total = nodes[0]
     for node in nodes[1:]:
         total = region.insert_function(before, function, (total, node))
     return total

@@ -158,7 +158,9 @@ def _filled(node: fx.Node, region: Region) -> Scores | str | None:
     value, dtype = _number(fill, region), dtype_of(node)
     if value is None or dtype is None or not isinstance(condition, fx.Node) or dtype_of(condition) is not torch.bool:
         return "what it fills masked scores with is computed"
-    if value > -LOST / torch.finfo(dtype).eps:
+    if math.isfinite(value):  # as wide a number as the queries hold is added to scores, in float32 or wider
+        value = max(value, torch.finfo(dtype_of(inner.query) or dtype).min)
+    if value > -LOST / min(torch.finfo(kind).eps for kind in (dtype, torch.float32)):
         return f"it fills masked scores with {value:g}, which shows where all keys of a query are masked"
     return _then(inner, node, masks=(*inner.masks, Mask("keep" if keeps else "drop", condition, value)))
 

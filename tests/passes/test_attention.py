@@ -20,6 +20,7 @@ from passes import Attention
 from tests.passes.programs import Outcome, assert_close, run
 
 Forward = Callable[..., Any]
+LEAST = torch.finfo(torch.float32).min
 
 
 class Formula(nn.Module):
@@ -509,6 +510,61 @@ def test_a_query_without_keys_gives_zero() -> None:
     outcome = run(Attention(), model, inputs)
     assert model(*inputs)[:, :, 2].isnan().all()
     assert not outcome.module(*inputs)[:, :, 2].any()
+
+
+@pytest.mark.parametrize(
+    "fills",
+    [
+        (LEAST, LEAST),
+        (-1e9, -1e9),
+        (-1e9, -2e9),
+        (-math.inf, -1e9),
+    ],
+)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_query_without_keys_sees_those_of_the_last_mask_alike(fills: tuple[float, float], added: bool) -> None:
+    """Two masks of which one hides the later keys, the other the first, as padding on the left does."""
+
+    def forward(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        a = scores(q, k)
+        hidden = self.seen == 0
+        a = a + torch.zeros(5, 5).masked_fill(hidden, fills[0]) if added else a.masked_fill(hidden, fills[0])
+        return a.masked_fill(torch.arange(5) < 2, fills[1]).softmax(-1) @ v
+
+    model, inputs = Formula(forward).eval(), heads()
+    outcome = run(Attention(), model, inputs)
+    assert len(operators(outcome)) == 1
+    assert_close(outcome.module(*inputs), model(*inputs), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill", "is_recognised"),
+    [
+        (torch.bfloat16, torch.finfo(torch.bfloat16).min, True),
+        (torch.bfloat16, LEAST, True),
+        (torch.bfloat16, -1e9, True),
+        (torch.bfloat16, -1e4, False),
+        (torch.float16, torch.finfo(torch.float16).min, False),
+        (torch.float16, LEAST, False),
+        (torch.float16, -math.inf, True),
+    ],
+)
+def test_a_fill_counts_as_lost_if_it_is_in_the_dtype_of_the_queries(
+    dtype: torch.dtype, fill: float, is_recognised: bool
+) -> None:
+    """Scores may be masked in float32; the operator takes masks in the dtype of the queries, and adds in float32."""
+
+    def forward(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        a = scores(q, k).to(torch.promote_types(dtype, torch.float32 if fill == LEAST else dtype))
+        return a.masked_fill(self.seen == 0, fill).softmax(-1).to(dtype) @ v
+
+    model, inputs = Formula(forward).eval(), tuple(x.to(dtype) for x in heads())
+    if math.isfinite(fill):
+        model.seen[2] = 0
+    outcome = run(Attention(), model, inputs)
+    assert len(operators(outcome)) == is_recognised
+    assert is_recognised or "which shows where all keys" in outcome.skips[0].reason
+    assert_close(outcome.module(*inputs).float(), model(*inputs).float(), 5e-2)
 
 
 def test_a_whole_layer_through_the_pipeline() -> None:
