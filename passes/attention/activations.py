@@ -20,7 +20,7 @@ from torch import nn
 from fxopt.contract import Change, Skip
 from fxopt.graph import Region, inherit, source_of, why_not_plain
 from passes.attention.algebra import Polynomial, above, below, expand, is_equal, monomial
-from passes.attention.call import dtype_of, name_of, why_written
+from passes.attention.call import is_one_real_dtype, name_of, why_written
 
 _ROOT = math.sqrt(2 / math.pi)
 _X, _XT = monomial(x=1.0), monomial(x=1.0, t=1.0)
@@ -55,7 +55,7 @@ def recognise_activation(node: fx.Node, region: Region) -> Change | Skip | None:
         if not is_equal(expand(node.args[0], {x: "x"}), form.inner):
             continue
         for y in above(node):
-            if dtype_of(y) == dtype_of(x) is not None and is_equal(expand(y, {x: "x", node: "t"}), form.outer):
+            if is_one_real_dtype(x, y) and is_equal(expand(y, {x: "x", node: "t"}), form.outer):
                 return _replace(y, x, form, region)
     return None
 

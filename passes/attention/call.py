@@ -65,6 +65,12 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     return dtype
 
 
+def is_one_real_dtype(*nodes: fx.Node) -> bool:
+    """Whether values are of one dtype that torch's operators take and differentiate by: complex ones are not."""
+    first, *rest = map(dtype_of, nodes)
+    return first is not None and first.is_floating_point and all(dtype is first for dtype in rest)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a plain number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -22,6 +22,7 @@ from passes.attention.call import (
     given,
     is_last,
     is_number,
+    is_one_real_dtype,
     name_of,
     operands,
     shape_of,
@@ -59,7 +60,7 @@ def recognise_norm(node: fx.Node, region: Region) -> Change | Skip | None:
         names |= dict.fromkeys(_means(moment.x, moment.axis), "m")
         formula |= {monomial(m=1.0, r=power): -1.0}
     for y in above(node):
-        if is_equal(expand(y, names), formula) and dtype_of(y) == dtype_of(moment.x):
+        if is_one_real_dtype(moment.x, y) and is_equal(expand(y, names), formula):
             return _replace(y, moment, region)
     return None
 

@@ -348,6 +348,13 @@ NOT_OURS: dict[str, Forward] = {
         (q - k.mean(-1, keepdim=True)) * torch.rsqrt(q.var(-1, keepdim=True, unbiased=False) + 1e-5)
     ),
     "distance": lambda self, q, k, v: torch.sqrt((q - k).pow(2).mean(-1, keepdim=True) + 1e-5),
+    "complex silu": lambda self, q, k, v: (lambda z: z * torch.sigmoid(z))(torch.complex(q, k)),
+    "complex rms norm": lambda self, q, k, v: (lambda z: z * torch.rsqrt((z * z).mean(-1, keepdim=True) + 1e-5))(
+        torch.complex(q, k)
+    ),
+    "complex layer norm": lambda self, q, k, v: (lambda z: centred(z) * torch.rsqrt(variance(z) + 1e-5))(
+        torch.complex(q, k)
+    ),
 }
 
 
