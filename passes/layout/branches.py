@@ -189,7 +189,7 @@ def _why_other(conv: Affine, largest: Affine, region: Region) -> str | None:
         return f"the padding of '{name}' is given by a word"
     spread, sizes = _sizes(largest, "dilation", 1) or (), (conv.weight.shape[2:], largest.weight.shape[2:])
     for small, large, p, q, d in zip(*sizes, padding, wider, spread, strict=True):
-        if (large - small) % 2 or q - p != d * (large - small) // 2:
+        if large < small or (large - small) % 2 or q - p != d * (large - small) // 2:
             return f"the kernel of '{name}' does not lie in the middle of the largest"
     return None
 

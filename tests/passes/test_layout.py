@@ -288,6 +288,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
               three=nn.Conv2d(4, 4, 3, 2, 1), two=nn.Conv2d(4, 4, 2, 2, 1)),
         "does not lie in the middle",
     ),
+    "across each other": (
+        parts(lambda self, x: self.tall(x) + self.wide(x),
+              tall=nn.Conv2d(4, 4, (3, 1), padding=(1, 0)), wide=nn.Conv2d(4, 4, (1, 3), padding=(0, 1))),
+        "the kernel of 'wide' does not lie in the middle of the largest",
+    ),
     "another dilation": (
         parts(lambda self, x: self.conv(x) + self.far(x), far=nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
         "has another dilation",
