@@ -41,6 +41,7 @@ _WIDE: frozenset[Any] = frozenset({torch.float64, torch.complex128})
 """What a float64 run gives where the model itself gives fewer bits."""
 _AFFORDABLE_SECONDS = 2.0
 _GRADIENT_SLACK = 10.0
+_GRADIENT_ROUNDING = 32.0
 _PIECE = 1 << 18
 """Elements of an output that are compared at a time: 2 MiB in float64."""
 _FILL = 1e8
@@ -275,7 +276,7 @@ def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Dif
         if right.trainable.get(name) != shape:
             continue
         expected, found = left.gradients.get(name), right.gradients.get(name)
-        if all(gradient is None or _is_rounding(gradient, largest) for gradient in (expected, found)):
+        if _is_rounding(expected, found, largest):
             continue
         if expected is None or found is None:
             how = "is missing" if found is None else "is new"
@@ -286,9 +287,16 @@ def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Dif
     return None
 
 
-def _is_rounding(gradient: torch.Tensor, largest: float) -> bool:
-    """Whether a gradient is 0 but for rounding, beside the largest one: that of a bias before a batch norm is."""
-    return math.isfinite(largest) and _largest(gradient) <= 16 * torch.finfo(gradient.dtype).eps * largest
+def _is_rounding(expected: torch.Tensor | None, found: torch.Tensor | None, largest: float) -> bool:
+    """Whether two gradients are equal but for rounding beside the largest one, as each gradient is summed from those.
+
+    That of a bias before a batch norm is 0 but for that, and of a weight by channel almost so; a missing one is 0.
+    """
+    given = [gradient for gradient in (expected, found) if gradient is not None]
+    if not given or not math.isfinite(largest):
+        return not given
+    difference = given[0] if len(given) == 1 else given[0] - given[1]
+    return _largest(difference) <= _GRADIENT_ROUNDING * max(torch.finfo(g.dtype).eps for g in given) * largest
 
 
 def _largest(gradient: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from fxopt.capture import capture
 from fxopt.contract import Promise
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
-from fxopt.verify import Oracle, compare_outcomes, relative_error
+from fxopt.verify import Oracle, Outcome, compare_outcomes, relative_error
 
 NAN, INF = float("nan"), float("inf")
 
@@ -259,3 +259,14 @@ def test_complex_outputs_are_held_to_the_tolerance_of_their_parts() -> None:
 def test_a_model_that_gives_a_complex_nan_is_refused_by_name() -> None:
     with pytest.raises(LoadError, match="the model itself gives NaN"):
         Oracle(Spectrum().eval(), Inputs.of(torch.full((2, 6), NAN)))
+
+
+@pytest.mark.parametrize(("small", "is_broken"), [(1.02e-5, False), (1.5e-5, True)])
+def test_a_small_gradient_is_held_to_the_rounding_of_the_largest(small: float, is_broken: bool) -> None:
+    """That of a weight by channel before a batch norm is as small: it is a sum of large ones that cancel."""
+    trainable = dict.fromkeys(("conv.weight", "scale.weight"), torch.Size([1]))
+    before, after = (
+        Outcome((), None, {"conv.weight": torch.ones(1), "scale.weight": torch.tensor([value])}, trainable)
+        for value in (1e-5, small)
+    )
+    assert compare_outcomes([before], [after], Promise.CLOSE).is_broken is is_broken
