@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,7 @@ TOLERANCE: Mapping[torch.dtype, float] = {
     torch.complex64: 1e-4,
     torch.complex32: 1e-2,
 }
-"""Relative error that `Promise.CLOSE` allows, by the dtype of the output."""
+"""Relative error that `Promise.CLOSE` allows, by the dtype of the output, or the narrowest that it is computed in."""
 
 _WIDE: frozenset[Any] = frozenset({torch.float64, torch.complex128})
 """What a float64 run gives where the model itself gives fewer bits."""
@@ -61,12 +61,14 @@ class Outcome:
         structure: of the output.
         gradients: by parameter, where the module trains and the output depends on it.
         trainable: the parameters that ask for a gradient, with their shapes.
+        dtypes: what the module computes in, whatever its outputs are cast to.
     """
 
     values: tuple[Any, ...]
     structure: Any
     gradients: Mapping[str, torch.Tensor]
     trainable: Mapping[str, torch.Size]
+    dtypes: frozenset[torch.dtype] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Oracle:
             finally:
                 state.restore()
         trainable = {name: each.shape for name, each in module.named_parameters() if each.requires_grad}
-        return Outcome(found, structure, gradients, trainable)
+        return Outcome(found, structure, gradients, trainable, _computed_in(module))
 
 
 def compare_outcomes(before: Sequence[Outcome | None], after: Sequence[Outcome | None], promise: Promise) -> Difference:
@@ -226,6 +228,13 @@ def _in_float64(module: nn.Module) -> nn.Module | None:
         return None
 
 
+def _computed_in(module: nn.Module) -> frozenset[torch.dtype]:
+    """The dtypes of parameters, and of the values in graphs, where autocast may narrow those."""
+    graphs = [graph for each in module.modules() if isinstance(each, GraphModule) for graph in each.graphs.values()]
+    values = [node.meta.get("tensor_meta") for graph in graphs for node in graph.nodes]
+    return frozenset(each.dtype for each in (*module.parameters(), *values) if each is not None)
+
+
 @contextmanager
 def _gradients_apart(module: nn.Module) -> Iterator[None]:
     """Compute gradients without leaving them in the module."""
@@ -258,10 +267,10 @@ def _difference(left: Outcome, right: Outcome, promise: Promise, *, widened: boo
     """The worst difference; `widened` says that `left` was computed in float64 in place of its own dtype."""
     if left.structure != right.structure:
         return Difference(float("inf"), 0.0, f"the output is {right.structure} in place of {left.structure}")
-    worst = Difference(0.0, 0.0)
+    worst, dtypes = Difference(0.0, 0.0), left.dtypes | right.dtypes
     for index, (expected, found) in enumerate(zip(left.values, right.values, strict=True)):
         what = f"output {index}" if index else "the output"
-        difference = _value_difference(expected, found, promise, what, widened=widened)
+        difference = _value_difference(expected, found, promise, dtypes, what, widened=widened)
         if difference.is_broken or difference.error > worst.error:
             worst = difference
         if difference.is_broken:
@@ -271,7 +280,7 @@ def _difference(left: Outcome, right: Outcome, promise: Promise, *, widened: boo
 
 def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Difference | None:
     """The first gradient that is not the same; a rewrite may replace parameters, and these can't be compared."""
-    largest = max(map(_largest, left.gradients.values()), default=0.0)
+    largest, dtypes = max(map(_largest, left.gradients.values()), default=0.0), left.dtypes | right.dtypes
     for name, shape in left.trainable.items():
         if right.trainable.get(name) != shape:
             continue
@@ -281,7 +290,8 @@ def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Dif
         if expected is None or found is None:
             how = "is missing" if found is None else "is new"
             return Difference(float("inf"), 0.0, f"the gradient of '{name}' {how}")
-        difference = _value_difference(expected, found, Promise.CLOSE, f"the gradient of '{name}'", widened=widened)
+        what = f"the gradient of '{name}'"
+        difference = _value_difference(expected, found, Promise.CLOSE, dtypes, what, widened=widened)
         if difference.error > _GRADIENT_SLACK * difference.allowed:
             return Difference(difference.error, _GRADIENT_SLACK * difference.allowed, difference.what)
     return None
@@ -304,14 +314,16 @@ def _largest(gradient: torch.Tensor) -> float:
     return dense.abs().max().item() if dense.numel() else 0.0
 
 
-def _value_difference(expected: Any, found: Any, promise: Promise, what: str, *, widened: bool) -> Difference:
+def _value_difference(
+    expected: Any, found: Any, promise: Promise, dtypes: Set[torch.dtype], what: str, *, widened: bool
+) -> Difference:
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         same = type(expected) is type(found) and (expected is found or bool(expected == found))
         if widened and expected in _WIDE and isinstance(found, torch.dtype):
             same = True
         if isinstance(expected, float) and isinstance(found, float):
             error = abs(expected - found) / (abs(expected) or 1.0)
-            return Difference(error, 0.0 if promise is Promise.EXACT else TOLERANCE[torch.float32], what)
+            return Difference(error, _allowed(promise, {torch.float32, *dtypes}), what)
         return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")
     if expected.shape != found.shape:
         return Difference(float("inf"), 0.0, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
@@ -320,8 +332,12 @@ def _value_difference(expected: Any, found: Any, promise: Promise, what: str, *,
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
     if expected.dtype != found.dtype and not (widened and expected.dtype in _WIDE):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    allowed = TOLERANCE.get(found.dtype, 0.0) if promise is not Promise.EXACT else 0.0
+    allowed = _allowed(promise, {found.dtype, *dtypes}) if floating else 0.0
     return Difference(relative_error(expected, found), allowed, what)
+
+
+def _allowed(promise: Promise, dtypes: Set[torch.dtype]) -> float:
+    return 0.0 if promise is Promise.EXACT else max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt.capture import capture
 from fxopt.contract import Promise
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
-from fxopt.verify import Oracle, Outcome, compare_outcomes, relative_error
+from fxopt.verify import TOLERANCE, Oracle, Outcome, compare_outcomes, relative_error
 
 NAN, INF = float("nan"), float("inf")
 
@@ -270,3 +271,39 @@ def test_a_small_gradient_is_held_to_the_rounding_of_the_largest(small: float, i
         for value in (1e-5, small)
     )
     assert compare_outcomes([before], [after], Promise.CLOSE).is_broken is is_broken
+
+
+class Narrow(nn.Module):
+    """Layers in fewer bits, by their parameters or by autocast, and what they give in float32."""
+
+    def __init__(self, dtype: torch.dtype, autocast: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.norm.running_var.fill_(3.0)
+        self.dtype, self.autocast = dtype, autocast
+        if not autocast:
+            self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
+        with torch.autocast("cpu", self.dtype, enabled=self.autocast):
+            y = self.norm(self.conv(x if self.autocast else x.to(self.dtype))).float()
+        return y, 1.0, y > 1e9
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_output_of_layers_in_fewer_bits_is_held_to_what_these_allow(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = Narrow(dtype, autocast).eval(), torch.randn(2, 3, 8, 8)
+    result = fxopt.optimize(model, x, "fuse", devices=())
+    assert [change.where for change in result.ledger.entries[0].changes] == ["norm"]
+    expected = Oracle(model, Inputs.of(x)).expected()
+    for factor, allowed in ((1 + 1e-3, TOLERANCE[dtype]), (1.2, TOLERANCE[dtype])):
+        found = [
+            outcome and dataclasses.replace(outcome, values=(outcome.values[0] * factor, *outcome.values[1:]))
+            for outcome in Oracle(result.module, Inputs.of(x)).expected()
+        ]
+        difference = compare_outcomes(expected, found, Promise.CLOSE)
+        assert difference.allowed == allowed and difference.is_broken is (factor == 1.2)
