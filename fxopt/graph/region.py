@@ -95,7 +95,7 @@ class Program:
         """Take `module` out of the tree, under all of its names."""
         for path in self.paths(module):
             owner, _, leaf = path.rpartition(".")
-            del self.root.get_submodule(owner)._modules[leaf]
+            self.root.get_submodule(owner)._modules.pop(leaf, None)  # gone already from an owner of two names
 
     def _forget(self, node: fx.Node, module: nn.Module) -> None:
         """`node` calls `module` no longer."""

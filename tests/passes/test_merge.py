@@ -85,6 +85,17 @@ class Repeated(nn.Module):
         return self.block(self.block(x))
 
 
+class Stacked(nn.Module):
+    """One block under several names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[Parallel(heads)] * 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.blocks(x)
+
+
 MERGED = "q: merged with 'k', 'v'"
 MERGES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "q, k, v": (lambda: Parallel(heads), [MERGED]),
@@ -96,6 +107,7 @@ MERGES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "keyword": (lambda: Parallel(lambda self, x: (self.q(input=x), self.k(x))), ["q: merged with 'k'"]),
     "two graphs": (lambda: TwoGraphs(heads), [MERGED]),
     "called twice": (Repeated, ["block.q: merged with 'block.k', 'block.v'"]),
+    "under two names": (Stacked, ["blocks.0.q: merged with 'blocks.0.k', 'blocks.0.v'"]),
     "returned as they are": (lambda: Parallel(lambda self, x: [self.q(x), self.k(x)]), ["q: merged with 'k'"]),
     "one value stays apart": (
         lambda: Parallel(lambda self, x: self.q(x) + self.k(x) * self.v(torch.cos(x))),
