@@ -99,6 +99,8 @@ def _weights(softmax: fx.Node, region: Region) -> _Weights | str | None:
                 return None
             return _Weights(user, both[1], tuple(chain), dropout)
         if _drops(user, region):
+            if dropout is not None:
+                return f"the attention weights are dropped twice, by '{region.qualified(user)}' too"
             dropout = user
         elif not is_cast(user):
             return None
@@ -136,7 +138,16 @@ def _why_not(scores: Scores, weights: _Weights, region: Region) -> str | None:
         reason = why_written(value, scores.product, weights.product, region)
         if reason is not None:
             return reason
-    return why_noticed(weights.product, region)
+    return why_noticed(weights.product, region) or _why_not_drawn_later(weights, region)
+
+
+def _why_not_drawn_later(weights: _Weights, region: Region) -> str | None:
+    """What draws random numbers after the dropout and before the product, which is where attention will draw."""
+    effects, node = Effects(region), weights.dropout
+    while node is not None and region.training and (node := node.next) is not weights.product:
+        if effects.is_random(node):
+            return f"its dropout would draw random numbers after '{region.qualified(node)}'"
+    return None
 
 
 def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None:

@@ -276,6 +276,31 @@ def test_dropout_follows_the_mode(name: str) -> None:
         assert torch.equal(module(*inputs), module(*inputs)) is not mode
 
 
+def dropped_twice(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.dropout(self.drop(scores(q, k).softmax(-1)), 0.2, self.training) @ v
+
+
+def values_dropped(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return self.drop(scores(q, k).softmax(-1)) @ self.drop(v)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (dropped_twice, "the attention weights are dropped twice"),
+        (values_dropped, "its dropout would draw random numbers after 'drop'"),
+    ],
+)
+def test_dropout_that_attention_would_draw_otherwise_stays(forward: Forward, reason: str) -> None:
+    model = Formula(forward).train()
+    result = fxopt.optimize(model, heads(), [Attention()], devices=())
+    (entry,) = result.ledger.entries
+    assert not entry.changes and reason in entry.skips[0].reason
+    (skip,) = run(Attention(), Formula(dropped_twice).eval(), heads()).skips
+    assert "dropped twice" in skip.reason, "it may train later"
+    assert operators(run(Attention(), Formula(values_dropped).eval(), heads()))
+
+
 def returned(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     a = scores(q, k).softmax(-1)
     return a @ v, a
