@@ -99,6 +99,19 @@ def test_the_error_is_measured_against_float64() -> None:
     assert 0 < own < 1e-5
 
 
+def test_the_error_is_measured_against_the_model_itself_where_float64_gives_nan() -> None:
+    class Padded(nn.Module):
+        """Language models mask so a query that sees no key."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.full_like(x, torch.finfo(x.dtype).min)
+            return torch.softmax(hidden, dim=-1, dtype=torch.float32).to(x.dtype) + x
+
+    oracle = Oracle(Padded().eval(), Inputs((torch.randn(2, 3),)))
+    assert oracle.error(oracle.expected(), Promise.CLOSE) == 0
+    assert all(trial.reference.values[0].isfinite().all() for trial in oracle.trials)
+
+
 def test_an_input_that_the_original_refuses_is_not_asked_of_others() -> None:
     class One(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
