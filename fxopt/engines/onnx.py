@@ -19,6 +19,7 @@ from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
 from fxopt.engines.onnx_attention import transpose_keys
+from fxopt.engines.onnx_biases import hold_biases
 from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
 from fxopt.engines.onnx_simplify import simplify
@@ -176,6 +177,7 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
     drop_empty_assignments(program.model)
     transpose_keys(program.model)
+    hold_biases(program.model)
     part_zero_points(program.model)
     _drop_metadata(program.model)
     return program

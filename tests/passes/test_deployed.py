@@ -15,6 +15,7 @@ from fxopt.inputs import Inputs
 from fxopt.modules import FakeQuantize, State
 from passes import QAT, Fuse, QuantizeFreeze
 from passes.qat import calibrate
+from passes.qat.targets import Target
 from tests.models import DYNAMIC, STATIC, Case
 from tests.passes.programs import assert_close, captured, leaves, rewrite
 
@@ -70,6 +71,32 @@ def test_a_dead_channel_gives_its_bias(weight: float) -> None:
         simulated = [program(*inputs.args)]
         assert_close(simulated[0], model(*inputs.args), 0.1)
     assert_deployed(program, inputs, simulated)
+
+
+@pytest.mark.parametrize(
+    ("layer", "per_channel", "target"),
+    [
+        (nn.Conv2d, True, "onnxruntime"),
+        (nn.Conv2d, False, "generic"),
+        (nn.ConvTranspose2d, True, "generic"),
+    ],
+)
+def test_a_bias_far_above_the_weights_of_its_channel_overflows_nowhere(
+    layer: type[nn.Module], per_channel: bool, target: Target
+) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), layer(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        model[2].weight *= 1e-4
+        model[2].bias[1] = 1e4
+    inputs = Inputs((torch.rand(2, 3, 8, 8),))
+    program = captured(model, inputs.args)
+    rewrite(QAT(target=target, per_channel=per_channel), program)
+    calibrate(program, [inputs])
+    rewrite(QuantizeFreeze(), program)
+    with torch.no_grad():
+        assert_deployed(program, inputs, [program(*inputs.args)])
 
 
 @pytest.mark.parametrize("name", _NO_GRAPH)
