@@ -19,6 +19,7 @@ from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import export, nested, outputs_of
+from fxopt.engines.onnx_parted import part_weights
 from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -81,9 +82,13 @@ def _opened(path: Path, optimized: Path | None, overflows: bool) -> tuple[Any, t
     """See `_session`; with what is to be told of products that the CPU may saturate."""
     if not overflows:
         return _session(path, optimized), ()
-    # A weight that two operators read cannot be made unsigned: there it fails.
     with contextlib.suppress(Exception):
         return _session(path, optimized, unsigned=True), (AVOIDED,)
+    # A weight that two operators read cannot be made unsigned: there it fails.
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory(prefix="fxopt-") as directory:
+        parted = Path(directory) / "parted.onnx"
+        part_weights(path, parted)
+        return _session(parted, optimized, unsigned=True), (AVOIDED,)
     return _session(path, optimized), (SATURATES,)
 
 

@@ -98,6 +98,21 @@ def test_an_engine_tells_what_this_cpu_cannot(
 
 
 @pytest.mark.usefixtures("without_vnni")
+def test_weights_that_several_operators_read_are_made_unsigned_too() -> None:
+    needs("onnxruntime")
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 8, 1), torch.rand(2, 8, 4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), layer).eval()
+    passes = [PTQ(target="onnxruntime"), QuantizeFreeze()]
+    module = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
+    executable = fxopt.lower(module, x, "onnxruntime")
+    assert executable.reasons[0].reason == "operators on integers: 2 QLinearConv"
+    assert executable.reasons[-1] == AVOIDED
+    with torch.no_grad():
+        torch.testing.assert_close(executable(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_vnni")
 def test_a_refusal_tells_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("openvino")
     module, x = frozen("openvino")

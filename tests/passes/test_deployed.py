@@ -22,8 +22,6 @@ from tests.passes.programs import assert_close, captured, leaves, rewrite
 _NOTHING_TO_QUANTISE = {"holder", "normalized_linear"}
 _DECIBELS = 100.0
 """No value falls to another step: what differs is the order in which floats are added."""
-_READ_TWICE = {"conv_twice", "pair_twice"}
-"""Weights that two operators read, which onnxruntime cannot keep from saturating where a CPU adds in 16 bits."""
 _NO_GRAPH = {
     "router": "onnxruntime.* torch cannot export one: GuardOnDataDependent",
     "mixture": "onnxruntime.* torch cannot export one: GuardOnDataDependent",
@@ -37,7 +35,7 @@ def test_a_trained_model_runs_on_integers_as_it_was_simulated(name: str) -> None
     pytest.importorskip("onnxruntime")
     case = {**STATIC, **DYNAMIC}[name]
     inputs = Inputs(case.example(), case.kwargs)
-    program = prepared(case, [inputs], weights="int7" if name in _READ_TWICE else "")
+    program = prepared(case, [inputs])
     assert has_quantisers(program) is (name not in _NOTHING_TO_QUANTISE)
     if name in _NOTHING_TO_QUANTISE:
         return
