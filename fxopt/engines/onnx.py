@@ -22,7 +22,7 @@ from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.engines.onnx_biases import hold_biases
 from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
-from fxopt.engines.onnx_products import transpose_weights
+from fxopt.engines.onnx_products import part_sums, transpose_weights
 from fxopt.engines.onnx_simplify import simplify
 from fxopt.engines.onnx_zero_points import part_zero_points
 from fxopt.engines.written import refuse_writes
@@ -180,6 +180,7 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     transpose_keys(program.model)
     hold_biases(program.model)
     transpose_weights(program.model)
+    part_sums(program.model)
     part_zero_points(program.model)
     _drop_metadata(program.model)
     return program

@@ -7,6 +7,33 @@ from typing import Any
 from fxopt.engines.onnx_weights import constant_like, holds_integers
 
 
+def part_sums(model: Any) -> None:
+    """Write Gemm of integers as MatMul and Add.
+
+    What onnxruntime has for Gemm takes a sum of integers alone, so that one with a float bias runs in floats.
+
+    Args:
+        model: of `onnx_ir`; changed in place.
+    """
+    import onnx_ir as ir
+
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    for node in list(model.graph):
+        if node.op_type != "Gemm" or len(node.inputs) < 3:
+            continue
+        *factors, bias = node.inputs
+        quantised = all(value.producer() and value.producer().op_type == "DequantizeLinear" for value in factors)
+        if not quantised or any(each.value != plain[name] for name, each in node.attributes.items()):
+            continue
+        product = ir.node("MatMul", factors)
+        total = ir.node("Add", [product.outputs[0], bias])
+        for made in (product, total):
+            made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [product, total], node.outputs, total.outputs
+        )
+
+
 def transpose_weights(model: Any) -> None:
     """Hold the integers of a weight as the product reads them, where nothing else reads them.
 

@@ -33,6 +33,19 @@ class Calls(nn.Module):
         return self.function(self, x)
 
 
+class Sums(nn.Module):
+    """Two products with a bias, by parameters that lie as GPT-2's do, and as those of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8))
+        self.columns = nn.Parameter(torch.randn(16, 8))
+        self.rows = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, torch.addmm(self.bias, x, self.columns), self.rows.t())
+
+
 def linear(**more: nn.Module) -> dict[str, nn.Module]:
     return {"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), **more}
 
@@ -43,6 +56,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
         lambda: Calls(lambda m, x: m.b(F.scaled_dot_product_attention(*[m.a(x)[:, None]] * 3)[:, 0]), **linear()),
         TOKENS,
     ),
+    "addmm": (lambda: Sums(), torch.randn(4, 16)),
     "reused": (lambda: Calls(lambda m, x: m.a(F.gelu(m.a(x))), a=nn.Linear(16, 16)), TOKENS),
     "recurrent": (lambda: Calls(lambda m, x: m.a(m.gru(x)[0]), **linear(gru=nn.GRU(16, 16))), TOKENS),
     "gelu": (lambda: Calls(lambda m, x: m.b(F.gelu(m.a(x))), **linear()), TOKENS),
@@ -108,6 +122,7 @@ KERNELS: dict[tuple[str, str], tuple[str, str]] = {
     ("product", "openvino"): ("2 FullyConnected", "MatMul runs in floats"),
     ("attention", "onnxruntime"): ("2 MatMulIntegerToFloat", "multiplies two computed values, not both of them"),
     ("attention", "openvino"): ("2 FullyConnected", ""),
+    ("addmm", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("reused", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("reused", "openvino"): ("2 FullyConnected", ""),
     ("recurrent", "onnxruntime"): ("1 MatMulIntegerToFloat", "GRU runs in floats: onnxruntime has no integer kernel"),
