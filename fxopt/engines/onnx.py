@@ -162,11 +162,13 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     if outputs.with_objects is not None:
         prepared = _TensorsWithin(prepared)
     dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
+    # The exporter makes one input of a tensor that is given twice, whatever later calls give there.
+    given = inputs.map(lambda tensor: tensor.detach().clone())
     with quiet(), ExportedOtherwise():
         program = torch.onnx.export(
             prepared,
-            inputs.args,
-            kwargs=dict(inputs.kwargs),
+            given.args,
+            kwargs=dict(given.kwargs),
             dynamo=True,
             dynamic_shapes=dynamic,
             optimize=False,

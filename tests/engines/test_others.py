@@ -158,6 +158,22 @@ def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path:
     agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
 
 
+class Difference(nn.Module):
+    """Takes two tensors."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x - 2 * y
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_an_example_of_the_same_tensor_twice_takes_different_ones_later(engine: str) -> None:
+    needs(engine)
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    executable = fxopt.lower(Difference().eval(), (x, x), engine)
+    agree(executable(x, y), x - 2 * y)
+    agree(executable(x, x), -x)
+
+
 @pytest.mark.parametrize("engine", EXPORTING)
 @pytest.mark.parametrize("name", ["conv_zoo", "encoder"])
 def test_runs_what_the_module_runs(name: str, engine: str) -> None:
