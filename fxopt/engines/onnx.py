@@ -164,10 +164,12 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
     # The exporter makes one input of a tensor that is given twice, whatever later calls give there.
     given = inputs.map(lambda tensor: tensor.detach().clone())
+    # Where nothing is named, it would read a dict that comes last as the named arguments.
+    args = given.args if given.kwargs else (*given.args, {})
     with quiet(), ExportedOtherwise():
         program = torch.onnx.export(
             prepared,
-            given.args,
+            args,
             kwargs=dict(given.kwargs),
             dynamo=True,
             dynamic_shapes=dynamic,

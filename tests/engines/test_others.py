@@ -158,6 +158,21 @@ def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path:
     agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
 
 
+class OfDict(nn.Module):
+    """Takes a dict by position, and nothing by name."""
+
+    def forward(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        return parts["x"] - 2 * parts["y"]
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_a_dict_that_comes_last_is_an_argument_by_position(engine: str) -> None:
+    needs(engine)
+    executable = fxopt.lower(OfDict().eval(), ({"x": torch.zeros(2, 3), "y": torch.zeros(2, 3)},), engine)
+    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    agree(executable({"x": x, "y": y}), x - 2 * y)
+
+
 class Difference(nn.Module):
     """Takes two tensors."""
 
