@@ -142,8 +142,11 @@ def _both_sides(
             foreign=repository.root,
             kept=tuple(path.resolve() for path in (Path(sys.prefix), *packages())),
         )
-        if not base.directory.is_dir():
-            raise BaselineError(f"'{repository.below}' is not in {base.label}: there is nothing to compare with")
+        try:
+            # A folder that is new holds targets that are new, and may be left by `..` for one that is not.
+            base.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BaselineError(f"'{repository.below}' is no directory in {base.label}: call from another") from error
         yield launcher, base, Checkout("head", "head", repository.root / repository.below)
 
 

@@ -79,12 +79,14 @@ class Repo:
             command, cwd=self.path, env=self.environment | environment, capture_output=True, text=True, timeout=300
         )
 
-    def gate(self, target: str | None = "model.py", *, base: str = "HEAD", **settings: Any) -> dict[str, Any]:
-        """What the command does, in this process and with processes that all tests share."""
+    def gate(
+        self, target: str | None = "model.py", *, base: str = "HEAD", below: str = ".", **settings: Any
+    ) -> dict[str, Any]:
+        """What the command does in a directory below, in this process and with processes that all tests share."""
         limits = Limits(**{key: settings.pop(key) for key in list(settings) if key in LIMITS})
         plan = {key: settings.pop(key) for key in list(settings) if key in ("find_causes", "python", "fresh")}
         jobs = (Job(str(target), str(target), budget=0.4, limits=limits, **settings),)
-        self.patch.chdir(self.path)
+        self.patch.chdir(self.path / below)
         self.patch.setattr(tempfile, "tempdir", str(self.path.parent))
         record = run_gate(Plan(jobs, base, self.path, **plan), launcher=self.launcher)
         jsonschema.validate(record, schema("ci"), cls=jsonschema.Draft202012Validator)

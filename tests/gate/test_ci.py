@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from fxopt.errors import GateError
+from fxopt.errors import BaselineError, GateError
 from fxopt.gate import contest
 from fxopt.gate.revision import Repository
 from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
@@ -549,6 +549,30 @@ def test_what_cannot_be_compared(repo: Repo, base, head, target, code, said):
     found = repo.only(target, code=code)
     assert said in found["notes"][0]
     assert repo.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "said"),
+    [
+        ("net.py", 5, "does not have it yet: there is no file 'net.py'; a new target gets its first comparison"),
+        ("nothing.py", 2, "head: there is no file 'nothing.py'"),
+        ("../../model.py", 0, None),
+    ],
+)
+def test_in_a_folder_that_is_new_what_counts_is_the_target(repo: Repo, target, code, said):
+    (repo.path / "new" / "deep").mkdir(parents=True)
+    (repo.path / "new" / "deep" / "net.py").write_text(MODEL)
+    found = repo.only(target, code=code, below="new/deep", timed=False)
+    assert said is None or said in found["notes"][0]
+
+
+def test_a_folder_that_is_a_file_in_the_base(repo: Repo):
+    (repo.path / "net").write_text("")
+    repo.commit()
+    (repo.path / "net").unlink()
+    (repo.path / "net").mkdir()
+    with pytest.raises(BaselineError, match=r"'net' is no directory in base .*: call from another"):
+        repo.gate(below="net")
 
 
 def test_a_side_that_is_busy_ends_with_its_target(repo: Repo, tmp_path):
