@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from fxopt.errors import BaselineError, GateError
 _PREFIX = "fxopt-ci-"
 _PREFIXES = (_PREFIX, "fxopt-gate-")
 """Of temporary directories, before the id of the process that made them."""
+_SUBMODULE = "160000"
+"""Its mode in git's listings."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Repository:
 
     @contextlib.contextmanager
     def checked_out(self, commit: str) -> Iterator[Path]:
-        """A commit in a directory of its own, which is gone afterwards.
+        """A commit in a directory of its own, with the submodules that the working tree has; it is gone afterwards.
 
         Raises:
             GateError: where git can't check it out.
@@ -111,9 +113,7 @@ class Repository:
         directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")).resolve()
         tree = directory / "base"
         try:
-            done = _git(self.root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
-            if done.returncode != 0:
-                raise GateError(f"cannot check out '{commit}' beside the working tree: {done.stderr.strip()}")
+            _check_out(self.root, commit, tree)
             yield tree
         finally:
             _remove(self.root, directory)
@@ -134,16 +134,38 @@ def compare_with(repository: Repository, base: str) -> str:
     raise BaselineError(f"'{base}' and HEAD have no common ancestor{advice}")
 
 
+def _check_out(root: Path, commit: str, tree: Path) -> None:
+    """Put a commit of the repository at `root` into a new or empty directory, and those of its submodules below."""
+    done = _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+    if done.returncode != 0:
+        raise GateError(f"cannot check out '{commit}' of '{root}' beside the working tree: {done.stderr.strip()}")
+    for path in _submodules(root):
+        mode, *_, pinned = _git(root, "ls-tree", commit, "--", path).stdout.split()[:3] or ("", "")
+        if mode == _SUBMODULE:
+            # From the clone that is here already: git's own way would ask the network for another.
+            _check_out(root / path, pinned, tree / path)
+
+
+def _submodules(root: Path) -> list[str]:
+    """Paths of those that the working tree at `root` has checked out."""
+    listed = [line.partition("\t") for line in _git(root, "ls-files", "--stage", "-z").stdout.split("\0")]
+    return [path for facts, _, path in listed if facts.startswith(_SUBMODULE) and (root / path / ".git").exists()]
+
+
+def _repositories(root: Path) -> Iterator[Path]:
+    """The working tree at `root`, and those of its submodules."""
+    yield root
+    for path in _submodules(root):
+        yield from _repositories(root / path)
+
+
 def _sweep(root: Path) -> None:
-    """Remove what a run that was killed outright has left behind: directories, and worktrees in git's list."""
+    """Remove what a run that was killed outright has left behind: directories, and worktrees in git's lists."""
     for prefix in _PREFIXES:
         for directory in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
             if _is_left_behind(directory):
                 shutil.rmtree(directory, ignore_errors=True)
-    for line in _git(root, "worktree", "list", "--porcelain").stdout.splitlines():
-        kind, _, path = line.partition(" ")
-        if kind == "worktree" and _is_left_behind(Path(path).parent):
-            _remove(root, Path(path).parent)
+    _forget(root, _is_left_behind)
 
 
 def _is_left_behind(directory: Path) -> bool:
@@ -153,9 +175,20 @@ def _is_left_behind(directory: Path) -> bool:
 
 
 def _remove(root: Path, directory: Path) -> None:
-    # Never `git worktree prune`: it forgets the user's own worktrees too, where their disk is not mounted right now.
     shutil.rmtree(directory, ignore_errors=True)
-    _git(root, "worktree", "remove", "--force", "--force", str(directory / "base"))
+    _forget(root, lambda other: other == directory)
+
+
+def _forget(root: Path, is_gone: Callable[[Path], bool]) -> None:
+    """Remove directories that are to be gone, and the worktrees in them from git's lists."""
+    # Never `git worktree prune`: it forgets the user's own worktrees too, where their disk is not mounted right now.
+    for repository in _repositories(root):
+        for line in _git(repository, "worktree", "list", "--porcelain").stdout.splitlines():
+            kind, _, path = line.partition(" ")
+            gone = next(filter(is_gone, Path(path).parents), None)
+            if kind == "worktree" and gone is not None:
+                shutil.rmtree(gone, ignore_errors=True)
+                _git(repository, "worktree", "remove", "--force", "--force", path)
 
 
 def _alive(pid: int) -> bool:

@@ -566,6 +566,26 @@ def test_in_a_folder_that_is_new_what_counts_is_the_target(repo: Repo, target, c
     assert said is None or said in found["notes"][0]
 
 
+def test_submodules_of_the_base_are_those_that_it_names(repo: Repo, make_repo):
+    inner, outer = make_repo("inner"), make_repo("outer")
+    inner.commit(width="WIDTH = 8")
+    outer.commit(model=MODEL)
+    submodule = ("-c", "protocol.file.allow=always", "submodule", "--quiet")
+    for parent, child in ((outer, inner), (repo, outer)):
+        parent.git(*submodule, "add", str(child.path), child.path.name)
+        parent.commit()
+    repo.git(*submodule, "update", "--init", "--recursive")
+    wide = MODEL.replace("nn.Linear(8, 2)", "nn.Linear(8, 2); from outer.inner.width import WIDTH; self.wide = WIDTH")
+    repo.commit(model=wide + "\nmodel.extra = nn.Linear(model.wide, 2)\n")
+    (repo.path / "outer" / "inner" / "width.py").write_text("WIDTH = 500")
+    found = repo.only(code=3, timed=False)
+    (check,) = [check for check in found["checks"] if check["status"] == "failed"]
+    assert check["name"] == "size"
+    for below in ("outer", "outer/inner"):
+        assert len(repo.git("-C", below, "worktree", "list").splitlines()) == 1
+    assert repo.left_behind() == []
+
+
 def test_a_folder_that_is_a_file_in_the_base(repo: Repo):
     (repo.path / "net").write_text("")
     repo.commit()
