@@ -47,9 +47,10 @@ def cold_start(
     train: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    directory: Path | None = None,
     seconds: float = 300.0,
 ) -> ColdStart:
-    """Start a process that loads a target, as `fxopt.target.load` takes it, and calls it twice.
+    """Start a process in a directory that loads a target, as `fxopt.target.load` takes it, and calls it twice.
 
     Raises:
         EngineError: where that process fails, or does not answer within `seconds`.
@@ -69,6 +70,7 @@ def cold_start(
             capture_output=True,
             text=True,
             timeout=seconds,
+            cwd=directory,
         )
     except subprocess.TimeoutExpired:
         raise EngineError(

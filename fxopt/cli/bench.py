@@ -70,6 +70,7 @@ def bench(
             if interop is not None:
                 set_interop_threads(interop)
             torch.manual_seed(seed)
+            directory = Path.cwd()  # a file may go to another one while it is imported
             loaded = load(target, inputs=inputs or (), weights=weights, train=train)
             start = functools.partial(
                 cold_start,
@@ -79,6 +80,7 @@ def bench(
                 train=train,
                 device="cuda" if device is Device.CUDA else "cpu",
                 threads=threads,
+                directory=directory,
             )
             found = survey(
                 loaded,

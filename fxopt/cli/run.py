@@ -103,6 +103,7 @@ def run(
             pipeline = spec.parse(passes)
             if out is not None:
                 artifact.check(out)
+                out = out.absolute()  # a file may go to another directory while it is imported
             if threads is not None:
                 torch.set_num_threads(threads)
             torch.manual_seed(seed)

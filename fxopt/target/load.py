@@ -57,11 +57,14 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
     """
     place, name = split(target)
     declare_missing()
+    here = Path.cwd()
     with same_randomness():
         source = open_source(place)
         found = find(source, name)
         if not train:
             found.module.eval()
+        if weights is not None and Path.cwd() != here:  # the file went elsewhere while it was imported
+            weights = here / weights
         notes = found.notes + (load_weights(found.module, weights) if weights is not None else ())
         given, input_notes = find_inputs(source, found.name, found.module, inputs)
     return Target(

@@ -46,6 +46,13 @@ def test_a_cold_start_that_fails_says_why(write):
     assert "only once" in done.stdout
 
 
+def test_a_cold_start_begins_where_the_command_did(write, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write("import os\nexample_inputs = torch.randn(2, 3)\nos.chdir('elsewhere')\n")
+    done = bench("model.py", "--format", "json", "--batch", "1")
+    assert "not_measured" not in json.loads(done.stdout)["cold_start"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -129,6 +129,18 @@ def test_out_keeps_the_result_and_replaces_an_older_one(write, tmp_path):
     compile((kept / "graph.py").read_text(), "graph.py", "exec")
 
 
+def test_paths_are_those_of_the_call_wherever_the_file_goes(write, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write("import os\nos.chdir('elsewhere')\n", header=CONV)
+    torch.save({"conv.weight": torch.ones(8, 3, 3, 3)}, tmp_path / "weights.pt")
+    done = run("model.py", "--weights", "weights.pt", "--out", "kept", *QUICK)
+    assert "the weights in" in done.stderr  # which were found
+    done = run("model.py", "--out", "kept", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "recipe.json" in entries(tmp_path / "kept")
+    assert entries(tmp_path / "elsewhere") == set()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
