@@ -206,6 +206,12 @@ def _git(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {
         name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")
     }
+    # Names that are not ASCII come as they are, not as octal numbers.
     return subprocess.run(
-        ["git", *arguments], cwd=directory, env=kept | {"LC_ALL": "C"}, capture_output=True, text=True, errors="replace"
+        ["git", "-c", "core.quotePath=false", *arguments],
+        cwd=directory,
+        env=kept | {"LC_ALL": "C"},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )

@@ -445,6 +445,14 @@ def test_an_untracked_file_that_is_written_anew_is_another_change(repo: Repo, mo
     assert Repository.here().changes() != before
 
 
+def test_names_of_files_that_are_not_ascii_are_said_as_they_are(repo: Repo, monkeypatch: pytest.MonkeyPatch):
+    repo.commit(modèle=MODEL)
+    repo.write(modèle=SLOWER, äußere=MODEL)
+    monkeypatch.chdir(repo.path)
+    assert Repository.here().uncommitted() == ["modèle.py", "äußere.py"]
+    assert Repository.here().changed_files("HEAD") == ["modèle.py"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_behind_however_it_ends(repo: Repo, number):
     repo.commit(model=MODEL + "import time, os\nprint('PID', os.getpid(), flush=True)\ntime.sleep(60)\n")
