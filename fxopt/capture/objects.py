@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.capture.describe import describe
-from fxopt.capture.guards import guard_input, guard_items
+from fxopt.capture.guards import guard_input, guard_items, guard_rank
 from fxopt.capture.provenance import Depends
 from fxopt.capture.structure import Build, TheClass, put_attribute, put_item, replace_items
 from fxopt.capture.tape import Unrecordable
@@ -44,6 +44,8 @@ _LITERALS = (
 # Torch takes Python's number types for these.
 _DTYPES: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 _FIXED = (bool, str, type(None))
+# Inputs that no node computes with. Members of an `enum` may be numbers too.
+_GUARDED = (enum.Enum, *_FIXED, complex, bytes, range, slice, torch.dtype, torch.layout, torch.memory_format, type(...))
 
 
 class Objects(Tensors):
@@ -115,8 +117,10 @@ class Objects(Tensors):
         Returns the value, in which numbers are traced.
         """
         if isinstance(value, torch.Tensor):
+            if origin.given:
+                self.emit("call_function", guard_rank, (node, value.dim(), describe(node)))
             return self.adopt_tensor(node, value, origin)
-        if isinstance(value, _FIXED):
+        if isinstance(value, _GUARDED if origin.given else _FIXED):
             if origin.given:
                 self.emit("call_function", guard_input, (node, value, describe(node)))
             return value
@@ -125,13 +129,16 @@ class Objects(Tensors):
         if origin.given and isinstance(value, (list, tuple, dict)):
             expected = list(value) if isinstance(value, dict) else len(value)
             self.emit("call_function", guard_items, (node, expected, describe(node)))
-        if type(value) is tuple or (type(value) in (dict, list) and not origin.given):
+        if type(value) in (tuple, torch.Size) or (type(value) in (dict, list) and not origin.given):
             items = [self._adopt_item(node, key, item, origin) for key, item in _pairs(value)]
             return dict(zip(value, items, strict=True)) if isinstance(value, dict) else type(value)(items)
         if isinstance(value, tuple) and attributes_of(value) in ({}, None):
-            for key, item in _pairs(value):
-                self._adopt_item(node, key, item, origin)
-            return value
+            items = [self._adopt_item(node, key, item, origin) for key, item in _pairs(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else value
+        if isinstance(value, torch.device):
+            self._devices[id(value)] = (value, node)
+        elif origin.given and attributes_of(value) is None and not isinstance(value, torch.Generator):
+            self.block(f"{describe(node)} is a {type(value).__name__}, whose contents a graph can't follow")
         return self._adopt_object(node, value, origin)
 
     def _adopt_item(self, node: fx.Node, key: Any, item: Any, origin: Origin) -> Any:
@@ -149,7 +156,7 @@ class Objects(Tensors):
             if adopted is not item and origin.given:
                 put_item(value, key, adopted)
         for name, item in (attributes or {}).items():
-            if not (origin.given and isinstance(item, (*_FIXED, int, float))) and not _is_made_of_others(item):
+            if not (origin.given and isinstance(item, (*_GUARDED, int, float))) and not _is_made_of_others(item):
                 continue
             if id(item) in self._objects or (isinstance(item, torch.Tensor) and item in self.values):
                 continue

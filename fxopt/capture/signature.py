@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from fxopt.capture.guards import NOT_GIVEN, guard_input, guard_rank
+from fxopt.capture.guards import NOT_GIVEN, guard_input
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.tensors import Origin
@@ -68,8 +67,6 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
             recorder.emit("call_function", guard_input, (node, node.args[0], name))
             continue
         bound.arguments[name] = recorder.adopt(node, value, _GIVEN)
-        if isinstance(value, torch.Tensor):
-            recorder.emit("call_function", guard_rank, (node, value.dim(), name))
     for name in set(parameters) - given:
         del bound.arguments[name]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import traceback
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -190,6 +193,85 @@ def test_numbers_are_inputs_not_constants():
     module = Of(_numbers).eval()
     module.load_state_dict(captured.state_dict())
     same(module(X, 3, shift=0.25), captured(X, 3, shift=0.25))
+
+
+class Kind(enum.IntEnum):
+    PLAIN = 1
+    DOUBLED = 2
+
+
+class Sized(NamedTuple):
+    x: torch.Tensor
+    times: int
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    kind: Kind
+
+
+GUARDED = {
+    "enum": (lambda fc, x, kind: fc(x) if kind is Kind.PLAIN else x, (X, Kind.PLAIN), (X, Kind.DOUBLED)),
+    "enum of a dataclass": (
+        lambda fc, b: b.x if b.kind is Kind.PLAIN else -b.x,
+        (Batch(X, Kind(1)),),
+        (Batch(X, Kind(2)),),
+    ),
+    "dtype": (lambda fc, x, dtype: fc(x).to(dtype), (X, torch.float64), (X, torch.float16)),
+    "range": (lambda fc, x, steps: fc(x) * sum(steps), (X, range(3)), (X, range(4))),
+    "slice": (lambda fc, x, part: fc(x)[part], (X, slice(2)), (X, slice(1, 2))),
+    "complex": (lambda fc, x, z: fc(x) * z.imag, (X, 1 + 2j), (X, 1 + 3j)),
+    "bytes": (lambda fc, x, text: fc(x) * len(text), (X, b"a"), (X, b"ab")),
+    "dimensions within a dict": (
+        lambda fc, d: fc(d["x"]).sum(0) if d["x"].dim() == 2 else d["x"],
+        ({"x": X},),
+        ({"x": X[0]},),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_an_input_that_no_node_computes_with_is_guarded(name):
+    function, given, other = GUARDED[name]
+    module = Of(function).eval()
+    captured = capture(module, given)
+    assert captured.opaque == ()
+    same(module(*given), captured.module(*given))
+    with pytest.raises(GuardError, match=r"\(an input\), but it is .* here"):
+        captured.module(*other)
+
+
+FOLLOWED = {
+    "size": (lambda fc, x, size: fc(x).reshape(size) * size[0], (X, torch.Size([3, 4])), (X, torch.Size([4, 3]))),
+    "named tuple": (lambda fc, b: fc(b.x) * b.times, (Sized(X, 2),), (Sized(X, 3),)),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_numbers_within_tuples_of_other_types_are_inputs_too(name):
+    function, given, other = FOLLOWED[name]
+    module = Of(function).eval()
+    captured = capture(module, given)
+    assert captured.opaque == ()
+    same(module(*other), captured.module(*other))
+
+
+UNFOLLOWED = {
+    "function": (lambda fc, x, act: fc(act(x)), (X, torch.relu), (X, torch.tanh)),
+    "set": (lambda fc, x, steps: fc(x) * sum(steps), (X, {1, 2}), (X, {1, 3})),
+    "array": (lambda fc, x, array: fc(x) * float(array.sum()), (X, np.ones(3)), (X, np.ones(4))),
+    "number of numpy": (lambda fc, x, n: fc(x)[:n], (X, np.int64(1)), (X, np.int64(2))),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWED)
+def test_what_is_given_an_input_that_no_graph_can_follow_is_opaque(name):
+    function, given, other = UNFOLLOWED[name]
+    module = Of(function).eval()
+    captured = capture(module, given)
+    assert "whose contents a graph can't follow" in captured.opaque[0].reason
+    same(module(*other), captured.module(*other))
 
 
 class Asks(nn.Module):
