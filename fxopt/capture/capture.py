@@ -35,8 +35,8 @@ def capture(
     as small as possible, and its children are captured as graphs of their own. The module itself, its mode
     and the random state are as before; the result shares nothing with it that is ever written.
 
-    What Python code decides on sizes is guarded. Two ways are out of sight: a size that indexes a plain list or tuple,
-    and the question whether two arguments are one tensor: what the example gives twice is recorded as two.
+    What Python code decides on sizes is guarded. Out of sight is the question whether two arguments are one tensor:
+    what the example gives twice is recorded as two.
 
     Args:
         module: any module, in the mode that is to be captured first; the other mode comes along.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import math
-import operator
 import sys
 import threading
 import types
@@ -22,6 +21,7 @@ from torch import nn
 
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
+from fxopt.capture.structure import without_numbers
 from fxopt.capture.tensors import Origin
 from fxopt.capture.traced import concrete
 from fxopt.capture.vmapped import Told, record_vmap
@@ -101,38 +101,16 @@ def _mode_flag(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
 
 @contextmanager
 def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
-    """`range`, `len`, `operator.index` and most of `math` read numbers past the methods that a traced number has."""
-    original_range, original_len, original_index = builtins.range, builtins.len, operator.index
-
-    class RangeType(type):
-        def __instancecheck__(cls, value: Any) -> bool:
-            return isinstance(value, original_range)
-
-        def __subclasscheck__(cls, other: type) -> bool:
-            return issubclass(other, original_range)
-
-        def __eq__(cls, other: object) -> bool:
-            return other is cls or other is original_range
-
-        def __hash__(cls) -> int:
-            return hash(original_range)
-
-    class Range(metaclass=RangeType):
-        def __new__(cls, *bounds: Any) -> Any:
-            return original_range(*(concrete(bound) for bound in bounds))
+    """`len` gives plain numbers, and most of `math` reads a float past the methods that a traced one has."""
+    original_len = builtins.len
 
     def length(value: Any, /) -> Any:
         if isinstance(value, torch.Tensor) and is_recording() and value.dim() > 0:
             return recorder.length(value)
         return original_len(value)
 
-    def index(value: Any, /) -> int:
-        return original_index(concrete(value))
-
     with ExitStack() as stack:
-        stack.enter_context(replaced(builtins, "range", Range))
         stack.enter_context(replaced(builtins, "len", length))
-        stack.enter_context(replaced(operator, "index", index))
         reading = {id(function): _reading(function) for function in _MATH}
         # The user's files may have them by name.
         files = {sys.modules.get(type(module).__module__) for module in recorder.root.modules()} - {None}
@@ -229,7 +207,7 @@ def _autograd_functions(recorder: Recorder, is_recording: Callable[[], bool]) ->
             return original(cls, *args, **kwargs)
         recorder.calls += 1
         with recorder.paused():
-            result = original(cls, *args, **kwargs)
+            result = original(cls, *without_numbers(args), **without_numbers(kwargs))
         recorder.active = False
         try:
             node = recorder.emit("call_function", cls.apply, recorder.argument(args), recorder.argument(kwargs))
@@ -252,8 +230,13 @@ def _vmap(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None
     def vmap(
         function: Any, in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None, *args: Any, **kwargs: Any
     ) -> Any:
-        if not is_recording() or chunk_size is not None:
+        if not is_recording():
             return original(function, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
+        if chunk_size is not None:
+            recorder.block("it runs under a vmap in chunks")
+            with recorder.paused():
+                given = without_numbers(args), without_numbers(kwargs)
+                return original(function, in_dims, out_dims, randomness, chunk_size, *given[0], **given[1])
         return record_vmap(recorder, original, function, Told(in_dims, out_dims, randomness), args, kwargs)
 
     with replaced(torch._functorch.apis, "vmap_impl", vmap):

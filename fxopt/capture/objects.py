@@ -19,6 +19,7 @@ import torch.fx as fx
 from fxopt.capture.describe import describe
 from fxopt.capture.guards import guard_input, guard_items, guard_rank
 from fxopt.capture.provenance import Depends
+from fxopt.capture.sizes import TracedSize
 from fxopt.capture.structure import Build, TheClass, put_attribute, put_item, replace_items
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Origin, Tensors, holds_tensor
@@ -85,7 +86,7 @@ class Objects(Tensors):
             self._catch_up(value)
             return self._objects[id(value)][1]
         kind = type(value)
-        if kind in (list, tuple, torch.Size):
+        if kind in (list, tuple, torch.Size, TracedSize):
             items = [self.argument(item) for item in value]
             return items if kind is list else tuple(items)
         if kind is slice:
@@ -131,7 +132,9 @@ class Objects(Tensors):
             self.emit("call_function", guard_items, (node, expected, describe(node)))
         if type(value) in (tuple, torch.Size) or (type(value) in (dict, list) and not origin.given):
             items = [self._adopt_item(node, key, item, origin) for key, item in _pairs(value)]
-            return dict(zip(value, items, strict=True)) if isinstance(value, dict) else type(value)(items)
+            if isinstance(value, dict):
+                return dict(zip(value, items, strict=True))
+            return TracedSize(items) if isinstance(value, torch.Size) else type(value)(items)
         if isinstance(value, tuple) and attributes_of(value) in ({}, None):
             items = [self._adopt_item(node, key, item, origin) for key, item in _pairs(value)]
             return type(value)(*items) if hasattr(value, "_fields") else value

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fxopt.capture import operators
 from fxopt.capture.decisions import Decisions
 from fxopt.capture.provenance import Depends
+from fxopt.capture.sizes import TracedSize
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Origin, holds_tensor, is_tensor
 from fxopt.capture.traced import Traced, plain, traced
@@ -131,7 +132,7 @@ class Recorder(Decisions, TorchFunctionMode):
             known = self.known(tensor)
             if known.shape is Depends.CONSTANT:
                 return value
-            return torch.Size([self.size(known, dim, size) for dim, size in enumerate(value)])
+            return TracedSize(self.size(known, dim, size) for dim, size in enumerate(value))
         if name == "dtype":
             self.asked_dtype(tensor)
         if name == "device" and tensor in self.values:
@@ -162,7 +163,7 @@ class Recorder(Decisions, TorchFunctionMode):
         if name == "size":
             dims = [*real_args[1:], *real_kwargs.values()]
             if not dims or dims[0] is None:
-                return torch.Size([self.size(known, dim, size) for dim, size in enumerate(value)])
+                return TracedSize(self.size(known, dim, size) for dim, size in enumerate(value))
             return self.size(known, dims[0] % tensor.dim(), value)
         if name == "__len__":
             # The interpreter makes a plain int of what __len__ returns; `len` itself is replaced while recording.
@@ -231,8 +232,8 @@ def _plain(value: Any) -> Any:
     kind = type(value)
     if kind in (list, tuple):
         return kind(_plain(item) for item in value)
-    if kind is torch.Size:
-        return torch.Size(_plain(item) for item in value)
+    if kind in (torch.Size, TracedSize):
+        return torch.Size(map(_plain, value))
     if kind is dict:
         return {key: _plain(item) for key, item in value.items()}
     if kind is slice:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fxopt.capture.sizes import TracedSize
 from fxopt.capture.traced import Traced, plain
 from fxopt.nested import attributes_of, items_of
 
@@ -93,8 +94,9 @@ def without_numbers(value: Any, seen: set[int] | None = None) -> Any:
     seen = set() if seen is None else seen
     if isinstance(value, Traced):
         return plain(value)
-    if type(value) in (tuple, torch.Size):
-        return type(value)(without_numbers(item, seen) for item in value)
+    if type(value) in (tuple, torch.Size, TracedSize):
+        kind = tuple if type(value) is tuple else torch.Size
+        return kind(without_numbers(item, seen) for item in value)
     items, attributes = items_of(value), attributes_of(value)
     if (items is None and not attributes) or id(value) in seen:
         return value

@@ -84,7 +84,7 @@ class Tensors(Tape):
             name = self.tensors.get(id(tensor))
             if name is None:
                 if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                    self.block("it runs under a transform of torch.func other than vmap, or under one in chunks")
+                    self.block("it runs under a transform of torch.func other than vmap")
                 elif tensor.requires_grad and tensor.grad_fn is not None:
                     self.block("it uses a tensor that was computed before or outside of what torch lets be recorded")
                 name = f"_constant_{len(self.met)}"

@@ -2,7 +2,9 @@
 
 A size of an input is an `int` to the user's code, so that all of Python works with it; but arithmetic on it
 is recorded, and whatever needs its concrete value (a comparison, `bool`, a list repeated by it) tells the
-recorder, which makes a guard of it.
+recorder, which makes a guard of it. It only says that it is an `int`: of a true one, Python's own code reads the
+digits unasked, as in `0.5 * size` or `layers[size]`. Torch's functions take it since it is a `SymInt` to them; they
+are called with the plain number.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 import torch.fx as fx
 
 from fxopt.capture.provenance import Depends
@@ -41,8 +45,18 @@ class Traced:
     depends: Depends
 
 
-class TracedInt(int, Traced):
+class TracedInt(torch.SymInt, Traced):
     """An integer with a node."""
+
+    imag = 0
+    denominator = 1
+
+    def __init__(self, number: int):
+        self.number = number
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return int
 
 
 class TracedFloat(float, Traced):
@@ -52,7 +66,7 @@ class TracedFloat(float, Traced):
 def plain(value: Any) -> Any:
     """The number itself, without a node and without a guard."""
     if isinstance(value, TracedInt):
-        return int.__int__(value)
+        return value.number
     if isinstance(value, TracedFloat):
         return float.__float__(value)
     return value
@@ -62,7 +76,7 @@ def traced(value: int | float, node: fx.Node, depends: Depends, trace: Sink) -> 
     """Attach a node to a number. A bool comes back as it is: it can't carry one."""
     if isinstance(value, bool):
         return value
-    number: TracedInt | TracedFloat = TracedInt(value) if isinstance(value, int) else TracedFloat(value)
+    number: Any = TracedInt(plain(value)) if isinstance(value, int) else TracedFloat(value)
     number.trace, number.node, number.depends = trace, node, depends
     return number
 
@@ -91,6 +105,7 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "abs": operator.abs,
     "invert": operator.invert,
 }
+_READS = ("bit_length", "bit_count", "to_bytes", "as_integer_ratio", "is_integer", "hex")
 _ROUNDING: dict[str, Callable[..., Any]] = {"floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "round": round}
 
 
@@ -106,6 +121,8 @@ def _binary(base: type, name: str, reflected: bool) -> Callable[[Any, Any], Any]
     def method(self: Any, other: Any) -> Any:
         if isinstance(other, (list, tuple, str)) and name == "mul":
             return other * concrete(self)
+        if isinstance(other, complex):
+            return function(other, concrete(self)) if reflected else function(concrete(self), other)
         number = plain(other)
         result = compute(plain(self), number)
         if result is NotImplemented and isinstance(number, float) and base is int:
@@ -170,6 +187,14 @@ def _divmod(self: Any, other: Any) -> tuple[Any, Any]:
     return self // other, self % other
 
 
+def _rdivmod(self: Any, other: Any) -> tuple[Any, Any]:
+    return other // self, other % self
+
+
+def _array(self: Any, dtype: Any = None, copy: Any = None) -> np.ndarray[Any, Any]:
+    return np.array(concrete(self), dtype)
+
+
 def _install(cls: Any, base: Any) -> None:
     for name in _BINARY:
         if hasattr(base, f"__{name}__"):
@@ -185,8 +210,10 @@ def _install(cls: Any, base: Any) -> None:
             setattr(cls, name, _concretion(base, name))
     cls.__bool__ = _truth
     setattr(cls, "__divmod__", _divmod)  # noqa: B010  mypy takes the assignment for a call of divmod
+    setattr(cls, "__rdivmod__", _rdivmod)  # noqa: B010
+    cls.__array__ = _array
     # Text may be a key or an attribute's name.
-    for name in ("__repr__", "__str__", "__format__", "bit_length", "bit_count", "to_bytes", "as_integer_ratio"):
+    for name in ("__repr__", "__str__", "__format__", *_READS):
         if hasattr(base, name):
             setattr(cls, name, _concretion(base, name))
     for name in ("real", "numerator") if base is int else ("real",):

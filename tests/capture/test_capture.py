@@ -26,7 +26,7 @@ WHOLE = {
     "initialized_by_data": {"": "its second call does something else, by its attribute 'ready'"},
     "made_unseen": {"": "it uses a tensor that was made where torch does not let calls be recorded"},
     "from_array": {"": "it reads the values of a tensor ('numpy'), which depend on the input"},
-    "vmapped_in_chunks": {"": "it runs under a transform of torch.func other than vmap"},
+    "vmapped_in_chunks": {"": "it runs under a vmap in chunks"},
     "tensor_hooked": {"": "it hangs a hook on a gradient"},
     "attributes": {"": "it decides on a number that depends on the values of the input"},
     "shared_expert": {"": "it decides on a number that depends on the values of the input"},

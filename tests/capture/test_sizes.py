@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from math import log2
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,6 +193,14 @@ SEEN = {
     "text": lambda x: x * {"2": 5}.get(str(x.shape[0]), 7),
     "formatted": lambda x: x * {"n2": 5}.get(f"n{x.shape[0]}", 7),
     "bits": lambda x: x * x.shape[0].bit_length(),
+    "bits as text": lambda x: x * bin(x.shape[0]).count("0"),
+    "item of a list": lambda x: x * [5, 6, 7, 8][x.shape[0]],
+    "part of a list": lambda x: x * len([5, 6, 7, 8][: x.shape[0]]),
+    "part of an iterator": lambda x: x * len(list(itertools.islice(range(9), x.shape[0]))),
+    "count from a size": lambda x: x * next(index for index, _ in enumerate("a", start=x.shape[0])),
+    "complex number": lambda x: x * (1j * x.shape[0]).imag,
+    "array of numpy": lambda x: x * float(np.sqrt(x.shape[0])),
+    "whether a ratio is whole": lambda x: x * 2 if (x.shape[0] / 2).is_integer() else x,
     "divisor": lambda x: x * math.gcd(x.shape[0], 6),
     "root": lambda x: x * math.isqrt(4 * x.shape[0]),
     "logarithm": lambda x: x * math.log(x.shape[0]),
@@ -227,6 +237,41 @@ def test_what_math_reads_of_values_is_opaque(read):
     captured = capture(module, (torch.tensor([0.5]),))
     assert "decides on a number that depends on the values" in captured.opaque[0].reason
     x = torch.tensor([2.0])
+    assert torch.equal(captured.module(x), module(x))
+
+
+ON_THE_RIGHT = {
+    "quotient": lambda x: x * (1.0 / x.shape[0]),
+    "product": lambda x: x[: math.floor(0.5 * x.shape[0])],
+    "difference": lambda x: x * (0.5 - x.shape[0]),
+    "power": lambda x: x * 0.5 ** x.shape[0],
+    "quotient and remainder": lambda x: x * divmod(7, x.shape[0])[0] + divmod(7.5, x.shape[0])[1],
+    "number of elements": lambda x: x / x.shape.numel() + x.size()[1:].numel() + (x.shape[:1] * 2).numel(),
+    "number of elements of a longer shape": lambda x: x / (x.shape + (4,)).numel() + ((4,) + x.shape).numel(),  # noqa: RUF005
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_RIGHT)
+def test_numbers_made_of_a_plain_number_and_a_size_go_on(name):
+    module = Calls(ON_THE_RIGHT[name])
+    captured = capture(module, (torch.randn(2, 3),))
+    assert captured.opaque == ()
+    assert captured.guards == ()
+    x = torch.randn(4, 3)
+    assert torch.equal(captured.module(x), module(x))
+
+
+def test_a_shape_is_one_of_torch_to_the_code_that_reads_it():
+    def reads(x):
+        assert isinstance(x.shape, torch.Size)
+        assert isinstance(x.shape[0], int)
+        assert (x.shape[-1:], x.shape) == (torch.Size([3]), torch.Size([*x.shape]))
+        return x.reshape(torch.Size([1]) + x.shape)
+
+    module = Calls(reads)
+    captured = capture(module, (torch.randn(2, 3),))
+    assert captured.opaque == ()
+    x = torch.randn(2, 3)
     assert torch.equal(captured.module(x), module(x))
 
 
