@@ -16,7 +16,8 @@ VALUE_READS = frozenset("item tolist".split())
 """Methods that answer with the values of a tensor as Python numbers, which can be traced on."""
 
 CONCRETE_READS = frozenset(
-    "__bool__ __int__ __float__ __index__ __complex__ __contains__ numpy __array__ equal allclose is_nonzero".split()
+    "__bool__ __int__ __float__ __index__ __complex__ __contains__ numpy __array__ equal allclose is_nonzero "
+    "is_same_size".split()
 )
 """Methods whose answer Python uses at once; nothing can be traced on."""
 
@@ -30,7 +31,7 @@ TENSOR_PROPERTIES = frozenset("T mT H mH real imag data grad".split())
 """Properties that are tensors."""
 
 SHAPE_ONLY = frozenset(
-    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full size numel".split()
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full size numel is_same_size".split()
 )
 """Functions whose result depends on the shape of the tensor that they are given, not on its values."""
 

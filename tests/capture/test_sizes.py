@@ -190,6 +190,7 @@ SEEN = {
     "numbers of a tensor": lambda x: x * len(torch.arange(x.shape[0]).tolist()),
     "rank after squeeze": lambda x: x * x.squeeze().dim(),
     "shape after squeeze": lambda x: x * len(x.squeeze(dim=0).shape),
+    "sameness": lambda x: x * 2 if x.is_same_size(torch.ones(2, x.shape[1])) else x,
     "text": lambda x: x * {"2": 5}.get(str(x.shape[0]), 7),
     "formatted": lambda x: x * {"n2": 5}.get(f"n{x.shape[0]}", 7),
     "bits": lambda x: x * x.shape[0].bit_length(),
