@@ -111,7 +111,8 @@ class _Run:
             origin = recorder.origin("", args, kwargs)
             if path in self.opaque or module.training:
                 origin = Origin(Depends.DATA, origin.shape, Depends.DATA)
-            result = call(module, *without_numbers(args), **without_numbers(kwargs))
+            with recorder.noting_errors(path):
+                result = call(module, *without_numbers(args), **without_numbers(kwargs))
             node = recorder.emit("call_module", path, node_args, node_kwargs)
             if path in self.opaque:
                 recorder.received(node, result, f"'{path}'")

@@ -71,7 +71,8 @@ class Recorder(Decisions, TorchFunctionMode):
             return self._sizes_of(func, args, kwargs)
         if name in operators.DTYPE_READS:
             self.asked_dtype(args[0] if args else kwargs["input"])
-        result = func(*_plain(args), **_plain(kwargs))
+        with self.noting_errors(name):
+            result = func(*_plain(args), **_plain(kwargs))
         if result is NotImplemented or name in operators.SILENT:
             return result
         if name in operators.HOOKS:

@@ -54,6 +54,20 @@ class Tape:
         finally:
             self.active = was
 
+    @contextmanager
+    def noting_errors(self, name: str) -> Iterator[None]:
+        """Block the running module where a call raises: if it catches that, another input may take the other path.
+
+        A `TypeError` comes of no values or sizes, and is how operators turn each other down.
+        """
+        try:
+            yield
+        except TypeError:
+            raise
+        except Exception as error:
+            self.block(f"it catches the {type(error).__name__} of '{name}'")
+            raise
+
     def block(self, reason: str, path: str | None = None) -> None:
         """Note that the running module did what can't be recorded; recording goes on to find the others."""
         source = user_source()

@@ -16,6 +16,7 @@ from fxopt.capture import capture
 from fxopt.capture.describe import describe
 from fxopt.capture.record import record
 from fxopt.errors import GuardError
+from tests.capture.agree import same
 
 
 @dataclass
@@ -147,6 +148,21 @@ class AnswersDifferently(nn.Module):
         return x + 1 if x.sum() > 0 else x - 1
 
 
+class Catches(nn.Module):
+    """Goes on where a layer or a function raises."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.function = function
+
+    def forward(self, x):
+        try:
+            return self.function(self.fc, x)
+        except RuntimeError:
+            return x.sum()
+
+
 X = torch.arange(1.0, 7.0).reshape(2, 3)
 
 SAME = [
@@ -190,6 +206,19 @@ WHOLE = [module for module, _ in SAME if not isinstance(module, (CallsOpaqueWith
 def test_all_of_it_is_in_the_graph(module):
     arguments = next(make for other, make in SAME if other is module)
     assert capture(module, arguments(4)).opaque == ()
+
+
+@pytest.mark.parametrize("function", [lambda fc, x: x.view(3, 2), lambda fc, x: fc(x)])
+def test_a_part_that_catches_an_error_of_torch_is_opaque(function):
+    module = Catches(function)
+    captured = capture(module, (torch.ones(2, 5),))
+    assert captured.opaque[0].reason.startswith("it catches the RuntimeError of '")
+    for x in (torch.ones(2, 5), X):
+        same(module(x), captured.module(x))
+
+
+def test_a_question_that_operators_turn_down_is_no_error_that_is_caught():
+    assert capture(Catches(lambda fc, x: x if x == "text" else fc(x)), (X,)).opaque == ()
 
 
 def test_the_exported_path_is_told():
