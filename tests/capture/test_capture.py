@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.capture import capture
@@ -464,3 +467,29 @@ def test_capturing_a_captured_module():
     module, case = build("holder", False)
     captured = capture(capture(module, case.example()).module, case.example())
     agree(module, captured.module, case)
+
+
+def test_capturing_in_several_threads_at_once():
+    before = nn.Module.__call__, len, "training" in vars(nn.Module)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            made = list(threads.map(lambda _: capture(ByLength().eval(), (torch.ones(2, 4),)), range(12)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert (nn.Module.__call__, len, "training" in vars(nn.Module)) == before
+    assert [(captured.opaque, captured.guards) for captured in made] == [((), ())] * 12
+
+
+class ByLength(nn.Module):
+    """Reads the mode, and the length of its input often."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for _ in range(20):
+            x = F.dropout(self.fc(x), training=self.training) / len(x)
+        return x
