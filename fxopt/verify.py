@@ -294,7 +294,8 @@ def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Dif
     for name, shape in left.trainable.items():
         if right.trainable.get(name) != shape:
             continue
-        expected, found = left.gradients.get(name), right.gradients.get(name)
+        both = left.gradients.get(name), right.gradients.get(name)
+        expected, found = (None if gradient is None else _dense(gradient) for gradient in both)
         if _is_rounding(expected, found, largest):
             continue
         if expected is None or found is None:
@@ -319,8 +320,12 @@ def _is_rounding(expected: torch.Tensor | None, found: torch.Tensor | None, larg
     return _largest(difference) <= _GRADIENT_ROUNDING * max(torch.finfo(g.dtype).eps for g in given) * largest
 
 
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
 def _largest(gradient: torch.Tensor) -> float:
-    dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    dense = _dense(gradient)
     return dense.abs().max().item() if dense.numel() else 0.0
 
 

@@ -286,6 +286,17 @@ def test_a_small_gradient_is_held_to_the_rounding_of_the_largest(small: float, i
     assert compare_outcomes([before], [after], Promise.CLOSE).is_broken is is_broken
 
 
+@pytest.mark.parametrize(("value", "is_broken"), [(1.0, False), (2.0, True)])
+def test_a_sparse_gradient_is_held_against_a_dense_one(value, is_broken):
+    def outcome(gradient: torch.Tensor) -> Outcome:
+        return Outcome((), None, {"table": gradient}, {"table": torch.Size((2, 2))})
+
+    dense, sparse = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, value]]).to_sparse()
+    for pair in ((dense, sparse), (sparse, dense)):
+        before, after = map(outcome, pair)
+        assert compare_outcomes([before], [after], Promise.CLOSE).is_broken is is_broken
+
+
 class Narrow(nn.Module):
     """Layers in fewer bits, by their parameters or by autocast, and what they give in float32."""
 
