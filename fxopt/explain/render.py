@@ -17,6 +17,7 @@ _HIDDEN = (
     ".size",
     "guard",
     "guard_rank",
+    "guard_dtype",
     "guard_input",
     "guard_items",
     "guard_parts",
