@@ -134,6 +134,9 @@ class Recorder(Decisions, TorchFunctionMode):
             if known.shape is Depends.CONSTANT:
                 return value
             return TracedSize(self.size(known, dim, size) for dim, size in enumerate(value))
+        if name == "nbytes" and (shape := self.known(tensor).shape) is not Depends.CONSTANT:
+            node = self.emit("call_function", getattr, (self.known(tensor).node, name))
+            return self.adopt(node, value, Origin(shape, shape, shape))
         if name == "dtype":
             self.asked_dtype(tensor)
         if name == "device" and tensor in self.values:

@@ -248,6 +248,7 @@ ON_THE_RIGHT = {
     "power": lambda x: x * 0.5 ** x.shape[0],
     "quotient and remainder": lambda x: x * divmod(7, x.shape[0])[0] + divmod(7.5, x.shape[0])[1],
     "number of elements": lambda x: x / x.shape.numel() + x.size()[1:].numel() + (x.shape[:1] * 2).numel(),
+    "number of bytes": lambda x: x / x.nbytes,
     "number of elements of a longer shape": lambda x: x / (x.shape + (4,)).numel() + ((4,) + x.shape).numel(),  # noqa: RUF005
 }
 
