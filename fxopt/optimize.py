@@ -81,8 +81,7 @@ def optimize(
         module: the original, in the mode to optimize for. It is unchanged afterwards.
         inputs: an example: a tensor, a tuple of positional or a dict of keyword arguments.
         passes: `[Fuse(), QAT(bits=8)]`, or a spec: `"fuse,qat{bits=8}"`.
-        devices: where to measure latency; a device that is not there is reported as not measured. None to
-            measure nothing.
+        devices: where to measure latency, nowhere for `()`; a device that is not there is reported as not measured.
         evaluate: gives named floats for a module, before and after.
         calibration_data: batches of inputs for passes that need them, or a function that gives them.
         target: what the report calls the model.

@@ -37,8 +37,8 @@ def left_floats(path: Path) -> tuple[Skip, ...]:
             reason = "onnxruntime has no integer kernel for it; its weights are integers in the file alone"
         elif all(quantised):
             reason = (
-                "its input and weight are integers, but its output is not, which `target=onnxruntime` of 'qat' and "
-                "'ptq' sees to, or there is no integer kernel for it"
+                "its input and weight are integers, but its output is not (`target=onnxruntime` of 'qat' and 'ptq' "
+                "quantises those that it can), or there is no integer kernel for it"
             )
         elif quantised[-1]:
             reason = "its input is not quantised"
