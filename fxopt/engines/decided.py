@@ -2,7 +2,7 @@
 
 if (torch.arange(x.size(1)).diff() == 1).all(): ...   =>   (nothing)     in a model built for one x.size(1)
 
-Exporters cannot keep them: they know sizes, but not what is in a tensor.
+Exporters cannot keep them: they know sizes, but not what is in a tensor. Those on sizes themselves they leave out.
 """
 
 from __future__ import annotations
@@ -36,28 +36,33 @@ def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tupl
     """`module`, or a copy without the guards that only sizes decide, where they hold in all `tries`.
 
     Returns:
-        The module, and whether a guard that it lacks depends on sizes in which `tries` differ: see `asking`.
+        The module, and whether a guard depends on sizes in which `tries` differ, which an exported model lacks: see
+        `asking`.
     """
-    if not _candidates(module):
+    if not _guards(module):
         return module, False
     module = copy.deepcopy(module)
-    candidates = _candidates(module)
+    guards, candidates = _guards(module), _candidates(module)
     seen: dict[fx.Node, list[Any]] = {}
 
     def visit(owner: GraphModule, node: fx.Node, value: Any) -> None:
-        seen.setdefault(node, []).append(value)
+        if isinstance(value, (int, float, torch.Size, torch.device, torch.dtype)):
+            seen.setdefault(node, []).append(value)
+
+    def differs(node: fx.Node) -> bool:
+        return any(value != seen[node][0] for value in seen.get(node, ()))
 
     try:
         for inputs in tries:
             given = inputs.map(lambda tensor: tensor.detach().clone())
             observe(module, given.args, given.kwargs, visit)
     except GuardError:  # one of the tries is none that the graph holds for
-        return module, False
-    depends = False
+        return module, True
+    depends = any(differs(value) for node in guards for value in node.all_input_nodes)
     for region in Program(module).regions:
         decided = [node for node in region.graph.nodes if node in candidates and seen.keys() >= {*candidates[node]}]
         for node in decided:
-            depends = depends or any(value != seen[size][0] for size in candidates[node] for value in seen[size])
+            depends = depends or any(map(differs, candidates[node]))
             region.graph.erase_node(node)
         if decided:
             eliminate_dead(region)
@@ -82,6 +87,11 @@ def asking(module: GraphModule, inputs: Inputs, run: Run) -> Run:
         return run(*args, **kwargs)
 
     return asked
+
+
+def _guards(module: GraphModule) -> list[fx.Node]:
+    nodes = (node for region in Program(module).regions for node in region.graph.nodes)
+    return [node for node in nodes if node.op == "call_function" and node.target in (guard, guard_tensor)]
 
 
 def _candidates(module: GraphModule) -> dict[fx.Node, list[fx.Node]]:

@@ -63,6 +63,9 @@ class Asking(nn.Module):
             "a number of sizes": lambda: positions.sum().item() == 10,
             "rows": lambda: (rows < 5).all(),
             "this many rows": lambda: (rows < 3).all(),
+            "the number of rows": lambda: x.shape[0] <= 5,
+            "no more rows": lambda: x.shape[0] <= 3,
+            "an odd number of rows": lambda: x.shape[0] % 2 == 1,
             "the input": lambda: (x > 0).all(),
         }[self.of]
         return x * 2 if asked() else x * 3
@@ -78,14 +81,25 @@ def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
-def test_what_the_number_of_rows_decides_is_asked_for_each(engine: str) -> None:
+@pytest.mark.parametrize(
+    ("of", "held", "broken"),
+    [
+        ("rows", (5, 4, 5), 7),
+        ("the number of rows", (5, 4, 5), 7),
+        ("no more rows", (2, 1, 3), 4),
+        ("an odd number of rows", (1, 5), 4),
+    ],
+)
+def test_what_the_number_of_rows_decides_is_asked_for_each(
+    of: str, held: tuple[int, ...], broken: int, engine: str
+) -> None:
     needs(engine)
-    executable = fxopt.lower(Asking("rows").eval(), torch.ones(3, 5), engine)
+    executable = fxopt.lower(Asking(of).eval(), torch.ones(3, 5), engine)
     assert [skip.reason for skip in executable.reasons] == [ASKED.reason]
-    for rows in (5, 4, 5):
+    for rows in held:
         torch.testing.assert_close(executable(torch.ones(rows, 5)), torch.full((rows, 5), 2.0))
     with pytest.raises(EngineError, match=r"the captured graph holds for .*; lower the module again"):
-        executable(torch.ones(7, 5))
+        executable(torch.ones(broken, 5))
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
