@@ -10,6 +10,7 @@ from torch import nn
 from fxopt import spec
 from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
+from fxopt.capture.state import random_state_kept, tensors_kept
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
 from fxopt.engines.gpu import rounding_of_torch
@@ -128,10 +129,22 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
         error = relative_error(want, got)
         allowed = max(rounding, *(engine.tolerance(dtype) for dtype in {want.dtype, *executable.dtypes}))
         if not error <= allowed:
-            known = SATURATES.reason if SATURATES in executable.reasons else "use another engine, and please report it"
             raise EngineError(
                 f"engine '{engine.name}': output {index} differs from that of the module by {error:.1e} (allowed "
-                f"{allowed:.0e}), so it is not used; {known}"
+                f"{allowed:.0e}), so it is not used; {_why_other(executable, inputs)}"
             )
         worst = max(worst, error)
     return worst
+
+
+def _why_other(executable: Executable, inputs: Inputs) -> str:
+    """What may make the outputs of an engine others than those of the module."""
+    if SATURATES in executable.reasons:
+        return SATURATES.reason
+    given = inputs.map(lambda tensor: tensor.detach().clone())
+    with torch.no_grad(), random_state_kept(), tensors_kept(executable.module):
+        before = torch.get_rng_state()
+        executable.module(*given.args, **given.kwargs)
+        if not torch.equal(torch.get_rng_state(), before):
+            return "it draws random numbers, and only engines that call torch for these draw the same"
+    return "use another engine, and please report it"

@@ -121,9 +121,12 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
     leaves = pytree.tree_leaves(output)
     objects = [leaf for leaf in leaves if is_object(leaf)]
     for value in (*inputs.tensors, *(leaf for leaf in leaves if not is_object(leaf)), *tensors_in(objects)):
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.dtype in _NO_NUMPY:
+        is_array = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dtype not in _NO_NUMPY
+        if not is_array or value.is_complex():
             what = f"{value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else repr(value)
-            raise EngineError(f"engine '{engine}' takes and gives dense tensors that NumPy knows, not {what}")
+            raise EngineError(
+                f"engine '{engine}' takes and gives dense tensors of real numbers that NumPy knows, not {what}"
+            )
     example = with_tensors(output, lambda tensor: tensor.new_empty(0)) if objects else None
     return Outputs(pytree.tree_structure(output), example)
 

@@ -285,6 +285,20 @@ class Cached(nn.Module):
         return keys * 2
 
 
+class Spectrum(nn.Module):
+    """Gives complex numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.rfft(x)
+
+
+class Noisy(nn.Module):
+    """Adds what it draws."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand(2, 6)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]] = {
     "depends on values": (
         lambda: DYNAMIC["router"].build(),
@@ -294,7 +308,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]
     "gives numbers": (
         lambda: DYNAMIC["early_exit"].build(),
         DYNAMIC["early_exit"].example(),
-        "cannot export one|tensors that NumPy knows",
+        "cannot export one|tensors of real numbers that NumPy knows",
     ),
     "writes an input": (
         Cached().eval,
@@ -307,6 +321,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]
         "would lose what the module writes into 'mean'",
     ),
     "bfloat16": (lambda: nn.Linear(3, 2).eval().bfloat16(), (torch.randn(2, 3).bfloat16(),), "not torch.bfloat16"),
+    "complex numbers": (
+        Spectrum().eval,
+        (torch.randn(2, 6),),
+        "tensors of real numbers that NumPy knows, not torch.complex64",
+    ),
+    "random numbers": (Noisy().eval, (torch.randn(2, 6),), "it draws random numbers, and only engines that call torch"),
 }
 
 

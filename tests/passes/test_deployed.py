@@ -25,7 +25,7 @@ _DECIBELS = 100.0
 _NO_GRAPH = {
     "router": "onnxruntime.* torch cannot export one: GuardOnDataDependent",
     "mixture": "onnxruntime.* torch cannot export one: GuardOnDataDependent",
-    "early_exit": "onnxruntime.* gives dense tensors that NumPy knows, not 13",
+    "early_exit": "onnxruntime.* gives dense tensors of real numbers that NumPy knows, not 13",
 }
 """Python decides while they run: no file could hold them."""
 
