@@ -34,8 +34,20 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def saved_with(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules that are trained and saved as a whole with an adapter, with their paths."""
+    roots = [child for child in module.modules() if "lora_adapters" in child.__dict__]
+    return [
+        (path, root.get_submodule(path))
+        for root in roots
+        for path in root.__dict__["lora_adapters"].get(name, {}).get("modules_to_save", ())
+    ]
+
+
 def set_adapter(module: nn.Module, name: str) -> None:
-    """Let one adapter count, and train, alone. The graph stays as it is.
+    """Let one adapter count, and train with what is saved with it, alone. The graph stays as it is.
+
+    Of what is saved with adapters there is one copy, with the weights that were loaded last.
 
     Raises:
         PassError: no layer has an adapter of that name, or the weights hold another one.
@@ -44,6 +56,9 @@ def set_adapter(module: nn.Module, name: str) -> None:
     for adapter in adapters(module):
         for other in adapter.names:
             adapter[other].requires_grad_(other == name)
+    for other in sorted(names(module), key=name.__eq__):  # the one meant last, where two share a module
+        for _, saved in saved_with(module, other):
+            saved.requires_grad_(other == name)
 
 
 def weighted(module: nn.Module, factors: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
-from passes.lora.active import adapters, names
+from passes.lora.active import adapters, names, saved_with
 from passes.lora.adapter import Adapter
 from passes.lora.entries import read_entries, to_entry, write_entries
 from passes.lora.load import Loading
@@ -50,7 +50,7 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
             # Of several uses of one weight the first, which is the weight as a whole where one is that.
             found.setdefault(adapter.slot, adapter)
     entries = [to_entry(module, adapter, name) for adapter in found.values()]
-    saved = _saved(module, name)
+    saved = saved_with(module, name)
     config = from_settings(module, entries, [path for path, _ in saved], _one(found, name))
     tensors = write_entries(entries)
     for path, part in saved:
@@ -136,15 +136,6 @@ def read(directory: str | Path) -> tuple[Settings, dict[str, torch.Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the adapter in '{folder}': {error}") from error
     return to_settings(config, str(folder / CONFIG)), tensors
-
-
-def _saved(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    roots = [child for child in module.modules() if "lora_adapters" in child.__dict__]
-    return [
-        (path, root.get_submodule(path))
-        for root in roots
-        for path in root.__dict__["lora_adapters"].get(name, {}).get("modules_to_save", ())
-    ]
 
 
 def _one(found: dict[str, Adapter], name: str) -> Any:

@@ -72,6 +72,17 @@ def test_switching_keeps_the_graph_and_chooses_what_trains() -> None:
     assert trains == {id(p) for name, p in module.named_parameters() if ".first." in name}
 
 
+def test_switching_lets_what_is_saved_with_an_adapter_train() -> None:
+    layers = [nn.Linear(10, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)]
+    module = capture(nn.Sequential(*layers).eval(), (torch.randn(4, 10),)).module
+    inject(module, LoRA(rank=2, targets=("0",), adapter="first", modules_to_save=("1", "2")))
+    inject(module, LoRA(rank=2, targets=("0",), adapter="second", modules_to_save=("2", "3")))
+    for name, saved in (("first", {"1", "2"}), ("second", {"2", "3"}), ("first", {"1", "2"})):
+        set_adapter(module, name)
+        trains = {path.rpartition(".")[0] for path, each in module.named_parameters() if each.requires_grad}
+        assert trains == {f"lora.0.{name}", *saved}
+
+
 def test_what_is_loaded_trains_and_nothing_else(tmp_path: Path) -> None:
     def trained(module: GraphModule) -> set[str]:
         trains = {id(parameter) for parameter in trainable_parameters(module)}
