@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from fxopt.capture.interception import replaced
+from fxopt.capture.interception import ONE_AT_A_TIME, replaced
 from fxopt.nested import tensors_in
 
 
 @contextmanager
 def exporting() -> Iterator[None]:
     """Answer yes to who asks torch whether it is exporting or compiling."""
-    with ExitStack() as stack:
+    with ONE_AT_A_TIME, ExitStack() as stack:
         for question in ("is_exporting", "is_compiling"):
             stack.enter_context(replaced(torch.compiler, question, lambda: True))
         yield

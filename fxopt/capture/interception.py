@@ -27,7 +27,7 @@ from fxopt.capture.traced import concrete
 from fxopt.capture.vmapped import Told, record_vmap
 from fxopt.graph.modes import switch_gradients
 
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 """Recordings in several threads would put back each other's replacements, and leave some for good."""
 
 ModuleCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -41,7 +41,7 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
     def is_recording() -> bool:
         return recorder.active and threading.get_ident() == thread
 
-    with _ONE_AT_A_TIME, ExitStack() as stack:
+    with ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(_module_calls(on_module, thread))
         stack.enter_context(_mode_flag(recorder, is_recording))
         stack.enter_context(_builtins(recorder, is_recording))
