@@ -427,8 +427,7 @@ class TestIntegers:
         module, x = self.frozen("generic")
         reasons = [skip.reason for skip in fxopt.lower(module, x, "onnxruntime").reasons]
         assert any(
-            "Conv runs in floats: its input and weight are integers, but its output is not (`target=onnxruntime`"
-            in r
+            "Conv runs in floats: its input and weight are integers, but its output is not (`target=onnxruntime`" in r
             for r in reasons
         )
 
