@@ -50,7 +50,9 @@ def cold_start(
     directory: Path | None = None,
     seconds: float = 300.0,
 ) -> ColdStart:
-    """Start a process in a directory that loads a target, as `fxopt.target.load` takes it, and calls it twice.
+    """Start a process that loads a target, as `fxopt.target.load` takes it, and calls it twice.
+
+    It starts in `directory`, or in the current one.
 
     Raises:
         EngineError: where that process fails, or does not answer within `seconds`.

@@ -122,7 +122,7 @@ IN_FLOATS: Sequence[Rung] = (
 def candidates(asked: str, module: GraphModule, place: torch.device) -> Sequence[Rung]:
     """What to build, in this order: all that may be fastest, or what was asked for behind `eager`.
 
-    Behind what runs a quantised module on integers comes what that is measured beside.
+    Behind engines that run a quantised module on integers come those in floats that they are measured beside.
 
     Args:
         asked: an engine with options, "auto" or "all".
