@@ -25,8 +25,8 @@ from torch import nn
 import fxopt
 from fxopt import Inputs, bench, record, spec
 from fxopt.pipeline import replay, run_passes
+from fxopt.relative_error import relative_error
 from fxopt.torchvision_operators import declare_missing
-from fxopt.verify import relative_error
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v3_large", "convnext_tiny", "vit_b_16")
 Run = Callable[..., Any]

@@ -42,8 +42,9 @@ from fxopt import Inputs, bench, spec
 from fxopt.bench.surroundings import quiet
 from fxopt.engines import climb
 from fxopt.pipeline import replay
+from fxopt.relative_error import relative_error
 from fxopt.torchvision_operators import declare_missing
-from fxopt.verify import Oracle, relative_error
+from fxopt.verify import Oracle
 
 CONVOLUTIONS = (
     "resnet18",

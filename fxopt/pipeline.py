@@ -16,10 +16,11 @@ from fxopt.errors import SpecError, VerifyError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger, LedgerEntry
+from fxopt.outcome import Difference, Outcome, compare_outcomes
 from fxopt.precision import Precision
 from fxopt.prove import Proven, Prover
 from fxopt.rewriting import propagate_shapes, run_pass
-from fxopt.verify import Difference, Oracle, Outcome, compare_outcomes
+from fxopt.verify import Oracle
 
 Progress = Callable[[str], None]
 

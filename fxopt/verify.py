@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,70 +25,9 @@ from fxopt.contract import Promise
 from fxopt.errors import GuardError, LoadError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.outcome import Outcome, difference_of
 
-TOLERANCE: Mapping[torch.dtype, float] = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-    torch.complex128: 1e-9,
-    torch.complex64: 1e-4,
-    torch.complex32: 1e-2,
-}
-"""Relative error that `Promise.CLOSE` allows, by the dtype of the output, or the narrowest that it is computed in."""
-
-_WIDE: frozenset[Any] = frozenset({torch.float64, torch.complex128})
-"""What a float64 run gives where the model itself gives fewer bits."""
 _AFFORDABLE_SECONDS = 2.0
-_GRADIENT_SLACK = 10.0
-_GRADIENT_ROUNDING = 32.0
-_PIECE = 1 << 18
-"""Elements of an output that are compared at a time: 2 MiB in float64."""
-_FILL = 1e8
-"""From here on, or from half the largest number of its dtype, a value may be what a mask is filled with..."""
-_FILL_GAP = 100.0
-"""... if all others are smaller by this factor."""
-_FILL_SPREAD = 16.0
-"""How far values of one such fill lie apart: it may have been added to scores, or twice."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one module gave for one input.
-
-    Attributes:
-        values: of the output, flat and in order.
-        structure: of the output.
-        gradients: by parameter, where the module trains and the output depends on it.
-        trainable: the parameters that ask for a gradient, with their shapes.
-        dtypes: what the module computes in, whatever its outputs are cast to.
-    """
-
-    values: tuple[Any, ...]
-    structure: Any
-    gradients: Mapping[str, torch.Tensor]
-    trainable: Mapping[str, torch.Size]
-    dtypes: frozenset[torch.dtype] = frozenset()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two outcomes differ.
-
-    Attributes:
-        error: the largest relative error; infinite where shapes, dtypes or structures differ.
-        allowed: the error that is allowed at the tensor that has it.
-        what: in words, where the difference is not one of values.
-    """
-
-    error: float
-    allowed: float
-    what: str = ""
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether it is more than allowed."""
-        return not self.error <= self.allowed
 
 
 @dataclass(frozen=True)
@@ -142,7 +81,7 @@ class Oracle:
         """
         pairs = list(zip(self.trials, outcomes, strict=True))[: 1 if promise is Promise.CHANGES else None]
         return max(
-            (_difference(t.reference, found, Promise.CLOSE, widened=True).error for t, found in pairs if found),
+            (difference_of(t.reference, found, Promise.CLOSE, widened=True).error for t, found in pairs if found),
             default=0.0,
         )
 
@@ -194,22 +133,6 @@ class Oracle:
                 state.restore()
         trainable = {name: each.shape for name, each in module.named_parameters() if each.requires_grad}
         return Outcome(found, structure, gradients, trainable, _computed_in(module))
-
-
-def compare_outcomes(before: Sequence[Outcome | None], after: Sequence[Outcome | None], promise: Promise) -> Difference:
-    """The worst difference between two modules over all inputs that both took."""
-    worst = Difference(0.0, 0.0)
-    for left, right in zip(before, after, strict=True):
-        if left is None or right is None:
-            if left is not None:
-                return Difference(float("inf"), 0.0, "it refuses an input that it took before")
-            continue
-        found = _difference(left, right, promise)
-        if found.is_broken or found.error > worst.error:
-            worst = found
-        if found.is_broken:
-            break
-    return worst
 
 
 def _candidates(inputs: Inputs, seed: int, fresh: int) -> Iterator[Inputs]:
@@ -265,151 +188,12 @@ def _gradients(module: nn.Module, values: Sequence[Any]) -> dict[str, torch.Tens
     }
 
 
-def _difference(left: Outcome, right: Outcome, promise: Promise, *, widened: bool = False) -> Difference:
-    """The worst difference; `widened` says that `left` was computed in float64 in place of its own dtype."""
-    if left.structure != right.structure:
-        return Difference(float("inf"), 0.0, f"the output is {right.structure} in place of {left.structure}")
-    worst, dtypes = Difference(0.0, 0.0), left.dtypes | right.dtypes
-    for index, (expected, found) in enumerate(zip(left.values, right.values, strict=True)):
-        what = f"output {index}" if index else "the output"
-        difference = _value_difference(expected, found, promise, dtypes, what, widened=widened)
-        if difference.is_broken or difference.error > worst.error:
-            worst = difference
-        if difference.is_broken:
-            return worst
-    return worst if promise is Promise.CHANGES else _gradient_difference(left, right, widened=widened) or worst
-
-
 def _is_rounded(wide: Outcome, narrow: Outcome) -> bool:
     """Whether a float64 run gives the same but for rounding.
 
     It may be NaN by itself: a mask of float64's smallest number is minus infinity to a softmax in float32.
     """
-    return math.isfinite(_difference(wide, narrow, Promise.CLOSE, widened=True).error)
-
-
-def _gradient_difference(left: Outcome, right: Outcome, *, widened: bool) -> Difference | None:
-    """The first gradient that is not the same; a rewrite may replace parameters, and these can't be compared."""
-    largest, dtypes = max(map(_largest, left.gradients.values()), default=0.0), left.dtypes | right.dtypes
-    for name, shape in left.trainable.items():
-        if right.trainable.get(name) != shape:
-            continue
-        both = left.gradients.get(name), right.gradients.get(name)
-        expected, found = (None if gradient is None else _dense(gradient) for gradient in both)
-        if _is_rounding(expected, found, largest):
-            continue
-        if expected is None or found is None:
-            how = "is missing" if found is None else "is new"
-            return Difference(float("inf"), 0.0, f"the gradient of '{name}' {how}")
-        what = f"the gradient of '{name}'"
-        difference = _value_difference(expected, found, Promise.CLOSE, dtypes, what, widened=widened)
-        if difference.error > _GRADIENT_SLACK * difference.allowed:
-            return Difference(difference.error, _GRADIENT_SLACK * difference.allowed, difference.what)
-    return None
-
-
-def _is_rounding(expected: torch.Tensor | None, found: torch.Tensor | None, largest: float) -> bool:
-    """Whether two gradients are equal but for rounding beside the largest one, as each gradient is summed from those.
-
-    That of a bias before a batch norm is 0 but for that, and of a weight by channel almost so; a missing one is 0.
-    """
-    given = [gradient for gradient in (expected, found) if gradient is not None]
-    if not given or not math.isfinite(largest):
-        return not given
-    difference = given[0] if len(given) == 1 else given[0] - given[1]
-    return _largest(difference) <= _GRADIENT_ROUNDING * max(torch.finfo(g.dtype).eps for g in given) * largest
-
-
-def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
-
-
-def _largest(gradient: torch.Tensor) -> float:
-    dense = _dense(gradient)
-    return dense.abs().max().item() if dense.numel() else 0.0
-
-
-def _value_difference(
-    expected: Any, found: Any, promise: Promise, dtypes: Set[torch.dtype], what: str, *, widened: bool
-) -> Difference:
-    if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
-        same = type(expected) is type(found) and (expected is found or bool(expected == found))
-        if widened and expected in _WIDE and isinstance(found, torch.dtype):
-            same = True
-        if isinstance(expected, float) and isinstance(found, float):
-            error = abs(expected - found) / (abs(expected) or 1.0)
-            return Difference(error, _allowed(promise, {torch.float32, *dtypes}), what)
-        return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")
-    if expected.shape != found.shape:
-        return Difference(float("inf"), 0.0, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-    floating = expected.is_floating_point() or expected.is_complex()
-    if floating != (found.is_floating_point() or found.is_complex()):
-        return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    if expected.dtype != found.dtype and not (widened and expected.dtype in _WIDE):
-        return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    allowed = _allowed(promise, {found.dtype, *dtypes}) if floating else 0.0
-    return Difference(relative_error(expected, found), allowed, what)
-
-
-def _allowed(promise: Promise, dtypes: Set[torch.dtype]) -> float:
-    return 0.0 if promise is Promise.EXACT else max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
-
-
-def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """`max |found - expected| / max |expected|`; infinite where NaN or infinity differ, 0 for equal or empty.
-
-    Where the largest values are what a mask was filled with, they and the others are each held to their own scale,
-    and the larger error counts.
-    """
-    if expected.layout is not torch.strided:
-        expected, found = expected.to_dense(), found.to_dense()
-    if expected.is_quantized:
-        expected, found = expected.dequantize(), found.dequantize()
-    if torch.equal(expected, found) or expected.numel() == 0:
-        return 0.0
-    if expected.shape != found.shape:
-        return float("inf")
-    scale = worst = 0.0
-    for pair in _pieces(expected, found):
-        if pair is None:
-            return float("inf")
-        ours, theirs = pair
-        scale = max(scale, ours.abs().max().item())
-        worst = max(worst, (theirs - ours).abs().max().item())
-    largest = torch.finfo(found.dtype).max if found.is_floating_point() else math.inf
-    if scale < min(_FILL, largest / 2):
-        return worst / scale if scale else (0.0 if worst == 0 else float("inf"))
-    rest_scale = rest_worst = fill_worst = 0.0
-    for pair in _pieces(expected, found):
-        assert pair is not None
-        ours, theirs = pair
-        error, rest = (theirs - ours).abs(), ours.abs() < scale / _FILL_SPREAD
-        rest_scale = max(rest_scale, ours.masked_fill(~rest, 0).abs().max().item())
-        rest_worst = max(rest_worst, error.masked_fill(~rest, 0).max().item())
-        fill_worst = max(fill_worst, error.masked_fill(rest, 0).max().item())
-    if not 0 < rest_scale < scale / _FILL_GAP:
-        return worst / scale
-    return max(fill_worst / scale, rest_worst / rest_scale)
-
-
-def _pieces(expected: torch.Tensor, found: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
-    """Both in wide numbers, with 0 for what is not finite; None where they differ in that.
-
-    In pieces, since the outputs of a language model, as wide as this, take gigabytes.
-    """
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    bounds = torch.finfo(found.dtype) if found.is_floating_point() else None
-    for ours, theirs in zip(expected.reshape(-1).split(_PIECE), found.reshape(-1).split(_PIECE), strict=True):
-        ours, theirs = ours.to(wide), theirs.to(wide)
-        odd = ~torch.isfinite(ours)
-        if not torch.equal(odd, ~torch.isfinite(theirs)) or not torch.equal(
-            ours[odd].nan_to_num(), theirs[odd].nan_to_num()
-        ):
-            yield None
-            return
-        ours, theirs = ours.masked_fill(odd, 0), theirs.masked_fill(odd, 0)
-        # A mask that is filled with the smallest number of its dtype has a smaller one in a float64 run.
-        yield (ours.clamp(bounds.min, bounds.max) if bounds is not None else ours), theirs
+    return math.isfinite(difference_of(wide, narrow, Promise.CLOSE, widened=True).error)
 
 
 def _has_nan(value: Any) -> bool:

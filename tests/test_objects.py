@@ -19,8 +19,9 @@ from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.nested import flatten, tensors_in, with_tensors
+from fxopt.outcome import compare_outcomes
 from fxopt.torchvision_operators import declare_missing
-from fxopt.verify import Oracle, compare_outcomes
+from fxopt.verify import Oracle
 
 
 class Cache:

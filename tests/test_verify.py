@@ -14,7 +14,9 @@ from fxopt.capture import capture
 from fxopt.contract import Promise
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
-from fxopt.verify import TOLERANCE, Oracle, Outcome, compare_outcomes, relative_error
+from fxopt.outcome import Outcome, compare_outcomes
+from fxopt.relative_error import TOLERANCE, relative_error
+from fxopt.verify import Oracle
 
 NAN, INF = float("nan"), float("inf")
 

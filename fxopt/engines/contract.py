@@ -84,7 +84,7 @@ class Engine(ABC):
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative error that the engine may add to outputs of a dtype."""
-        from fxopt.verify import TOLERANCE
+        from fxopt.relative_error import TOLERANCE
 
         return TOLERANCE.get(dtype, 0.0)
 

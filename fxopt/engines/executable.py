@@ -25,7 +25,7 @@ from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import is_quantized, without_rounding
 from fxopt.nested import tensors_in
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 
 _ROUNDING = 0.1
 """20 dB: steps of a few values, seen at the outputs, whatever the model's own rounding costs."""

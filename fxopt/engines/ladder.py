@@ -29,7 +29,8 @@ from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import is_quantized
-from fxopt.verify import TOLERANCE, Oracle, Trial, relative_error
+from fxopt.relative_error import TOLERANCE, relative_error
+from fxopt.verify import Oracle, Trial
 
 _LOWEST_BFLOAT16_ERROR = 1e-3
 """bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""

@@ -21,8 +21,8 @@ from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.relative_error import relative_error
 from fxopt.rewriting import run_pass
-from fxopt.verify import relative_error
 
 
 def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any) -> Executable:

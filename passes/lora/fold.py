@@ -15,7 +15,7 @@ from fxopt.inputs import Inputs
 from fxopt.modules import Fused, Mask
 from fxopt.modules.mask import SUFFIX
 from fxopt.nested import tensors_in
-from fxopt.verify import TOLERANCE, relative_error
+from fxopt.relative_error import TOLERANCE, relative_error
 from passes.lora.active import adapters
 from passes.lora.adapter import Adapter, LayerAdapter
 from passes.lora.forms import Conv

@@ -20,7 +20,7 @@ from fxopt.engines import ENGINES, Built, Engine, Sizes
 from fxopt.engines.lower import build
 from fxopt.engines.onednn import OneDNN
 from fxopt.errors import ArtifactError, EngineError, SpecError
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 from tests.models import DYNAMIC, STATIC, Case, StagedCNN
 
 CASES = {**STATIC, **DYNAMIC}

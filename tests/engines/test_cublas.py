@@ -16,7 +16,7 @@ from fxopt.engines.shortest import shortest
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.pipeline import replay
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 
 NARROW = "it runs in floats: products take features that are multiples of 8, here they are 32 to 10"
 

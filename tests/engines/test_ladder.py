@@ -25,7 +25,8 @@ from fxopt.engines.ladder import Ladder, climb
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
-from fxopt.verify import TOLERANCE, Oracle
+from fxopt.relative_error import TOLERANCE
+from fxopt.verify import Oracle
 from passes import QAT
 from tests.engines.test_contract import Running, agree
 from tests.engines.test_others import needs

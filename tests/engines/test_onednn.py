@@ -19,7 +19,7 @@ from fxopt.engines.onednn import OneDNN, kernels, tune
 from fxopt.engines.onednn.kernels import KERNELS, Kernel
 from fxopt.errors import EngineError
 from fxopt.pipeline import replay
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 
 pytestmark = pytest.mark.skipif(OneDNN().unavailable() is not None, reason="this torch has no oneDNN")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 from tests.engines.test_others import needs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.engines.onnx_functions import ExportedOtherwise
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 from tests.engines.test_others import EXPORTING, needs
 
 

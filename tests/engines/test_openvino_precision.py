@@ -21,7 +21,7 @@ from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.session import Session
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 from tests.engines.test_others import needs
 
 

@@ -21,8 +21,8 @@ from fxopt.engines import ENGINES
 from fxopt.engines.decided import ASKED
 from fxopt.errors import EngineError
 from fxopt.modules import without_rounding
+from fxopt.relative_error import relative_error
 from fxopt.report import render
-from fxopt.verify import relative_error
 from passes import PTQ, Fuse, QuantizeFreeze
 from tests.engines.test_contract import REFUSED_CALLS, Running, agree
 from tests.models import DYNAMIC, STATIC

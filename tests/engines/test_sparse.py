@@ -21,8 +21,8 @@ from fxopt.engines.sparse.layout import to_features_first, to_features_last
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.pipeline import run_passes
+from fxopt.relative_error import relative_error
 from fxopt.spec import parse
-from fxopt.verify import relative_error
 
 if not torch.backends.mkl.is_available():
     pytest.skip("this torch has no MKL", allow_module_level=True)

@@ -14,7 +14,7 @@ import fxopt
 from fxopt.capture import capture
 from fxopt.errors import SpecError, VerifyError
 from fxopt.graph import observe
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 from passes import Cast
 from tests.models import STATIC
 from tests.passes.programs import rewrite

@@ -17,7 +17,7 @@ from fxopt.engines.openvino.rounding import add_means, round_weights
 from fxopt.engines.openvino.session import plain
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 
 _SHARES = (0.0, 0.02, 0.1, 0.2, 0.4, 0.6, 0.75)
 """Of the layers, kept in float32 one after the other: with more of them little of the speed is left."""

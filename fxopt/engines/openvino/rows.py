@@ -11,7 +11,7 @@ from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.session import Pieces, Session, plain
 from fxopt.engines.shortest import shortest
 from fxopt.inputs import Inputs
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 
 Tensors = Sequence[torch.Tensor]
 

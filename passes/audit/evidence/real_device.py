@@ -8,7 +8,7 @@ import torch
 
 from fxopt.engines.gpu import products_in_float32
 from fxopt.findings import Place, Subject
-from fxopt.verify import relative_error
+from fxopt.relative_error import relative_error
 from passes.audit.evidence.driver import call, copied, floating, kept
 from passes.audit.evidence.places import raised
 
