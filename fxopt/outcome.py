@@ -136,7 +136,7 @@ def _value_difference(
 ) -> Difference:
     if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
         same = type(expected) is type(found) and (expected is found or bool(expected == found))
-        if widened and expected in _WIDE and isinstance(found, torch.dtype):
+        if widened and isinstance(expected, torch.dtype) and expected in _WIDE and isinstance(found, torch.dtype):
             same = True
         if isinstance(expected, float) and isinstance(found, float):
             error = abs(expected - found) / (abs(expected) or 1.0)

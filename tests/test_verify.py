@@ -14,7 +14,7 @@ from fxopt.capture import capture
 from fxopt.contract import Promise
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
-from fxopt.outcome import Outcome, compare_outcomes
+from fxopt.outcome import Outcome, compare_outcomes, difference_of
 from fxopt.relative_error import TOLERANCE, relative_error
 from fxopt.verify import Oracle
 
@@ -286,6 +286,12 @@ def test_a_small_gradient_is_held_to_the_rounding_of_the_largest(small: float, i
         for value in (1e-5, small)
     )
     assert compare_outcomes([before], [after], Promise.CLOSE).is_broken is is_broken
+
+
+@pytest.mark.parametrize(("value", "error"), [(b"a", 0.0), (b"b", math.inf)])
+def test_values_without_a_hash_are_compared_with_those_of_a_float64_run(value, error):
+    wide, narrow = (Outcome((bytearray(each),), None, {}, {}) for each in (b"a", value))
+    assert difference_of(wide, narrow, Promise.CLOSE, widened=True).error == error
 
 
 @pytest.mark.parametrize(("value", "is_broken"), [(1.0, False), (2.0, True)])
