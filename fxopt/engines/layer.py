@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
-from fxopt.graph import Affine, Effects, Region, read_affine, source_of
+from fxopt.graph import Affine, Effects, Region, read_affine, read_parameter, read_product, source_of
 from fxopt.modules import Activation, Fused, fused_call
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
@@ -94,7 +94,7 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
 
     What is in `taken` belongs to another layer and is not computed with this one.
     """
-    affine = read_affine(node, region)
+    affine = read_affine(node, region) or _read_sum(node, region)
     if affine is None or isinstance(affine, Skip):
         return affine
     meta = affine.input.meta.get("tensor_meta")
@@ -120,6 +120,17 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
     if layer.activation or layer.other or user is None or user in taken:
         return layer
     return _with_addition(layer, user, region) or _with_hardsigmoid(layer, user, region) or layer
+
+
+def _read_sum(node: fx.Node, region: Region) -> Affine | Skip | None:
+    """x W + b of matrices, as GPT-2's layers call it, as the linear layer of W^T."""
+    product = read_product(node, region)
+    if product is None or product.kind != "matmul":
+        return None
+    weight, bias = product.weight.detach().t(), read_parameter(product.bias_node, region)
+    if len(node.args) == 3 and (bias is None or bias.shape != weight.shape[:1]):
+        return Skip(region.qualified(node), "what it adds is not a parameter with a number an output", source_of(node))
+    return Affine(node, "linear", product.input, weight, bias, None, {}, product.weight_node, product.bias_node)
 
 
 def _why_not(affine: Affine, meta: Any, supported: Supported) -> str | None:

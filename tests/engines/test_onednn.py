@@ -23,10 +23,25 @@ from fxopt.relative_error import relative_error
 
 pytestmark = pytest.mark.skipif(OneDNN().unavailable() is not None, reason="this torch has no oneDNN")
 
+
+class Columns(nn.Module):
+    """A product with a weight whose columns are the outputs, as GPT-2's layers hold it."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 8))
+        self.bias = nn.Parameter(torch.randn(8)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (3, 12)),
     "linear without bias": (lambda: nn.Linear(12, 8, bias=False), (3, 12)),
     "linear on sequences": (lambda: nn.Linear(12, 8), (2, 5, 12)),
+    "addmm": (lambda: Columns(bias=True), (3, 12)),
+    "matmul on sequences": (lambda: Columns(bias=False), (2, 5, 12)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
     "conv1d, strided and grouped": (lambda: nn.Conv1d(4, 6, 3, 2, 2, 2, groups=2), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 9, 8)),
@@ -119,7 +134,7 @@ def test_every_kernel_of_every_layer(name: str, kernel: str, monkeypatch: pytest
     factory, shape = LAYERS[name]
     model, x = factory().eval(), torch.randn(*shape)
     executable = lowered(model, x)
-    assert not executable.reasons
+    assert not executable.reasons and len(executable.choices["kernels"]) == 1
     check(executable, model, x)
     check(executable, model, torch.randn(5, *shape[1:]))
     check(executable, model, torch.randn(0, *shape[1:]))
@@ -138,7 +153,9 @@ def test_every_activation(activation: str, layer: str, kernel: str, monkeypatch:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("form", [Tailed, AddsFresh])
-@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d", "conv2d, grouped", "conv2d, 1x1", "transposed 2d"])
+@pytest.mark.parametrize(
+    "layer", ["linear", "addmm", "conv1d", "conv2d", "conv2d, grouped", "conv2d, 1x1", "transposed 2d"]
+)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
 def test_every_addition(
     activation: str, layer: str, form: type[nn.Module], kernel: str, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +222,15 @@ def test_building_makes_no_second_copy_of_plain_weights(kernel: str, monkeypatch
     weights = {name: weight for name, weight in executable.module.named_parameters() if weight.dim() > 1}
     assert len(weights) == 4
     assert all(torch._C._is_cow_tensor(weight) for weight in weights.values())
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 1), (1,)], ids=str)
+def test_a_sum_that_is_no_bias_stays_as_it_is(shape: tuple[int, ...]) -> None:
+    model, x = Columns(bias=True).eval(), torch.randn(3, 12)
+    model.bias = nn.Parameter(torch.randn(shape))
+    executable = lowered(model, x)
+    assert [skip.reason for skip in executable.reasons] == ["what it adds is not a parameter with a number an output"]
+    check(executable, model, x)
 
 
 class Meeting(nn.Module):

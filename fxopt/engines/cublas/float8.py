@@ -48,7 +48,7 @@ def float8_linear(layer: Layer) -> Kernel:
     2022, "FP8 formats for deep learning"). It adds the products up in float32 and gives them in bfloat16, whatever the
     dtype of the layer.
     """
-    weight, by_output = _rounded(layer.weight)
+    weight, by_output = _rounded(layer.weight.contiguous())
     width = weight.shape[1]
 
     def run(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
