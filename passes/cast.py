@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from torch import nn
 from fxopt import bench
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import SpecError
-from fxopt.graph import Affine, Effects, Region, inherit, read_affine, source_of
+from fxopt.graph import Affine, Effects, Region, inherit, read_affine, read_product, source_of
 from fxopt.modules import Mask, rebuild
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,9 +77,13 @@ class Cast(Pass):
             if region.is_spared(node):
                 continue
             affine = read_affine(node, region)
+            product = read_product(node, region) if affine is None else None
             outcome: Change | Skip | None = None
             if isinstance(affine, Affine):
-                outcome = casting.layer(affine)
+                read = [affine.weight_node, affine.bias_node]
+                outcome = casting.layer(affine) if affine.module else casting.function(node, affine.input, read)
+            elif product is not None and product.kind == "matmul":
+                outcome = casting.function(node, product.input, [product.weight_node, product.bias_node])
             elif node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
                 outcome = casting.product(node)
             elif affine is None:
@@ -107,27 +111,37 @@ class _Casting:
     def layer(self, affine: Affine) -> Change | Skip | None:
         """Let a layer compute in fewer bits."""
         region, node, module = self._region, affine.node, affine.module
+        assert module is not None
         if affine.weight.dtype is not torch.float32:
             return None
-        where, line = region.qualified(node), source_of(node)
-        reason = None
-        if region.training:
-            reason = "in training mode parameters stay in float32: torch.autocast is for that"
-        elif module is None:
-            reason = "its parameters are handed to a function"
-        elif not region.program.is_exclusive(node, module):
-            reason = "it is called, or its parameters are read, at more than one place"
-        elif not _is_float32(affine.input):
-            reason = "its input is not float32"
-        elif any(not isinstance(child, Mask) for child in module.children()):
+        reason = self._why_not(affine.input)
+        if reason is None and not self._is_alone(node, module):
+            reason = "it is called at more than one place, or its parameters are read out of it"
+        elif reason is None and any(not isinstance(child, Mask) for child in module.children()):
             reason = "it holds a batch norm or a fake quantiser"
-        if module is None or reason is not None:
-            return Skip(where, reason or "", line)
+        if reason is not None:
+            return Skip(region.qualified(node), reason, source_of(node))
         parameters = {name: value.detach().to(self._dtype) for name, value in module.named_parameters(recurse=False)}
         region.swap(node, rebuild(module, type(module), **parameters))
-        self._replace_inputs(node)
-        self._cast_back(node)
-        return Change(f"computed in {_name(self._dtype)}", where, line)
+        return self._low_now(node)
+
+    def function(self, node: fx.Node, source: fx.Node, read: Iterable[fx.Node | None]) -> Change | Skip | None:
+        """Let a function of `source` and of parameters that it reads compute in fewer bits."""
+        region = self._region
+        parameters = {each: region.attribute(each) for each in read if each is not None}
+        if any(value.dtype is not torch.float32 for value in parameters.values()):
+            return None
+        reason = self._why_not(source)
+        if reason is None and not all(
+            [*each.users] == [node] and region.program.readers(value) == [each] for each, value in parameters.items()
+        ):
+            reason = "its parameters are read at more than one place"
+        if reason is not None:
+            return Skip(region.qualified(node), reason, source_of(node))
+        for each, value in parameters.items():
+            region.swap_parameter(each, value.detach().to(self._dtype))
+            each.meta["tensor_meta"] = each.meta["tensor_meta"]._replace(dtype=self._dtype)
+        return self._low_now(node)
 
     def product(self, node: fx.Node) -> Change | None:
         """Let a product of values, none of them a parameter, compute in fewer bits."""
@@ -136,9 +150,7 @@ class _Casting:
             return None
         if all(operand.op == "get_attr" for operand in node.all_input_nodes):
             return None
-        self._replace_inputs(node)
-        self._cast_back(node)
-        return Change(f"computed in {_name(self._dtype)}", region.qualified(node), source_of(node))
+        return self._low_now(node)
 
     def follow(self, node: fx.Node) -> None:
         """Let an operator that loses nothing take values as they are, where all of them have few bits already."""
@@ -154,6 +166,24 @@ class _Casting:
             for operand in tensors:
                 node.replace_input_with(operand, self._low[operand])
             self._cast_back(node)
+
+    def _is_alone(self, node: fx.Node, module: nn.Module) -> bool:
+        """Whether nothing but `node` sees `module`. What shares its parameters, as a tied table, keeps them."""
+        program = self._region.program
+        if program.sites(module) != [node] or program.inside_opaque(module):
+            return False
+        readers = {reader for value in module.parameters() for reader in program.readers(value)} - {node}
+        return not any(_sees(reader, module, program.region_of(reader)) for reader in readers)
+
+    def _why_not(self, source: fx.Node) -> str | None:
+        if self._region.training:
+            return "in training mode parameters stay in float32: torch.autocast is for that"
+        return None if _is_float32(source) else "its input is not float32"
+
+    def _low_now(self, node: fx.Node) -> Change:
+        self._replace_inputs(node)
+        self._cast_back(node)
+        return Change(f"computed in {_name(self._dtype)}", self._region.qualified(node), source_of(node))
 
     def _replace_inputs(self, node: fx.Node) -> None:
         for operand in node.all_input_nodes:
@@ -177,6 +207,13 @@ class _Casting:
             wide = self._region.graph.call_method("to", (node, torch.float32))
         node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
         self._low[inherit(wide, node)] = node
+
+
+def _sees(reader: fx.Node, module: nn.Module, region: Region) -> bool:
+    """Whether what a node reads is read out of `module`."""
+    if reader.op == "get_attr":
+        return region.module.get_submodule(str(reader.target).rpartition(".")[0]) is module
+    return any(each is module for each in region.submodule(reader).modules())
 
 
 def _is_float32(node: fx.Node) -> bool:

@@ -33,6 +33,18 @@ def dtypes(module: Any, *inputs: torch.Tensor) -> dict[str, torch.dtype]:
     return found
 
 
+class ByHand(nn.Module):
+    """A function of the input, a weight and a bias."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.weight, self.bias)
+
+
 LOW = torch.bfloat16
 WIDE = torch.float32
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[torch.dtype]]] = {
@@ -57,6 +69,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[torch.dty
         (2, 3, 6, 6),
         [LOW, WIDE],
     ),
+    "a function of parameters": (lambda: ByHand(lambda x, w, b: F.linear(x, w, b).softmax(-1)), (3, 8), [LOW, WIDE]),
+    "a product with a parameter": (lambda: ByHand(lambda x, w, b: x @ w + b), (3, 8), [LOW, WIDE]),
+    "a sum of a product": (lambda: ByHand(lambda x, w, b: torch.addmm(b, x, w)), (3, 8), [LOW]),
     "in place stays": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)),
         (3, 8),
@@ -114,6 +129,28 @@ def test_products_are_computed_in_fewer_bits() -> None:
     assert relative_error(Attends()(*inputs), outcome.module(*inputs)) < 3e-2
 
 
+class Tied(nn.Module):
+    """A table that is the weight of the last layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(10, 8), nn.Linear(8, 10)
+        self.last.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(self.table(ids))
+
+
+def test_a_tied_table_keeps_its_bits() -> None:
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.arange(10)
+    outcome = rewrite(Cast(), capture(model, (ids,)).module)
+    assert dtypes(outcome.module, ids) == {"table": WIDE, "last": LOW}
+    assert torch.equal(outcome.module.table(ids), model.table(ids))  # type: ignore[operator]
+    with torch.no_grad():
+        assert 0 < relative_error(model(ids), outcome.module(ids)) < 2e-2
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,18 +160,19 @@ class Twice(nn.Module):
         return self.fc(self.fc(x))
 
 
-class ByHand(nn.Module):
+class ReadsWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.fc = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return self.fc(x) + self.fc.weight.sum()
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "twice": (lambda: Twice().eval(), "at more than one place"),
-    "a function": (lambda: ByHand().eval(), "handed to a function"),
+    "a parameter twice": (lambda: ByHand(lambda x, w, b: F.linear(x @ w, w)).eval(), "read at more than one place"),
+    "its weight is read": (lambda: ReadsWeight().eval(), "its parameters are read out of it"),
     "training": (lambda: nn.Sequential(nn.Linear(8, 8)).train(), "torch.autocast is for that"),
 }
 
