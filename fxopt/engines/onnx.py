@@ -189,8 +189,16 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
     transpose_weights(program.model)
     part_sums(program.model)
     part_zero_points(program.model)
+    _drop_unread(program.model)
     _drop_metadata(program.model)
     return program
+
+
+def _drop_unread(model: Any) -> None:
+    """Take out what nothing reads any more, as weights that others were put in the place of: files would hold both."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
 
 
 def _drop_metadata(model: Any) -> None:

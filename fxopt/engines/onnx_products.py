@@ -6,32 +6,44 @@ from typing import Any
 
 from fxopt.engines.onnx_weights import constant_like, holds_integers
 
+_DEQUANTISE = "DequantizeLinear"
+_CLAMPS = ("Relu", "Clip")
+
 
 def part_sums(model: Any) -> None:
-    """Write Gemm of integers as MatMul and Add.
+    """Write Gemm of integers as MatMul and Add where floats come of it.
 
-    What onnxruntime has for Gemm takes a sum of integers alone, so that one with a float bias runs in floats.
+    What onnxruntime has for Gemm gives integers: one whose output nobody quantises runs in floats.
 
     Args:
         model: of `onnx_ir`; changed in place.
     """
     import onnx_ir as ir
 
-    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     for node in list(model.graph):
-        if node.op_type != "Gemm" or len(node.inputs) < 3:
+        if node.op_type != "Gemm" or len(node.inputs) < 3 or _is_quantised(node.outputs[0]):
             continue
-        *factors, bias = node.inputs
-        quantised = all(value.producer() and value.producer().op_type == "DequantizeLinear" for value in factors)
-        if not quantised or any(each.value != plain[name] for name, each in node.attributes.items()):
+        given, factor, bias = node.inputs
+        weight: Any = factor.producer()
+        quantised = all(each is not None and each.op_type == _DEQUANTISE for each in (given.producer(), weight))
+        attributes = {name: each.value for name, each in node.attributes.items()}
+        if not quantised or any(attributes.get(name, value) != value for name, value in plain.items()):
             continue
-        product = ir.node("MatMul", factors)
+        made = []
+        if attributes.get("transB", 0):
+            if not holds_integers(model, weight):
+                continue
+            weight = ir.node(_DEQUANTISE, weight.inputs, dict(weight.attributes))
+            _transpose(model, weight, [1, 0])
+            weight.outputs[0].type = factor.type
+            made.append(weight)
+        product = ir.node("MatMul", [given, weight.outputs[0]])
         total = ir.node("Add", [product.outputs[0], bias])
-        for made in (product, total):
-            made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [product, total], node.outputs, total.outputs
-        )
+        for each in (product, total):
+            each.outputs[0].type, each.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        made += [product, total]
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, node.outputs, total.outputs)
 
 
 def transpose_weights(model: Any) -> None:
@@ -47,17 +59,27 @@ def transpose_weights(model: Any) -> None:
         weight: Any = node.inputs[0].producer() if node.op_type == "Transpose" else None
         if not holds_integers(model, weight) or len(weight.inputs[0].uses()) > 1 or len(weight.outputs[0].uses()) > 1:
             continue
-        stored, places = weight.inputs[0], weight.inputs[0].const_value.numpy()
-        order = list(node.attributes.get_ints("perm", list(range(places.ndim))[::-1]))
-        weight.replace_input_with(0, constant_like(model, stored, places.transpose(order).copy()))
-        weight.outputs[0].shape = node.outputs[0].shape
-        if "axis" in weight.attributes:
-            weight.attributes.add(_axis(order.index(weight.attributes.get_int("axis"))))
+        axes = len(weight.inputs[0].shape)
+        _transpose(model, weight, list(node.attributes.get_ints("perm", list(range(axes))[::-1])))
         node.outputs[0].replace_all_uses_with(weight.outputs[0], replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
 
 
-def _axis(axis: int) -> Any:
+def _transpose(model: Any, weight: Any, order: list[int]) -> None:
+    """Let what dequantises a constant do so with the axes in another order."""
     import onnx_ir as ir
 
-    return ir.AttrInt64("axis", axis)
+    places = weight.inputs[0].const_value.numpy().transpose(order).copy()
+    weight.replace_input_with(0, constant_like(model, weight.inputs[0], places))
+    weight.outputs[0].shape = ir.Shape(places.shape)
+    if "axis" in weight.attributes:
+        weight.attributes.add(ir.AttrInt64("axis", order.index(weight.attributes.get_int("axis"))))
+
+
+def _is_quantised(output: Any) -> bool:
+    """Whether integers alone are read of it; a clamp before them is part of their range."""
+    readers = [node for node, _ in output.uses()]
+    if output.is_graph_output() or len(readers) != 1:
+        return False
+    (reader,) = readers
+    return reader.op_type == "QuantizeLinear" or (reader.op_type in _CLAMPS and _is_quantised(reader.outputs[0]))

@@ -46,6 +46,17 @@ class Sums(nn.Module):
         return torch.addmm(self.bias, torch.addmm(self.bias, x, self.columns), self.rows.t())
 
 
+class ByHand(nn.Module):
+    """Linear layers of one weight and bias, called as functions, with an activation between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.weight, self.bias).relu(), self.weight, self.bias)
+
+
 def linear(**more: nn.Module) -> dict[str, nn.Module]:
     return {"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), **more}
 
@@ -57,6 +68,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
         TOKENS,
     ),
     "addmm": (lambda: Sums(), torch.randn(4, 16)),
+    "function": (lambda: ByHand(), torch.randn(4, 16)),
     "reused": (lambda: Calls(lambda m, x: m.a(F.gelu(m.a(x))), a=nn.Linear(16, 16)), TOKENS),
     "recurrent": (lambda: Calls(lambda m, x: m.a(m.gru(x)[0]), **linear(gru=nn.GRU(16, 16))), TOKENS),
     "gelu": (lambda: Calls(lambda m, x: m.b(F.gelu(m.a(x))), **linear()), TOKENS),
@@ -122,7 +134,8 @@ KERNELS: dict[tuple[str, str], tuple[str, str]] = {
     ("product", "openvino"): ("2 FullyConnected", "MatMul runs in floats"),
     ("attention", "onnxruntime"): ("2 MatMulIntegerToFloat", "multiplies two computed values, not both of them"),
     ("attention", "openvino"): ("2 FullyConnected", ""),
-    ("addmm", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
+    ("addmm", "onnxruntime"): ("1 QGemm, 1 MatMulIntegerToFloat", ""),
+    ("function", "onnxruntime"): ("1 QGemm, 1 MatMulIntegerToFloat", ""),
     ("reused", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("reused", "openvino"): ("2 FullyConnected", ""),
     ("recurrent", "onnxruntime"): ("1 MatMulIntegerToFloat", "GRU runs in floats: onnxruntime has no integer kernel"),
@@ -145,6 +158,20 @@ def test_what_was_placed_for_a_runtime_becomes_its_integer_kernels(name: str, ta
     assert any(left in reason for reason in reasons[1:]) if left else not reasons[1:]
     with torch.no_grad():
         assert_close(executable(x), outcome.module(x), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["gelu", "reused", "addmm", "function"])
+def test_a_file_for_onnxruntime_holds_nothing_that_is_not_read(name: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    outcome, x = placed(name, "onnxruntime", "int7")
+    calibrate(outcome.module, [(x,)])
+    rewrite(QuantizeFreeze(), outcome.module)
+    fxopt.lower(outcome.module, x, engine="onnxruntime").save(tmp_path)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    assert not [constant.name for constant in graph.initializer if constant.name not in read]
+    assert not [node.name for node in graph.node if not read.intersection(node.output)]
 
 
 def test_openvino_gets_the_value_before_what_only_picks_from_it() -> None:
