@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,12 +21,16 @@ from typing import Any
 
 from fxopt import errors
 from fxopt.errors import BaselineError, MissingError, NewTargetError, WorkerError
-from fxopt.gate.server import Server, forked, started
+from fxopt.gate.server import STACK, Server, forked, started
 
 _LOOK = 0.5
 """Seconds between two looks whether a server still lives."""
 _LONGEST_START = 300.0
 """Seconds that a process may take to import torch before it counts as stuck."""
+_LONGEST_ANSWER = 1800.0
+"""And to load its side, or to do what it is asked for."""
+_LONGEST_LOOK = 5.0
+"""And to write its stack, where it is stuck."""
 _LONGEST_PLACE = 90
 """Bytes of a directory for sockets: macOS takes 103 of a whole path, Linux 107."""
 
@@ -94,6 +99,8 @@ class Worker:
     def answer(self) -> Any:
         """Wait for the next answer."""
         try:
+            if not self._connection.poll(_LONGEST_ANSWER):
+                raise WorkerError(f"{self.checkout.label}: no answer in {_LONGEST_ANSWER:.0f} s{self._stuck()}")
             found = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             self._busy = False
@@ -129,9 +136,25 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _stuck(self) -> str:
+        """Where the process is now, by the line of its checkout that it is in, or by the innermost."""
+        before = len(self._said())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, STACK)
+        until = time.monotonic() + _LONGEST_LOOK
+        frames: list[tuple[str, str]] = []
+        while not frames and time.monotonic() < until:
+            time.sleep(0.1)
+            frames = re.findall(r'File "(.+)", line (\d+) in', self._said()[before:])
+        within = [frame for frame in frames if Path(frame[0]).is_relative_to(self.checkout.directory)]
+        return "".join(f"; it is stuck at {file}:{line}" for file, line in (within or frames)[:1])
+
     def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+        lines = self._said().strip().splitlines()
         return f"; it said last: {lines[-1].strip()}" if lines else ""
+
+    def _said(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
 
 def prepare_all(workers: Collection[Worker], do: str, **facts: Any) -> None:

@@ -16,6 +16,8 @@ _BRIEF = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 """How long threads of GNU's and of LLVM's OpenMP spin for more work, in turns of a loop and in ms. The first is 0.15
 ms, longer than from one operator to the next. With more, the next side would wait for up to 9 ms, and where other work
 takes a core from one thread, all others would spin for the whole of its time slice."""
+STACK = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""The signal at which a worker writes to its log where it is; without such a one it ends."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ has loaded and built all that it has. `python -m fxopt.gate.worker` is such a se
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fxopt.errors import FxoptError
+from fxopt.gate.server import STACK
 from fxopt.gate.side import Side
 
 
@@ -52,6 +54,8 @@ def listen(lines: Iterable[str]) -> None:
 def serve(order: dict[str, Any], side: Side | None = None) -> None:
     """Connect, load what is asked for, and answer; a twin comes with its side."""
     connection = Client(order["address"])
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(STACK, all_threads=False)
     try:
         connection.send_bytes(str(os.getpid()).encode())
         with _answering(connection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import site
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from fxopt.errors import BaselineError, GateError
-from fxopt.gate import contest
+from fxopt.gate import contest, processes
 from fxopt.gate.revision import Repository
 from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
 
@@ -612,6 +613,16 @@ def test_a_side_that_is_busy_ends_with_its_target(repo: Repo, tmp_path):
         for _ in range(100):
             os.kill(int(log.read_text()), 0)
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", ["head", "base"])
+def test_a_side_that_never_answers_is_ended_and_says_where_it_is_stuck(repo: Repo, monkeypatch, where):
+    monkeypatch.setattr(processes, "_LONGEST_ANSWER", 3.0)
+    stuck = MODEL.replace("def forward(self, x):", "def forward(self, x):\n        while True: x = x + 1")
+    base = repo.commit(model=stuck if where == "base" else MODEL)
+    repo.write(model=stuck if where == "head" else MODEL)
+    (said,) = repo.only(base=base, code=1)["notes"]
+    assert re.search(rf"{where}.*: no answer in 3 s; it is stuck at .*model\.py:12$", said), said
 
 
 def test_an_absolute_target_is_that_of_either_checkout(repo: Repo):
