@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxopt.findings import Layer, Subject
 from passes.audit.evidence import code
 from passes.audit.evidence.backward import Backward, run_backward
-from passes.audit.evidence.device import FakeDeviceRun, Meeting
+from passes.audit.evidence.device import FakeDeviceRun
 from passes.audit.evidence.forward import Forward, run_forward
 from passes.audit.evidence.gains import Gain, gains
 from passes.audit.evidence.graph import Graph, look_at_graph
+from passes.audit.evidence.meeting import Meeting
 from passes.audit.evidence.precision import Loss, run_in_half
 from passes.audit.evidence.real_device import OnDevice, run_on_device
 

@@ -11,35 +11,12 @@ import select
 import signal
 import time
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
-from fxopt.findings import Place, Subject
+from fxopt.findings import Subject
+from passes.audit.evidence.meeting import Meeting
 
 _SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """An operator that was given tensors of two devices.
-
-    Attributes:
-        operator: its name.
-        place: the user's line.
-        module: qualified name.
-        made: where the tensor on the CPU was made; None where that was before the forward.
-        maker: the operator that made it, or "".
-        attribute: `module path, name` where it is an attribute that no module has registered.
-        shape: of the tensor on the CPU.
-    """
-
-    operator: str
-    place: Place | None
-    module: str
-    made: Place | None
-    maker: str
-    attribute: tuple[str, str] | None
-    shape: tuple[int, ...]
 
 
 class FakeDeviceRun:

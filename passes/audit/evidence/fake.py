@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
-from passes.audit.evidence.device import Meeting
 from passes.audit.evidence.driver import copied, telling_modules
+from passes.audit.evidence.meeting import Meeting
 from passes.audit.evidence.places import running
 
 _NAME = "fxgpu"
