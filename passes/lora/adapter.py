@@ -158,12 +158,16 @@ class Adapter(nn.Module):
         for name, factor in self.active:
             low = self._modules.get(name)
             if isinstance(low, LowRank):
-                update = (self.form.delta(low.A, low.left) * (low.scale * factor / self.steps)).to(weight.dtype)
-                for _ in range(self.steps):
-                    weight = weight + update
-                if low.magnitude is not None:
-                    scale = low.magnitude / self.form.norm(weight.detach()).to(low.magnitude.dtype)
-                    weight = weight * self.form.by_weight(scale.to(weight.dtype))
+                weight = self._with(low, factor, weight)
+        return weight
+
+    def _with(self, low: LowRank, factor: float, weight: torch.Tensor) -> torch.Tensor:
+        update = (self.form.delta(low.A, low.left) * (low.scale * factor / self.steps)).to(weight.dtype)
+        for _ in range(self.steps):
+            weight = weight + update
+        if low.magnitude is not None:
+            scale = low.magnitude / self.form.norm(weight.detach()).to(low.magnitude.dtype)
+            weight = weight * self.form.by_weight(scale.to(weight.dtype))
         return weight
 
 
@@ -174,7 +178,8 @@ class LayerAdapter(Adapter):
 
         y' = y + (g - 1) (y - b) + g s B (A x)        g = m / |W + s B A|
 
-    which needs W and the bias b; the length is a constant for the gradient (Liu et al. 2024, section 4.3).
+    which needs W and the bias b; the length is a constant for the gradient (Liu et al. 2024, section 4.3). W is the
+    weight with the adapters that were added before.
     """
 
     def forward(
@@ -189,10 +194,12 @@ class LayerAdapter(Adapter):
             return y
         if self.batch is not None:
             return self._mixed(x, y, weight, bias)
-        for name, factor in self.active:
+        for position, (name, factor) in enumerate(self.active):
             low = self._modules.get(name)
-            if low is not None:
-                y = self._add(low, factor, x, y, weight, bias)  # type: ignore[arg-type]
+            if isinstance(low, LowRank):
+                y = self._add(low, factor, x, y, weight, bias)
+                if weight is not None and position + 1 < len(self.active):
+                    weight = self._with(low, factor, weight.detach())
         return y
 
     def _add(

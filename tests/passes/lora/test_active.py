@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,30 @@ def test_a_weighted_sum() -> None:
         merge(module, (x,))
         assert torch.allclose(module.get_parameter("lin0.weight").double(), expected, atol=1e-6)
         assert torch.allclose(module(x), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {}], ids=["dora behind dora", "dora behind lora"])
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (MLP, torch.randn(4, 10).double()),
+        (EmbConv1D, torch.randint(0, 100, (4, 10))),
+        (lambda: nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), torch.randn(2, 4, 9).double()),
+    ],
+    ids=["mlp", "embedding", "conv"],
+)
+def test_a_length_is_that_of_the_weight_with_the_adapters_before(
+    model: Callable[[], nn.Module], x: torch.Tensor, options: dict[str, bool]
+) -> None:
+    module = capture(model().double().eval(), (x,)).module
+    inject(module, LoRA(rank=2, targets=("*",), adapter="second", dora=True))
+    inject(module, LoRA(rank=2, targets=("*",), adapter="first", **options))
+    randomize(module)
+    weighted(module, {"first": 1.0, "second": 0.5})
+    with torch.no_grad():
+        out = module(x)
+        merge(module)
+        assert torch.allclose(module(x), out)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "embedding"])
