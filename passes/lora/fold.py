@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.capture.state import random_state_kept, tensors_kept
 from fxopt.errors import PassError, VerifyError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -31,7 +32,8 @@ def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) ->
 
     Args:
         module: a captured module with adapters.
-        inputs: an example, by which the outputs before and after are compared; nothing is compared without.
+        inputs: an example, by which the outputs before and after are compared, in evaluation mode; nothing is compared
+            without.
         keep_zeros: `W' = W + M * s B A`, where M is 0 wherever W is: a sparse weight stays sparse.
 
     Raises:
@@ -152,6 +154,15 @@ def _put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:
 
 @torch.no_grad()
 def _outputs(module: nn.Module, inputs: Any) -> list[torch.Tensor] | None:
+    """Those in evaluation mode, where nothing is random; the module and the inputs stay as they are."""
     if inputs is None:
         return None
-    return list(tensors_in(Inputs.of(inputs).call(module)))
+    given = Inputs.of(inputs).map(lambda tensor: tensor.detach().clone())
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        with tensors_kept(module), random_state_kept():
+            return list(tensors_in(given.call(module.eval())))
+    finally:
+        for child, training in modes:
+            child.train(training)  # a captured module takes the graph of that mode
+            child.training = training

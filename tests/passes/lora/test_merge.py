@@ -121,6 +121,24 @@ def test_merging_is_better_than_in_float32() -> None:
     assert torch.equal(module.get_parameter("lin0.weight"), exact.float())
 
 
+def test_a_module_that_trains_is_compared_without_its_dropout_and_left_as_it_is() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    x = torch.randn(8, 10)
+    model = Twice(nn.Linear(10, 10), nn.BatchNorm1d(10), nn.Dropout(0.5), nn.Linear(10, 2))
+    module = adapted(model, x.clone(), dropout=0.5).module.train()
+    module.get_submodule("1").eval()
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    modes, random, given = [child.training for child in module.modules()], torch.get_rng_state(), x.clone()
+    merge(module, x)
+    assert [child.training for child in module.modules()] == modes
+    assert all(torch.equal(buffer, state[name]) for name, buffer in module.named_buffers())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(x, given)
+
+
 def test_zeros_are_kept() -> None:
     model = MLP()
     with torch.no_grad():
