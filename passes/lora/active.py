@@ -44,6 +44,12 @@ def saved_with(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def takes_part(module: nn.Module, name: str) -> tuple[Adapter, str] | None:
+    """A layer and an adapter of it, another than `name`, for which its init took a part out of the weight."""
+    found = [child for child in module.modules() if isinstance(child, Adapter)]
+    return next(((a, each) for a in found for each in a.names if each != name and a[each].start_a is not None), None)
+
+
 def set_adapter(module: nn.Module, name: str) -> None:
     """Let one adapter count, and train with what is saved with it, alone. The graph stays as it is.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
-from passes.lora.active import adapters, names, saved_with
+from passes.lora.active import adapters, names, saved_with, takes_part
 from passes.lora.adapter import Adapter
 from passes.lora.entries import read_entries, to_entry, write_entries
 from passes.lora.load import Loading
@@ -27,9 +27,9 @@ WEIGHTS = "adapter_model.safetensors"
 def save_adapter(module: nn.Module, directory: str | Path, name: str = "default") -> None:
     """Write one adapter, and the modules that are saved with it, in the format of PEFT.
 
-    What the init took out of a base weight is put back: the file is an adapter of the original weights, of
-    twice the rank. PEFT has no adapters for transposed convolutions and recurrent layers; they are written in
-    the same way, for `load_adapter`.
+    What the init took out of a base weight is put back: the file is an adapter of the original weights, of twice the
+    rank. Of init loftq, which rounds the weights, it is one of the rounded weights. PEFT has no adapters for transposed
+    convolutions and recurrent layers; they are written in the same way, for `load_adapter`.
 
     Args:
         module: a captured module with adapters.
@@ -38,12 +38,19 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
 
     Raises:
         PassError: the module has no adapters.
-        ArtifactError: none of that name, or the files can't be written.
+        ArtifactError: none of that name, the weights are without what the init of another one took out of them, or
+            the files can't be written.
     """
     known = names(module)
     if name not in known:
         near = ", ".join(f"'{each}'" for each in nearest_names([name], known))
         raise ArtifactError(f"no adapter is called '{name}'; there are {near}")
+    taken = takes_part(module, name)
+    if taken is not None:
+        raise ArtifactError(
+            f"adapter '{name}' is none of the original weights: the weight of '{taken[0].name}' is without what the "
+            f"init of adapter '{taken[1]}' took out of it; train '{name}' on a module that is captured anew"
+        )
     found: dict[str, Adapter] = {}
     for adapter in adapters(module):
         if name in adapter:

@@ -132,8 +132,12 @@ class LoRA(Pass):
         return found
 
     def _nothing(self, module: GraphModule) -> str:
-        sites = [site for region in Program(module).regions for site in find_sites(region) if isinstance(site, Site)]
+        regions = Program(module).regions
+        sites = [site for region in regions for site in find_sites(region) if isinstance(site, Site)]
         wanted = ", ".join(f"'{target}'" for target in self.targets)
+        refused = next((s for region in regions for s in Insertion(region, self.adapter, self._recipe).refused()), None)
+        if refused is not None:
+            return f"lora: {wanted} matches no layer that can be adapted; '{refused.where}' stays: {refused.reason}"
         if not sites:
             return f"lora: the model has no layer that an adapter could go on; the targets were {wanted}"
         near = nearest_names(self.targets, [name for site in sites for name in site.names])

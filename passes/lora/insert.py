@@ -14,10 +14,10 @@ from passes.lora import inside
 from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
 from passes.lora.forms import Form
 from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
-from passes.lora.sites import Site, adapter_behind, find_sites, whole_weight
+from passes.lora.sites import Left, Site, adapter_behind, find_sites, read_layer, whole_weight
 from passes.lora.tail import loosen
 
-Choose = Callable[[tuple[str, ...], Collection[str], nn.Parameter], "Recipe | Skip | None"]
+Choose = Callable[[tuple[str, ...], Collection[str], nn.Parameter], "Recipe | None"]
 
 
 class Insertion:
@@ -44,39 +44,93 @@ class Insertion:
 
     def run(self) -> Iterator[Change | Skip]:
         """First the layers that have other adapters already, then those that have none."""
-        region = self._region
-        for module in list(region.module.modules()):
-            if isinstance(module, Adapter):
-                found = self._extend(module)
-                if found is not None:
-                    yield found
-        by_slot: dict[str, list[Site]] = {}
-        for site in list(find_sites(region)):
-            if isinstance(site, Site):
-                by_slot.setdefault(site.slot, []).append(site)
-            elif self._choose((site.where,), (), nn.Parameter(torch.empty(0))) is not None:
-                yield site
-        for sites in by_slot.values():
-            yield from self._insert_all([site for site in sites if not self._has_adapter(site)])
+        for module in list(self._region.module.modules()):
+            recipe = self._recipe_beside(module)
+            if isinstance(recipe, Skip):
+                yield recipe
+            elif isinstance(module, Adapter) and recipe is not None:
+                yield self._extend(module, recipe)
+        for sites in self._sites():
+            meant = self._meant(sites)
+            if isinstance(meant, Skip):
+                yield meant
+            elif isinstance(sites, list) and meant is not None:
+                yield from (self._insert(site, sites, meant) for site in list(sites))
 
-    def _extend(self, module: Adapter) -> Change | Skip | None:
-        if self._adapter in module:
+    def refused(self) -> Iterator[Skip]:
+        """What `run` would leave alone though it is chosen. Nothing is changed."""
+        for found in (*map(self._recipe_beside, self._region.module.modules()), *map(self._meant, self._sites())):
+            if isinstance(found, Skip):
+                yield found
+
+    def hand_on_weight(self, adapter: Adapter) -> None:
+        """Let all calls of an adapter give it the weight and the bias of the layer, which DoRA needs."""
+        for call, region in self._calls_without_weight(adapter):
+            site = read_layer(call.args[1], region)
+            assert isinstance(site, Site)
+            call.args = (*call.args, *_reads(call, site, region))
+
+    def why_no_weight(self, adapter: Adapter) -> str | None:
+        """What keeps the calls of an adapter from giving it the weight; None if nothing does."""
+        calls = self._calls_without_weight(adapter)
+        if all(isinstance(read_layer(call.args[1], region), Site) for call, region in calls):
+            return None
+        return "it was made without DoRA, and what a later pass put in hides its layer, whose weight DoRA needs"
+
+    def _sites(self) -> list[list[Site] | Left]:
+        """All uses of one parameter that have no adapter yet, together."""
+        by_slot: dict[str, list[Site]] = {}
+        left: list[list[Site] | Left] = []
+        for site in find_sites(self._region):
+            if isinstance(site, Left):
+                left.append(site)
+            elif not self._has_adapter(site):
+                by_slot.setdefault(site.slot, []).append(site)
+        return [*left, *by_slot.values()]
+
+    def _meant(self, sites: list[Site] | Left) -> Recipe | Skip | None:
+        """One parameter is adapted at all of its uses or at none: its weight can't hold an update for some."""
+        if isinstance(sites, Left):
+            chosen = self._choose((sites.where,), (sites.operator,), nn.Parameter(torch.empty(0)))
+            return None if chosen is None else Skip(sites.where, sites.reason, sites.source)
+        recipe = self._choose(*_named(sites), sites[0].weight)
+        if recipe is None:
+            return None
+        reasons = ((site, self._why_not(site, sites, recipe)) for site in sites)
+        return next((Skip(site.name, why, source_of(site.node)) for site, why in reasons if why is not None), recipe)
+
+    def _recipe_beside(self, module: nn.Module) -> Recipe | Skip | None:
+        """What an adapter gets beside those that it has."""
+        if not isinstance(module, Adapter) or self._adapter in module:
             return None
         weight = parameter_of(self._region.program.root, module.slot)
         recipe = self._choose(module.targets, module.operators, weight)
-        if not isinstance(recipe, Recipe):
-            return recipe
+        if recipe is None:
+            return None
         reason = self._why_not_shared(module.form, weight, recipe)
-        if reason is not None:
-            return Skip(module.name, reason)
-        if recipe.dora and isinstance(module, LayerAdapter) and not module.takes_weight:
-            reason = f"its adapters {', '.join(module.names)} have no DoRA, so its call does not hand on the weight"
-            return Skip(module.name, reason)
+        if reason is None and recipe.init in MOVES_WEIGHT:
+            beside = ", ".join(f"'{name}'" for name in module.names)
+            reason = f"init '{recipe.init}' would change its weight, which adapter {beside} is for"
+        if reason is None and recipe.dora:
+            reason = self.why_no_weight(module)
+        return recipe if reason is None else Skip(module.name, reason)
+
+    def _extend(self, module: Adapter, recipe: Recipe) -> Change | Skip:
+        weight = parameter_of(self._region.program.root, module.slot)
         made = self._factors(module.form, weight, recipe, module.name)
         if isinstance(made, Skip):
             return made
+        if recipe.dora:
+            self.hand_on_weight(module)
         module.add_module(self._adapter, made.train(module.training))
         return Change(f"{_words(recipe, made)}, beside {', '.join(n for n in module.names[:-1])}", module.name)
+
+    def _calls_without_weight(self, adapter: Adapter) -> list[tuple[fx.Node, Region]]:
+        program = self._region.program
+        if isinstance(adapter, WeightAdapter):
+            return []
+        calls = ((call, program.region_of(call)) for call in program.sites(adapter))
+        return [(call, region) for call, region in calls if len(call.args) == 2]
 
     def _has_adapter(self, site: Site) -> bool:
         """Whether a call of an adapter follows the site already."""
@@ -85,30 +139,12 @@ class Insertion:
             return holder is not None and _flat(site.inner) in holder._modules
         return adapter_behind(site.node, self._region) is not None
 
-    def _insert_all(self, sites: Sequence[Site]) -> Iterator[Change | Skip]:
-        """One parameter is adapted at all of its uses or at none: its weight can't hold an update for some."""
-        if not sites:
-            return
-        names = tuple(dict.fromkeys(name for site in sites for name in site.names))
-        operators = tuple(dict.fromkeys(site.operator for site in sites))
-        recipe = self._choose(names, operators, sites[0].weight)
-        if isinstance(recipe, Skip):
-            yield recipe
-        if not isinstance(recipe, Recipe):
-            return
-        for site in sites:
-            reason = self._why_not(site, sites, recipe)
-            if reason is not None:
-                yield Skip(site.name, reason, source_of(site.node))
-                return
-        yield from (self._insert(site, names, operators, recipe) for site in sites)
-
-    def _insert(self, site: Site, names: tuple[str, ...], operators: tuple[str, ...], recipe: Recipe) -> Change | Skip:
+    def _insert(self, site: Site, sites: list[Site], recipe: Recipe) -> Change | Skip:
         site = whole_weight(site, self._region) if recipe.whole else site
         adapter = self._adapter_of(site, recipe)
         if isinstance(adapter, Skip):
             return adapter
-        adapter.targets, adapter.operators = names, operators
+        adapter.targets, adapter.operators = _named(sites)
         if site.inner:
             self._put_inside(site, adapter)
         elif site.input is None:
@@ -145,7 +181,9 @@ class Insertion:
     def _is_tied(self, site: Site) -> bool:
         """Whether something reads the weight that is not to have this adapter."""
         known = self._known.get(id(site.weight), ())
-        return not known and len(set(self._region.program.names(site.weight))) > 1
+        if known:
+            return any(self._adapter not in adapter for adapter in known)
+        return len(set(self._region.program.names(site.weight))) > 1
 
     def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter | Skip:
         """The adapter of the parameter: shared with all other sites that read it."""
@@ -191,11 +229,7 @@ class Insertion:
         with region.graph.inserting_after(node):
             call = region.graph.call_module(known, (value, node))
         if adapter.takes_weight:
-            before = call
-            slots = [site.slot, *([site.bias_slot] if site.bias_slot else [])]
-            relative = [slot.removeprefix(f"{region.path}.") if region.path else slot for slot in slots]
-            reads = [region.insert_attribute(before, name) for name in relative]
-            call.args = (value, node, *reads)
+            call.args = (value, node, *_reads(call, site, region))
         region.program.note(call, region)
         inherit(call, node)
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
@@ -249,6 +283,18 @@ def replace_parameter(root: nn.Module, old: nn.Parameter, value: torch.Tensor) -
             if parameter is old:
                 module._parameters[name] = new
     return new
+
+
+def _named(sites: Sequence[Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What targets may call the layers of a parameter, and what these compute."""
+    names = dict.fromkeys(name for site in sites for name in site.names)
+    return tuple(names), tuple(dict.fromkeys(site.operator for site in sites))
+
+
+def _reads(before: fx.Node, site: Site, region: Region) -> list[fx.Node]:
+    slots = [site.slot, *([site.bias_slot] if site.bias_slot else [])]
+    relative = [slot.removeprefix(f"{region.path}.") if region.path else slot for slot in slots]
+    return [region.insert_attribute(before, name) for name in relative]
 
 
 def _flat(name: str) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fxopt.contract import Skip
 from fxopt.errors import ArtifactError
-from fxopt.graph import GraphModule, Program, eliminate_dead
+from fxopt.graph import GraphModule, Program, Region, eliminate_dead
+from passes.lora.active import takes_part
 from passes.lora.adapter import Adapter
 from passes.lora.entries import Entry, from_entry
 from passes.lora.forms import Form
@@ -49,6 +49,7 @@ class Loading:
         """
         forms = self._forms()
         by_name = {entry.name: entry for entry in self.entries.values()}
+        self._refuse(by_name)
         self._check(by_name, forms)
         for name, entry in by_name.items():
             form, weight = forms[name]
@@ -57,12 +58,34 @@ class Loading:
             # As the pass `lora` leaves it; where that has been, what trains is the user's choice.
             self.module.requires_grad_(False)
         for region in Program(self.module).regions:
-            list(Insertion(region, self.adapter, lambda names, operators, weight: self._choose(names, by_name)).run())
+            insertion = self._insertion(region, by_name)
+            list(insertion.run())
+            for child in self._with_magnitude(region, by_name):
+                insertion.hand_on_weight(child)
             eliminate_dead(region)
             region.graph.lint()
             region.module.recompile()
         self._fill(by_name)
         self._load_whole()
+
+    def _insertion(self, region: Region, by_name: Mapping[str, Entry]) -> Insertion:
+        return Insertion(region, self.adapter, lambda names, operators, weight: self._choose(names, by_name))
+
+    def _with_magnitude(self, region: Region, by_name: Mapping[str, Entry]) -> list[Adapter]:
+        """The layers whose adapter of that name is one of DoRA in the file."""
+        named = {name for name, entry in by_name.items() if entry.magnitude is not None}
+        found = (child for child in region.module.modules() if isinstance(child, Adapter) and self.adapter in child)
+        return [adapter for adapter in found if adapter.name in named]
+
+    def _refuse(self, by_name: Mapping[str, Entry]) -> None:
+        """Nothing is changed for a file of which a part could not be put on the model."""
+        for region in Program(self.module).regions:
+            insertion = self._insertion(region, by_name)
+            reasons = [(skip.where, skip.reason) for skip in insertion.refused()]
+            of_dora = self._with_magnitude(region, by_name)
+            reasons += [(each.name, reason) for each in of_dora if (reason := insertion.why_no_weight(each))]
+            for name, reason in reasons:
+                raise ArtifactError(f"'{self.source}' is for '{name}', which can't be adapted: {reason}")
 
     def _forms(self) -> dict[str, tuple[Form, nn.Parameter]]:
         """All layers that could have an adapter, with those that do."""
@@ -83,6 +106,12 @@ class Loading:
     def _check(self, by_name: Mapping[str, Entry], forms: Mapping[str, tuple[Form, nn.Parameter]]) -> None:
         if not by_name and not self.rest:
             raise ArtifactError(f"'{self.source}' holds no tensors of an adapter")
+        taken = takes_part(self.module, "")
+        if taken is not None:
+            raise ArtifactError(
+                f"'{self.source}' is for the original weights: that of '{taken[0].name}' is without what the init of "
+                f"adapter '{taken[1]}' took out of it; load it into a module that is captured anew"
+            )
         for name in by_name:
             if name not in forms:
                 near = ", ".join(f"'{each}'" for each in nearest_names([name], forms))
@@ -100,7 +129,7 @@ class Loading:
                 shapes = f"{tuple(tensor.shape)}, not {tuple(state[key].shape)}"
                 raise ArtifactError(f"'{self.source}' has a '{key}' of shape {shapes}")
 
-    def _choose(self, names: tuple[str, ...], by_name: Mapping[str, Entry]) -> Recipe | Skip | None:
+    def _choose(self, names: tuple[str, ...], by_name: Mapping[str, Entry]) -> Recipe | None:
         entry = by_name.get(names[0])
         return None if entry is None else self._recipe(entry)
 

@@ -13,10 +13,21 @@ from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.graph import Affine, Region, read_affine, read_parameter, read_product, source_of
-from fxopt.modules import Fused, Mask
+from fxopt.modules import Fused, Mask, fused_call
 from passes.lora import inside
 from passes.lora.adapter import Adapter
 from passes.lora.forms import Form, form_of
+
+_LAYERS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "embedding": nn.Embedding,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,20 @@ class Site:
         return self.names[0]
 
 
-def find_sites(region: Region) -> Iterator[Site | Skip]:
+@dataclass(frozen=True)
+class Left(Skip):
+    """A layer that can't be a site.
+
+    Attributes:
+        operator: what it is, for targets.
+    """
+
+    operator: str = ""
+
+
+def find_sites(region: Region) -> Iterator[Site | Left]:
     """All sites of a region: weights that are read as a whole, then layers in the order of its graph."""
-    uses = {node: _read(node, region) for node in region.graph.nodes}
+    uses = {node: read_layer(node, region) for node in region.graph.nodes}
     layouts: dict[str, set[str]] = defaultdict(set)
     for found in uses.values():
         if isinstance(found, Site):
@@ -66,9 +88,13 @@ def find_sites(region: Region) -> Iterator[Site | Skip]:
         if node.op == "call_module" and inside.is_adaptable(region.submodule(node)):
             yield from _inside(node, region)
         elif node.op == "call_module" and inside.has_no_form(region.submodule(node)):
-            kind = type(region.submodule(node)).__name__
-            yield Skip(region.qualified(node), f"adapters have no form for '{kind}'", source_of(node))
-        elif isinstance(found, Skip) or (found is not None and (node.op == "call_module" or found.slot not in whole)):
+            module = region.submodule(node)
+            kind = "recurrent" if isinstance(module, nn.RNNBase) else "attention"
+            reason = f"adapters have no form for '{type(module).__name__}'"
+            yield Left(region.qualified(node), reason, source_of(node), kind)
+        elif isinstance(found, Skip):
+            yield Left(found.where, found.reason, found.source, _operator(node, region))
+        elif found is not None and (node.op == "call_module" or found.slot not in whole):
             yield found
 
 
@@ -116,7 +142,10 @@ def whole_weight(site: Site, region: Region) -> Site:
     return Site(read, site.names, site.slot, site.weight, form, site.operator)
 
 
-def _read(node: fx.Node, region: Region) -> Site | Skip | None:
+def read_layer(node: Any, region: Region) -> Site | Skip | None:
+    """The layer that a node calls."""
+    if not isinstance(node, fx.Node):
+        return None
     if node.op == "call_module" and isinstance(region.submodule(node), nn.Embedding):
         return _embedding_module(node, region)
     affine = read_affine(node, region)
@@ -125,6 +154,13 @@ def _read(node: fx.Node, region: Region) -> Site | Skip | None:
     if isinstance(affine, Skip):
         return None if node.op == "call_function" and "computed" in affine.reason else affine
     return _product(node, region)
+
+
+def _operator(node: fx.Node, region: Region) -> str:
+    if node.op == "call_module":
+        module = region.submodule(node)
+        return next(kind for kind, layer in _LAYERS.items() if isinstance(module, layer))
+    return str(node.kwargs["kind"] if node.target is fused_call else node.target.__name__)  # type: ignore[union-attr]
 
 
 def _affine(affine: Affine, region: Region) -> Site | Skip:
@@ -205,7 +241,7 @@ def _is_layer_of(user: fx.Node, slot: str, uses: Mapping[fx.Node, Any], region: 
     return user.op == "call_module" and isinstance(region.submodule(user), Adapter)
 
 
-def _inside(node: fx.Node, region: Region) -> Iterator[Site | Skip]:
+def _inside(node: fx.Node, region: Region) -> Iterator[Site]:
     module = region.submodule(node)
     for path, owner, parameter in inside.weights(module):
         slot = _slot(node, path, None, region)

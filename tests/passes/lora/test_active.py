@@ -62,6 +62,32 @@ def test_a_layer_right_before_one_that_has_an_adapter_gets_its_own() -> None:
     assert found == {"1": ("first",), "0": ("second",)}
 
 
+class TwoModes(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * 2 if self.training else x)
+
+
+@pytest.mark.parametrize(("name", "by"), [("second", "pass"), ("second", "file"), ("first", "file")])
+def test_dora_beside_and_in_the_place_of_an_adapter_without(name: str, by: str, tmp_path: Path) -> None:
+    model, x = TwoModes().eval(), torch.randn(4, 10)
+    expected = capture(model, (x,)).module
+    inject(expected, LoRA(rank=3, dora=True))
+    module = capture(model, (x,)).module
+    inject(module, LoRA(rank=2, adapter="first"))
+    if by == "pass":
+        inject(module, LoRA(rank=3, dora=True, adapter="second"))
+    else:
+        randomize(expected)
+        save_adapter(expected, tmp_path)
+        load_adapter(module, tmp_path, name)
+    set_adapter(module, name)
+    assert len(module.graphs) == 2
+    for mode in (False, True):
+        with torch.random.fork_rng():
+            out = module.train(mode)(x)
+        assert torch.allclose(out, expected.train(mode)(x), atol=1e-6)
+
+
 def test_switching_keeps_the_graph_and_chooses_what_trains() -> None:
     module, x = two()
     graph = str(module.graph)

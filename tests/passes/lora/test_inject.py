@@ -175,6 +175,28 @@ def test_pissa_takes_the_largest_part() -> None:
     assert torch.allclose(left[: 10 - 3], torch.linalg.svdvals(model.get_parameter("lin0.weight"))[3:], atol=1e-5)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+@pytest.mark.parametrize(
+    ("name", "target", "reason"),
+    [
+        ("linear", "lin0", "init '{}' would change its weight, which adapter 'first' is for"),
+        ("tied", "head", "its weight is tied and init '{}' would change it elsewhere"),
+    ],
+)
+def test_no_init_takes_a_part_out_of_a_weight_that_another_adapter_is_for(
+    name: str, target: str, reason: str, init: Any
+) -> None:
+    _, module, x, _ = with_adapters(name, adapter="first")
+    if name == "tied":
+        module = capture(CASES[name][0]().eval(), (x,)).module
+        inject(module, LoRA(targets=("embed",), adapter="first"))
+    randomize(module)
+    expected = module(x)
+    with pytest.raises(PassError, match=f"no layer that can be adapted; '{target}' stays: {reason}".format(init)):
+        inject(module, LoRA(targets=(target,), adapter="second", init=init))
+    assert torch.equal(module(x), expected)
+
+
 def test_loftq_leaves_a_weight_of_few_levels_and_adapts_the_rest() -> None:
     model, module, _, _ = with_adapters("linear", init="loftq")
     weight, original = (m.get_parameter("lin0.weight").detach() for m in (module, model))
@@ -238,6 +260,17 @@ def test_uses_that_no_one_update_fits_are_a_skip() -> None:
     (skip,) = LoRA(targets=("*",)).run(fxopt.graph.Program(module).regions[0])
     assert isinstance(skip, Skip)
     assert skip.reason == "it is read as a 'conv1d' too, whose update has another form"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "0", "op:linear"])
+def test_a_layer_that_is_meant_and_left_alone_is_listed(targets: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 2, 1), nn.Linear(4, 4)).eval()
+    for layer in model[:2]:
+        layer.register_forward_hook(lambda module, args, out: out * 2)
+    result = fxopt.optimize(model, torch.randn(2, 4), [LoRA(targets=(targets, "2"))], devices=())
+    assert [(skip.where, skip.reason) for skip in result.ledger.entries[0].skips] == [
+        ("0", "it has a forward hook, which may see or change its values")
+    ]
 
 
 def test_one_module_has_one_adapter() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fxopt import capture
 from fxopt.errors import ArtifactError
@@ -102,3 +103,53 @@ def test_a_second_adapter_from_a_file(tmp_path: Path) -> None:
     assert adapter.names == ("default", "again")
     assert adapter.active == (("default", 1.0),)
     assert torch.equal(adapter["again"].A, adapter["default"].A)
+
+
+def hooked() -> MLP:
+    model = MLP()
+    model.lin0.register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+class Penalised(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self[0].weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "model", "x", "message"),
+    [
+        (MLP, hooked, torch.randn(2, 10), "is for 'lin0', which can't be adapted: it has a forward hook"),
+        (
+            lambda: nn.Sequential(nn.Conv1d(4, 4, 3)),
+            lambda: Penalised(nn.Conv1d(4, 4, 3)),
+            torch.randn(2, 4, 9),
+            "is for '0', which can't be adapted: it is read as a 'conv1d' too",
+        ),
+    ],
+    ids=["hook", "two forms"],
+)
+def test_a_layer_of_the_model_that_can_not_be_adapted(
+    wanted: Callable[[], nn.Module], model: Callable[[], nn.Module], x: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    module = capture(wanted().eval(), (x,)).module
+    inject(module, LoRA(rank=3, targets=("*",)))
+    save_adapter(module, tmp_path)
+    loaded = capture(model().eval(), (x,)).module
+    before = str(loaded.graph)
+    with pytest.raises(ArtifactError, match=message):
+        load_adapter(loaded, tmp_path)
+    assert str(loaded.graph) == before
+
+
+def test_files_are_for_the_original_weights_and_not_for_what_an_init_left_of_them(tmp_path: Path) -> None:
+    module = fresh()
+    inject(module, LoRA(rank=3, init="pissa", adapter="first"))
+    randomize(module)
+    save_adapter(module, tmp_path, "first")
+    left = "the weight of 'lin0' is without what the init of adapter 'first' took out of it"
+    with pytest.raises(ArtifactError, match=f"is for the original weights: {left.replace('the weight', 'that', 1)}"):
+        load_adapter(module, tmp_path, "first")
+    inject(module, LoRA(rank=3, adapter="second"))
+    with pytest.raises(ArtifactError, match=f"adapter 'second' is none of the original weights: {left}"):
+        save_adapter(module, tmp_path, "second")
