@@ -24,6 +24,19 @@ def adapters(module: nn.Module) -> list[Adapter]:
     return found
 
 
+def unmerged(module: nn.Module) -> list[Adapter]:
+    """The adapters of all layers, of which no weight may hold any.
+
+    Raises:
+        PassError: one does.
+    """
+    found = adapters(module)
+    for adapter in found:
+        if adapter.merged:
+            raise PassError(f"the weight of '{adapter.name}' holds its adapters; call unmerge(module) first")
+    return found
+
+
 def names(module: nn.Module) -> list[str]:
     """Names of the adapters that any layer has."""
     return list(dict.fromkeys(name for adapter in adapters(module) for name in adapter.names))
@@ -78,11 +91,7 @@ def weighted(module: nn.Module, factors: Mapping[str, float]) -> None:
         if name not in known:
             near = nearest_names([name], known)
             raise PassError(f"no adapter is called '{name}'; there are {', '.join(repr(each) for each in near)}")
-    found = adapters(module)
-    merged = next((adapter for adapter in found if adapter.merged), None)
-    if merged is not None:
-        raise PassError(f"the weight of '{merged.name}' holds its adapters; call unmerge(module) first")
-    for adapter in found:
+    for adapter in unmerged(module):
         adapter.active = tuple((name, float(factor)) for name, factor in factors.items() if name in adapter)
 
 
@@ -93,10 +102,12 @@ def enable(module: nn.Module) -> None:
 
 
 def disable(module: nn.Module) -> None:
-    """Let no adapter count, until `enable`: the module computes what it did without them."""
-    for adapter in adapters(module):
-        if adapter.merged:
-            raise PassError(f"the weight of '{adapter.name}' holds its adapters; call unmerge(module) first")
+    """Let no adapter count, until `enable`: the module computes what it did without them.
+
+    Raises:
+        PassError: the weights hold adapters.
+    """
+    for adapter in unmerged(module):
         adapter.batch = ()
 
 
@@ -105,13 +116,13 @@ def mixed_batch(module: nn.Module, each: Sequence[str]) -> Iterator[None]:
     """In this context each sample of a batch has its own adapter, by name; `base` stands for none.
 
     Raises:
-        PassError: a name that no adapter has.
+        PassError: a name that no adapter has, or the weights hold adapters.
     """
     known = names(module)
     for name in each:
         if name != BASE and name not in known:
             raise PassError(f"no adapter is called '{name}'; there are {', '.join(map(repr, known))}, and 'base'")
-    found = adapters(module)
+    found = unmerged(module)
     before = [adapter.batch for adapter in found]
     try:
         for adapter in found:

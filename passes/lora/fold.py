@@ -92,6 +92,8 @@ def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:
 
 def why_not(program: Program, adapter: Adapter, keep_zeros: bool) -> str | None:
     """What keeps a weight from holding its adapters; None if nothing does."""
+    if adapter.batch is not None:
+        return "its adapters are disabled, or in a mixed batch; call enable(module) first"
     owner, leaf = slot_of(program.root, adapter)
     others = ", ".join(f"'{name}'" for name in _read_plain(program, owner, leaf))
     if others:

@@ -106,6 +106,9 @@ class Loading:
     def _check(self, by_name: Mapping[str, Entry], forms: Mapping[str, tuple[Form, nn.Parameter]]) -> None:
         if not by_name and not self.rest:
             raise ArtifactError(f"'{self.source}' holds no tensors of an adapter")
+        merged = next((child for child in self.module.modules() if isinstance(child, Adapter) and child.merged), None)
+        if merged is not None:
+            raise ArtifactError(f"the weight of '{merged.name}' holds its adapters; call unmerge(module) first")
         taken = takes_part(self.module, "")
         if taken is not None:
             raise ArtifactError(

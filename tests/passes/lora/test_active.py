@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxopt import capture
-from fxopt.errors import PassError
+from fxopt.errors import FxoptError, PassError
 from fxopt.graph import GraphModule
 from passes import LoRA
 from passes.lora import (
@@ -196,7 +196,7 @@ def test_a_mixed_batch(kind: str) -> None:
         assert torch.allclose(out[row], single[name][row], atol=1e-6)
 
 
-def test_what_can_not_be() -> None:
+def test_what_can_not_be(tmp_path: Path) -> None:
     module, x = two()
     with pytest.raises(PassError, match="no adapter is called 'third'; there are"):
         set_adapter(module, "third")
@@ -204,9 +204,22 @@ def test_what_can_not_be() -> None:
         pass
     with pytest.raises(PassError, match="names 3 samples, 'lin0' got 4"), mixed_batch(module, ["first"] * 3):
         module(x)
+    disable(module)
+    with pytest.raises(
+        PassError, match=r"'lin0' can't be merged: its adapters are disabled, .*; call enable\(module\)"
+    ):
+        merge(module)
+    enable(module)
+    save_adapter(module, tmp_path, "first")
     merge(module)
-    with pytest.raises(PassError, match=r"call unmerge\(module\) first"):
-        set_adapter(module, "first")
+    for change in (
+        lambda: set_adapter(module, "first"),
+        lambda: disable(module),
+        lambda: mixed_batch(module, ["first"] * 4).__enter__(),
+        lambda: load_adapter(module, tmp_path, "first"),
+    ):
+        with pytest.raises(FxoptError, match=r"the weight of 'lin0' holds its adapters; call unmerge\(module\) first"):
+            change()
     unmerge(module)
     with pytest.raises(PassError, match="has no adapters; put them in with the pass 'lora'"):
         set_adapter(capture(MLP(), (x,)).module, "first")
