@@ -57,13 +57,15 @@ def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) ->
 
 
 def unmerge(module: nn.Module) -> None:
-    """Put the weights back that `merge` kept aside: the very same ones."""
+    """Put the weights back that `merge` kept aside: the very same ones, moved to where the module is now."""
+    back: dict[int, nn.Parameter] = {}
     for adapter in adapters(module):
         if adapter.merged:
             assert adapter.unmerged is not None
             for slot, old in zip((adapter.slot, adapter.bias_slot), adapter.unmerged, strict=True):
                 if slot is not None and old is not None:
-                    _put(*slot_of(module, adapter, slot), old)
+                    owner, leaf = slot_of(module, adapter, slot)
+                    _put(owner, leaf, back.setdefault(id(old), _moved(old, owner._parameters[leaf])))
             adapter.merged, adapter.unmerged = False, None
 
 
@@ -146,6 +148,13 @@ def _captured(module: nn.Module, adapter: Adapter) -> GraphModule:
         return module
     roots = (child for child in module.modules() if isinstance(child, GraphModule))
     return next(root for root in roots if any(child is adapter for child in root.modules()))
+
+
+def _moved(parameter: nn.Parameter, like: torch.Tensor | None) -> nn.Parameter:
+    """A parameter in the dtype and on the device of another: itself where it is there."""
+    if like is None or (parameter.dtype is like.dtype and parameter.device == like.device):
+        return parameter
+    return nn.Parameter(parameter.detach().to(like), requires_grad=parameter.requires_grad)
 
 
 def _put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:

@@ -113,6 +113,18 @@ def test_unmerging_is_exact() -> None:
     assert torch.equal(module.get_parameter("lin0.weight"), before)
 
 
+def test_a_module_may_be_converted_between_merging_and_unmerging() -> None:
+    x = torch.randint(0, 20, (3, 7))
+    module = adapted(Tied(), x, targets=("*",)).module
+    before = module.get_parameter("embed.weight").detach().clone()
+    merge(module)
+    module.double()
+    unmerge(module)
+    assert torch.equal(module.get_parameter("embed.weight"), before.double())
+    assert module.get_parameter("head.weight") is module.get_parameter("embed.weight")
+    assert module(x).dtype is torch.float64
+
+
 def test_merging_is_better_than_in_float32() -> None:
     module = adapted(MLP(), torch.randn(3, 10)).module
     weight, low = module.get_parameter("lin0.weight").double(), module.get_submodule("lora.lin0.default")
