@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from passes.lora.peft_config import Settings
 
 _PREFIX = "base_model.model."
+_BASE = "base_layer"
 _ROLES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -43,6 +44,7 @@ class Entry:
         transposed: whether the weight is (in, out), `fan_in_fan_out`.
         in_attention: whether it is the output projection of an attention module.
         parameter: name of the parameter where PEFT has no adapter for the module but for the parameter, else "".
+        depth: how many other adapters of parameters of the same module are around it.
     """
 
     name: str
@@ -55,6 +57,22 @@ class Entry:
     transposed: bool = False
     in_attention: bool = False
     parameter: str = ""
+    depth: int = 0
+
+    @property
+    def label(self) -> str:
+        """What patterns call it."""
+        return self.parameter or self.name
+
+    @property
+    def path(self) -> str:
+        """Where it stands in a file: at a module, inside of the adapters that are around it."""
+        path = self.name
+        if self.in_attention:
+            path = f"{path.removesuffix('out_proj')}base_layer.out_proj"
+        elif self.parameter:
+            path = self.parameter.rpartition(".")[0]
+        return ".".join([path, *[_BASE] * self.depth]).removeprefix(".")
 
     @property
     def rank(self) -> int:
@@ -99,29 +117,42 @@ def write_entries(entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
     """The tensors of a file by their keys."""
     tensors = {}
     for entry in entries:
-        path = entry.name
-        if entry.in_attention:
-            path = path.removesuffix("out_proj") + "base_layer.out_proj"
-        elif entry.parameter.endswith(f".{path}") or entry.parameter == path:
-            path = path.rpartition(".")[0]
         names = ("lora_embedding_A", "lora_embedding_B") if entry.embedding else ("lora_A.weight", "lora_B.weight")
         parts = {names[0]: entry.a, names[1]: entry.b, "lora_B.bias": entry.bias}
         for key, tensor in {**parts, "lora_magnitude_vector": entry.magnitude}.items():
             if tensor is not None:
-                tensors[f"{_PREFIX}{path}.{key}" if path else f"{_PREFIX}{key}"] = tensor.clone().contiguous()
+                tensors[_PREFIX + f"{entry.path}.{key}".removeprefix(".")] = tensor.clone().contiguous()
     return tensors
 
 
+def nested(module: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
+    """The same with their depths: PEFT puts the adapter of the last parameter of a module around the others."""
+    by_path: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.path, []).append(entry)
+    found = []
+    for path, together in by_path.items():
+        order = _parameters_at(module, path.replace(f"{_BASE}.", ""))
+        together.sort(key=lambda entry: order.index(entry.parameter) if entry.parameter in order else -1)
+        found += [replace(entry, depth=depth) for depth, entry in enumerate(reversed(together))]
+    return found
+
+
 def read_entries(
-    tensors: Mapping[str, torch.Tensor], settings: Settings
+    tensors: Mapping[str, torch.Tensor], settings: Settings, module: nn.Module | None = None
 ) -> tuple[dict[str, Entry], dict[str, torch.Tensor]]:
-    """The adapters of a file by layer, and what is left: the modules that were saved whole.
+    """The adapters of a file by the path in it, and what is left: the modules that were saved whole.
+
+    Args:
+        tensors: of the file.
+        settings: of the file.
+        module: captured; it tells the adapters of several parameters of one module apart, by their order there. Without
+            it that of the configuration is taken for it.
 
     Raises:
         ArtifactError: a key without the prefix of PEFT, or a layer with one factor only.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    projections: set[str] = set()
     rest = {}
     for key, tensor in tensors.items():
         if not key.startswith(_PREFIX):
@@ -129,16 +160,13 @@ def read_entries(
         name = key.removeprefix(_PREFIX)
         found = _KEY.fullmatch(name)
         if found:
-            path = (found[1] or "").replace("base_layer.", "")
-            if (found[1] or "").endswith("base_layer.out_proj"):
-                projections.add(path)
-            parts.setdefault(path, {})[_ROLES[found[2]]] = tensor
+            parts.setdefault(found[1] or "", {})[_ROLES[found[2]]] = tensor
         else:
             rest[name] = tensor
-    return {path: _entry(path, roles, settings, path in projections) for path, roles in parts.items()}, rest
+    return {path: _entry(path, roles, settings, module) for path, roles in parts.items()}, rest
 
 
-def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, projects: bool) -> Entry:
+def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, module: nn.Module | None) -> Entry:
     embedding = "embedding_a" in roles or "embedding_b" in roles
     wanted = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     missing = [role for role in wanted if role not in roles]
@@ -146,21 +174,35 @@ def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, pro
         key = next(key for key, role in _ROLES.items() if role == missing[0])
         raise ArtifactError(f"the file has no '{_PREFIX}{path}.{key}', without which its adapter would be none")
     a, b = (roles[role] for role in wanted)
-    parameter = next((p for p in settings.parameters if (p.rpartition(".")[0] or "") == path), "")
-    parameter = parameter or next(
-        (p for p in settings.parameters if p.rpartition(".")[0] == path.rpartition(".")[2]), ""
-    )
-    if parameter and path and not parameter.startswith(path):
-        parameter = f"{path}.{parameter.rpartition('.')[2]}"
-    name = parameter.removesuffix(".weight") if parameter else path
-    rank = settings.rank_of(path)
+    projects = path.endswith(f"{_BASE}.out_proj")
+    parts = path.split(".")
+    depth = 0
+    while parts and parts[-1] == _BASE:
+        parts.pop()
+        depth += 1
+    owner = ".".join(part for part in parts if part != _BASE)
+    known = settings.parameters_at(owner) if module is None else _parameters_at(module, owner)
+    adapted = [name for name in known if settings.is_parameter(name)]
+    parameter = adapted[-1 - depth] if depth < len(adapted) and not projects else ""
+    name = parameter.removesuffix(".weight") or owner
+    label = parameter or owner
+    rank = settings.rank_of(label)
     if a.shape[0] != rank:
-        raise ArtifactError(f"'{path}' has an A of rank {a.shape[0]}, its configuration says {rank}")
-    scale = settings.alpha_of(path) / (rank**0.5 if settings.rslora else rank)
+        raise ArtifactError(f"'{label}' has an A of rank {a.shape[0]}, its configuration says {rank}")
+    scale = settings.alpha_of(label) / (rank**0.5 if settings.rslora else rank)
     magnitude, bias = roles.get("magnitude"), roles.get("bias")
     if settings.dora and magnitude is None:
         raise ArtifactError(f"the file has no '{_PREFIX}{path}.lora_magnitude_vector', which 'use_dora' needs")
-    return Entry(name, a, b, scale, magnitude, bias, embedding, in_attention=projects, parameter=parameter)
+    return Entry(name, a, b, scale, magnitude, bias, embedding, False, projects, parameter, depth)
+
+
+def _parameters_at(module: nn.Module, path: str) -> list[str]:
+    """The names of the parameters of the module at a path itself, in order."""
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return []
+    return [f"{path}.{leaf}" if path else leaf for leaf in owner._parameters]
 
 
 def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> None:

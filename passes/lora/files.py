@@ -15,7 +15,8 @@ from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from passes.lora.active import adapters, names, saved_with, takes_part
 from passes.lora.adapter import Adapter
-from passes.lora.entries import read_entries, to_entry, write_entries
+from passes.lora.entries import nested, read_entries, to_entry, write_entries
+from passes.lora.fold import root_of
 from passes.lora.load import Loading
 from passes.lora.peft_config import Settings, from_settings, to_settings
 from passes.lora.targets import nearest_names
@@ -56,9 +57,10 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
         if name in adapter:
             # Of several uses of one weight the first, which is the weight as a whole where one is that.
             found.setdefault(adapter.slot, adapter)
-    entries = [to_entry(module, adapter, name) for adapter in found.values()]
+    root = root_of(module, next(iter(found.values())))
+    entries = nested(root, [to_entry(root, adapter, name) for adapter in found.values()])
     saved = saved_with(module, name)
-    config = from_settings(module, entries, [path for path, _ in saved], _one(found, name))
+    config = from_settings(root, entries, [path for path, _ in saved], _one(found, name))
     tensors = write_entries(entries)
     for path, part in saved:
         for key, tensor in part.state_dict().items():
@@ -94,7 +96,7 @@ def load_adapter(module: nn.Module, directory: str | Path, name: str = "default"
             "give it fxopt.capture(module, inputs).module"
         )
     settings, tensors = read(directory)
-    entries, rest = read_entries(tensors, settings)
+    entries, rest = read_entries(tensors, settings, module)
     Loading(module, name, settings, entries, rest, str(directory)).run()
 
 

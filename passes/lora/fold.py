@@ -43,7 +43,7 @@ def merge(module: nn.Module, inputs: Any = None, *, keep_zeros: bool = False) ->
     found = [adapter for adapter in adapters(module) if not adapter.merged]
     program = functools.cache(Program)
     for adapter in found:
-        reason = why_not(program(_captured(module, adapter)), adapter, keep_zeros)
+        reason = why_not(program(root_of(module, adapter)), adapter, keep_zeros)
         if reason is not None:
             raise PassError(f"lora: '{adapter.name}' can't be merged: {reason}")
     before = _outputs(module, inputs)
@@ -139,10 +139,10 @@ def _read_plain(program: Program, owner: nn.Module, leaf: str) -> Iterator[str]:
 def slot_of(module: nn.Module, adapter: Adapter, slot: str | None = None) -> tuple[nn.Module, str]:
     """The module and the name there of the parameter that an adapter is for, or of another one."""
     path, _, leaf = (slot or adapter.slot).rpartition(".")
-    return _captured(module, adapter).get_submodule(path), leaf
+    return root_of(module, adapter).get_submodule(path), leaf
 
 
-def _captured(module: nn.Module, adapter: Adapter) -> GraphModule:
+def root_of(module: nn.Module, adapter: Adapter) -> GraphModule:
     """The outermost captured module that holds an adapter: its names count from there."""
     if isinstance(module, GraphModule):
         return module

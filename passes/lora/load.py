@@ -137,9 +137,9 @@ class Loading:
         return None if entry is None else self._recipe(entry)
 
     def _recipe(self, entry: Entry) -> Recipe:
-        return Recipe(
-            entry.rank, entry.scale * entry.rank, dora=entry.magnitude is not None, whole=bool(entry.parameter)
-        )
+        # PEFT has no DoRA for parameters: such a file is ours, and measures the weight as the layer has it.
+        dora = entry.magnitude is not None
+        return Recipe(entry.rank, entry.scale * entry.rank, dora=dora, whole=bool(entry.parameter) and not dora)
 
     def _fill(self, by_name: Mapping[str, Entry]) -> None:
         done: set[int] = set()

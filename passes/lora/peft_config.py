@@ -53,6 +53,16 @@ class Settings:
         """alpha of a layer."""
         return float(_of(self.alpha_pattern, name, self.alpha))
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` means a parameter."""
+        return any(name == target or name.endswith(f".{target}") for target in self.parameters)
+
+    def parameters_at(self, path: str) -> list[str]:
+        """The parameters that it means of a module, as far as can be told without it."""
+        owners = ((target.rpartition(".")[0], target.rpartition(".")[2]) for target in self.parameters)
+        found = (leaf for owner, leaf in owners if not owner or f".{path}".endswith(f".{owner}"))
+        return [f"{path}.{leaf}" if path else leaf for leaf in found]
+
     def is_target(self, name: str) -> bool:
         """Whether `target_modules` means a layer."""
         if isinstance(self.targets, str):
@@ -92,13 +102,13 @@ def to_settings(config: Mapping[str, Any], source: str) -> Settings:
 
 def from_settings(module: nn.Module, entries: Sequence[Entry], saved: Sequence[str], low: LowRank) -> dict[str, Any]:
     """The configuration of an adapter: common values once, others by patterns."""
-    ranks = {entry.name: entry.rank for entry in entries}
-    alphas = {entry.name: _alpha(entry, low.rslora) for entry in entries}
+    ranks = {entry.label: entry.rank for entry in entries}
+    alphas = {entry.label: _alpha(entry, low.rslora) for entry in entries}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     modules = sorted(entry.name.removesuffix(".out_proj") if entry.in_attention else entry.name
                      for entry in entries if not entry.parameter)  # fmt: skip
-    parameters = sorted(entry.parameter for entry in entries if entry.parameter)
+    parameters = [entry.parameter for entry in reversed(entries) if entry.parameter]
     return {
         "peft_type": "LORA",
         "task_type": None,

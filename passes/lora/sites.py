@@ -16,7 +16,7 @@ from fxopt.graph import Affine, Region, read_affine, read_parameter, read_produc
 from fxopt.modules import Fused, Mask, fused_call
 from passes.lora import inside
 from passes.lora.adapter import Adapter
-from passes.lora.forms import Form, form_of
+from passes.lora.forms import Conv, Form, form_of
 
 _LAYERS: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,
@@ -122,8 +122,12 @@ def whole_weight(site: Site, region: Region) -> Site:
     """The weight of a layer as a site of its own, where nothing else reads it; a plain linear layer becomes a function.
 
     F.linear(x, W, b)   =>   F.linear(x, f(W), b)
+
+    That of a convolution stays one of a layer: its factors have other shapes.
     """
     node = site.node
+    if isinstance(site.form, Conv):
+        return site
     if node.op == "call_module":
         module = region.submodule(node)
         if type(module) is not nn.Linear or site.input is None:

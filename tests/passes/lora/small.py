@@ -83,6 +83,19 @@ class OnParameter(nn.Module):
         return x @ self.weight + self.bias
 
 
+class Gated(nn.Module):
+    """Several parameters of one module, not in the order of their use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(8, 16) / 4)
+        self.gate = nn.Parameter(torch.randn(16, 8) / 4)
+        self.up = nn.Parameter(torch.randn(16, 8) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+
+
 class MLPOnParameters(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from fxopt import capture
+from passes import LoRA
 from passes.lora import load_adapter, merge, save_adapter, unmerge
+from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
-from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, MLPOnParameters, floats, ints
+from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, MLPOnParameters, floats, ints
+from tests.passes.lora.test_inject import CASES as ADAPTED
 
 ROUNDINGS = 8
 """Sums of products taken in another order differ by that much. On most processors there is no difference at all."""
@@ -51,6 +54,7 @@ BUILD: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "twice": (Twice, floats(9, 10)),
     "mha": (MHA, floats(4, 3, 10)),
     "parameters": (MLPOnParameters, floats(9, 10)),
+    "gated": (lambda: nn.Sequential(Gated(), nn.Sequential(Gated())), floats(9, 8)),
 }
 DORA = {"use_dora": True}
 BIAS = {"lora_bias": True, "lora_alpha": 32}
@@ -94,6 +98,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("parameters 1", "parameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
     ("parameters 2", "mlp", {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"]}),
     ("parameters 3", "twice", {"target_modules": ["lin1"], "target_parameters": ["lin0.weight"]}),
+    ("parameters 4", "gated", {"target_modules": [], "target_parameters": ["0.up", "0.down", "1.0.gate"]}),
+    ("parameters 5", "gated", {"target_modules": [], "target_parameters": ["down", "up"], "rank_pattern": {"0.up": 3}}),
     ("patterns", "mlp", {"target_modules": ["lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 16}}),
 ]  # fmt: skip
 
@@ -166,11 +172,23 @@ def test_the_file_of_fxopt_has_the_keys_of_peft(peft: Any, tmp_path: Path, model
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("model", ["mlp", "conv2d", "conv3d", "conv1d", "mha", "embedding", "groups2"])
-def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) -> None:
-    from passes import LoRA
-    from passes.lora.inject import inject
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"rank_pattern": {"*l0*": 2, "?": 1}}], ids=str)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_is_saved_here_is_loaded_here(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    build, example, _ = ADAPTED[name]
+    plain, x = build().double().eval(), example()
+    x = x.double() if x.is_floating_point() else x
+    module, fresh = (capture(plain, (x,)).module for _ in range(2))
+    inject(module, LoRA(rank=3, targets=("*",), **options))
+    randomize(module)
+    save_adapter(nn.Sequential(module), tmp_path)  # as DistributedDataParallel holds it
+    load_adapter(fresh, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(fresh(x), module(x), rtol=1e-5, atol=1e-6 * module(x).abs().max())
 
+
+@pytest.mark.parametrize("model", ["mlp", "conv2d", "conv3d", "conv1d", "mha", "embedding", "groups2", "gated"])
+def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) -> None:
     build, example = BUILD[model]
     plain, x = build().eval(), example()
     captured = capture(plain, (x,)).module
@@ -185,9 +203,6 @@ def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) ->
 
 
 def test_what_is_saved_whole_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
-    from passes import LoRA
-    from passes.lora.inject import inject
-
     x = torch.randn(3, 4)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
     captured = capture(model, (x,)).module
