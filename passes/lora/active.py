@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from fxopt.errors import PassError
-from passes.lora.adapter import BASE, Adapter
+from fxopt.graph import GraphModule
+from passes.lora.adapter import BASE, Adapter, Beside
 from passes.lora.targets import nearest_names
 
 
@@ -47,14 +48,23 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def saved_with(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """The modules that are trained and saved as a whole with an adapter, with their paths."""
-    roots = [child for child in module.modules() if "lora_adapters" in child.__dict__]
-    return [
-        (path, root.get_submodule(path))
-        for root in roots
-        for path in root.__dict__["lora_adapters"].get(name, {}).get("modules_to_save", ())
-    ]
+def root_of(module: nn.Module, adapter: Adapter) -> GraphModule:
+    """The outermost captured module that holds an adapter: its names count from there."""
+    if isinstance(module, GraphModule):
+        return module
+    roots = (child for child in module.modules() if isinstance(child, GraphModule))
+    return next(root for root in roots if any(child is adapter for child in root.modules()))
+
+
+def saved_with(module: nn.Module, name: str) -> Beside:
+    """What is saved with an adapter."""
+    return next((adapter[name].beside for adapter in adapters(module) if name in adapter), Beside())
+
+
+def _trained_with(module: nn.Module, name: str) -> list[nn.Parameter]:
+    root, beside = root_of(module, adapters(module)[0]), saved_with(module, name)
+    biases = [root.get_parameter(path) for path in beside.tensors if path.rpartition(".")[2] == "bias"]
+    return [*(each for path in beside.modules for each in root.get_submodule(path).parameters()), *biases]
 
 
 def takes_part(module: nn.Module, name: str) -> tuple[Adapter, str] | None:
@@ -76,8 +86,8 @@ def set_adapter(module: nn.Module, name: str) -> None:
         for other in adapter.names:
             adapter[other].requires_grad_(other == name)
     for other in sorted(names(module), key=name.__eq__):  # the one meant last, where two share a module
-        for _, saved in saved_with(module, other):
-            saved.requires_grad_(other == name)
+        for parameter in _trained_with(module, other):
+            parameter.requires_grad_(other == name)
 
 
 def weighted(module: nn.Module, factors: Mapping[str, float]) -> None:

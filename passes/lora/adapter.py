@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,21 @@ from passes.lora.forms import Embedding, Form, Linear
 
 BASE = "base"
 """The name that stands for no adapter in a mixed batch."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is saved with an adapter, by qualified names relative to the captured module.
+
+    Attributes:
+        modules: those that train as a whole.
+        tensors: parameters, and biases among them that train.
+        bias: what PEFT calls the choice of these: `none`, `all`, `lora_only`.
+    """
+
+    modules: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    bias: str = "none"
 
 
 class LowRank(nn.Module):
@@ -31,6 +47,7 @@ class LowRank(nn.Module):
         bias: what PEFT calls `lora_bias`, or None.
         mask: 1 where B may differ from zero, for slices of a fused weight, or None.
         start: the factors that were taken out of the base weight when the adapter was made, or None.
+        beside: what is saved with it.
     """
 
     magnitude: nn.Parameter | None
@@ -62,6 +79,7 @@ class LowRank(nn.Module):
         self.rslora = rslora
         self.dropout = dropout
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.beside = Beside()
 
     @property
     def left(self) -> torch.Tensor:

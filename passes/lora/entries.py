@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import ArtifactError
-from passes.lora.adapter import Adapter, LowRank, WeightAdapter
+from passes.lora.adapter import Adapter, Beside, LowRank, WeightAdapter
 from passes.lora.fold import slot_of
 from passes.lora.forms import Conv, ConvTranspose, Form
 
@@ -125,6 +125,19 @@ def write_entries(entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def write_beside(root: nn.Module, beside: Beside, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """What is saved with the adapters, by its keys: of a layer that has one, PEFT's adapter is around its tensors."""
+    state = root.state_dict()
+    within = [path for path, child in root.named_modules() if isinstance(child, Adapter)]
+    names = {key: key for path in beside.modules for key in state if key.startswith(f"{path}.")}
+    adapted = {entry.path for entry in entries}
+    for name in beside.tensors:
+        path, _, leaf = name.rpartition(".")
+        names[name] = f"{path}.{_BASE}.{leaf}" if path in adapted else name
+    kept = {key: name for key, name in names.items() if not any(key.startswith(f"{path}.") for path in within)}
+    return {_PREFIX + name: state[key].detach().clone().contiguous() for key, name in kept.items()}
+
+
 def nested(module: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
     """The same with their depths: PEFT puts the adapter of the last parameter of a module around the others."""
     by_path: dict[str, list[Entry]] = {}
@@ -161,8 +174,8 @@ def read_entries(
         found = _KEY.fullmatch(name)
         if found:
             parts.setdefault(found[1] or "", {})[_ROLES[found[2]]] = tensor
-        else:
-            rest[name] = tensor
+        elif ".original_module." not in name:  # with `bias` PEFT writes those of modules that are saved whole thrice
+            rest[name.replace(".modules_to_save.", ".")] = tensor
     return {path: _entry(path, roles, settings, module) for path, roles in parts.items()}, rest
 
 

@@ -13,10 +13,9 @@ from torch import nn
 
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
-from passes.lora.active import adapters, names, saved_with, takes_part
+from passes.lora.active import adapters, names, root_of, saved_with, takes_part
 from passes.lora.adapter import Adapter
-from passes.lora.entries import nested, read_entries, to_entry, write_entries
-from passes.lora.fold import root_of
+from passes.lora.entries import nested, read_entries, to_entry, write_beside, write_entries
 from passes.lora.load import Loading
 from passes.lora.peft_config import Settings, from_settings, to_settings
 from passes.lora.targets import nearest_names
@@ -59,12 +58,9 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
             found.setdefault(adapter.slot, adapter)
     root = root_of(module, next(iter(found.values())))
     entries = nested(root, [to_entry(root, adapter, name) for adapter in found.values()])
-    saved = saved_with(module, name)
-    config = from_settings(root, entries, [path for path, _ in saved], _one(found, name))
-    tensors = write_entries(entries)
-    for path, part in saved:
-        for key, tensor in part.state_dict().items():
-            tensors[f"base_model.model.{path}.{key}"] = tensor.detach().clone().contiguous()
+    beside = saved_with(module, name)
+    config = from_settings(root, entries, beside, _one(found, name))
+    tensors = write_entries(entries) | write_beside(root, beside, entries)
     try:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)

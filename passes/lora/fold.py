@@ -11,13 +11,13 @@ from torch import nn
 
 from fxopt.capture.state import random_state_kept, tensors_kept
 from fxopt.errors import PassError, VerifyError
-from fxopt.graph import GraphModule, Program
+from fxopt.graph import Program
 from fxopt.inputs import Inputs
 from fxopt.modules import Fused, Mask
 from fxopt.modules.mask import SUFFIX
 from fxopt.nested import tensors_in
 from fxopt.relative_error import TOLERANCE, relative_error
-from passes.lora.active import adapters
+from passes.lora.active import adapters, root_of
 from passes.lora.adapter import Adapter, LayerAdapter
 from passes.lora.forms import Conv
 from passes.lora.inside import Adapted
@@ -65,7 +65,7 @@ def unmerge(module: nn.Module) -> None:
             for slot, old in zip((adapter.slot, adapter.bias_slot), adapter.unmerged, strict=True):
                 if slot is not None and old is not None:
                     owner, leaf = slot_of(module, adapter, slot)
-                    _put(owner, leaf, back.setdefault(id(old), _moved(old, owner._parameters[leaf])))
+                    put(owner, leaf, back.setdefault(id(old), _moved(old, owner._parameters[leaf])))
             adapter.merged, adapter.unmerged = False, None
 
 
@@ -83,13 +83,13 @@ def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:
             new[key] = nn.Parameter(adapter.folded(weight, keep_zeros), requires_grad=weight.requires_grad)
         adapter.unmerged = (weight, None)
         adapter.merged = True
-        _put(owner, leaf, new[key])
+        put(owner, leaf, new[key])
         if any(adapter[name].bias is not None for name, _ in adapter.active) and adapter.bias_slot is not None:
             owner, leaf = slot_of(module, adapter, adapter.bias_slot)
             bias = owner._parameters[leaf]
             assert bias is not None
             adapter.unmerged = (weight, bias)
-            _put(owner, leaf, nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad))
+            put(owner, leaf, nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad))
 
 
 def why_not(program: Program, adapter: Adapter, keep_zeros: bool) -> str | None:
@@ -142,14 +142,6 @@ def slot_of(module: nn.Module, adapter: Adapter, slot: str | None = None) -> tup
     return root_of(module, adapter).get_submodule(path), leaf
 
 
-def root_of(module: nn.Module, adapter: Adapter) -> GraphModule:
-    """The outermost captured module that holds an adapter: its names count from there."""
-    if isinstance(module, GraphModule):
-        return module
-    roots = (child for child in module.modules() if isinstance(child, GraphModule))
-    return next(root for root in roots if any(child is adapter for child in root.modules()))
-
-
 def _moved(parameter: nn.Parameter, like: torch.Tensor | None) -> nn.Parameter:
     """A parameter in the dtype and on the device of another: itself where it is there."""
     if like is None or (parameter.dtype is like.dtype and parameter.device == like.device):
@@ -157,7 +149,8 @@ def _moved(parameter: nn.Parameter, like: torch.Tensor | None) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to(like), requires_grad=parameter.requires_grad)
 
 
-def _put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:
+def put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:
+    """Give a module another parameter in the place of one that it has."""
     owner._parameters[leaf] = weight
     if isinstance(owner, nn.RNNBase):
         owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]

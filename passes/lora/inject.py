@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
 from torch import nn
@@ -13,7 +13,7 @@ from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from fxopt.inputs import Inputs
-from passes.lora.adapter import BASE, Adapter
+from passes.lora.adapter import BASE, Adapter, Beside, LowRank
 from passes.lora.files import load_adapter, save_adapter, show_adapter
 from passes.lora.fold import merge
 from passes.lora.init import MOVES_WEIGHT, Init, Recipe
@@ -97,8 +97,8 @@ class LoRA(Pass):
         trains = [low for child in module.modules() if isinstance(child, Adapter) for low in _of(child, self.adapter)]
         for part in (*trains, *saved.values()):
             part.requires_grad_(True)
-        metadata = {"modules_to_save": tuple(saved), "options": {f.name: getattr(self, f.name) for f in fields(self)}}
-        module.__dict__.setdefault("lora_adapters", {})[self.adapter] = metadata
+        for low in trains:
+            low.beside = Beside(modules=tuple(saved))
         after = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
         if after != before:
             trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -158,7 +158,7 @@ def inject(module: GraphModule, lora: LoRA) -> tuple[Change | Skip, ...]:
     return tuple(found)
 
 
-def _of(adapter: Adapter, name: str) -> list[nn.Module]:
+def _of(adapter: Adapter, name: str) -> list[LowRank]:
     return [adapter[name]] if name in adapter else []
 
 

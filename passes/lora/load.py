@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ from torch import nn
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from passes.lora.active import takes_part
-from passes.lora.adapter import Adapter
+from passes.lora.adapter import Adapter, Beside
 from passes.lora.entries import Entry, from_entry
+from passes.lora.fold import put
 from passes.lora.forms import Form
 from passes.lora.init import Recipe, start
 from passes.lora.insert import Insertion
@@ -66,7 +68,7 @@ class Loading:
             region.graph.lint()
             region.module.recompile()
         self._fill(by_name)
-        self._load_whole()
+        self._load_beside()
 
     def _insertion(self, region: Region, by_name: Mapping[str, Entry]) -> Insertion:
         return Insertion(region, self.adapter, lambda names, operators, weight: self._choose(names, by_name))
@@ -124,7 +126,7 @@ class Loading:
                 if name not in by_name and self.settings.is_target(name) and form.kind != "weight":
                     raise ArtifactError(f"'{self.source}' targets '{name}' and has no weights for it: they are missing")
         state = self.module.state_dict()
-        for key, tensor in self.rest.items():
+        for key, tensor in self._rest.items():
             if key not in state:
                 near = ", ".join(f"'{each}'" for each in nearest_names([key], state))
                 raise ArtifactError(f"'{self.source}' has a tensor '{key}' that the model hasn't; nearest: {near}")
@@ -152,25 +154,40 @@ class Loading:
                 if _counts(child, self.adapter):
                     low.requires_grad_(True)
 
-    def _load_whole(self) -> None:
-        saved = {key.rpartition(".")[0] for key in self.rest}
+    def _load_beside(self) -> None:
+        program, beside = Program(self.module), self._beside()
         layers = [child for child in self.module.modules() if isinstance(child, Adapter) and self.adapter in child]
         trains = not layers or any(_counts(layer, self.adapter) for layer in layers)
-        for key, tensor in self.rest.items():
+        for key, tensor in self._rest.items():
             path, _, leaf = key.rpartition(".")
             owner = self.module.get_submodule(path)
-            if leaf in owner._parameters:
-                old = owner._parameters[leaf]
-                assert old is not None
-                owner._parameters[leaf] = nn.Parameter(
-                    tensor.to(old).clone(), requires_grad=trains or old.requires_grad
-                )
-            else:
+            old = owner._parameters.get(leaf)
+            if old is None:
                 buffer = owner._buffers[leaf]
                 assert buffer is not None
                 owner._buffers[leaf] = tensor.to(buffer).clone()
-        metadata = {"modules_to_save": tuple(sorted(saved))}
-        self.module.__dict__.setdefault("lora_adapters", {})[self.adapter] = metadata
+            elif key in beside.tensors and leaf != "bias":
+                program.replace_parameter(old, tensor.to(old).clone())
+            else:
+                put(owner, leaf, nn.Parameter(tensor.to(old).clone(), requires_grad=trains or old.requires_grad))
+        for layer in layers:
+            layer[self.adapter].beside = beside
+
+    @functools.cached_property
+    def _rest(self) -> dict[str, torch.Tensor]:
+        """What is saved with the adapters, by the names of the model: in a file, PEFT's adapters are around layers."""
+        state = self.module.state_dict()
+        return {key if key in state else key.replace("base_layer.", ""): tensor for key, tensor in self.rest.items()}
+
+    def _beside(self) -> Beside:
+        """By `bias` a file has biases, and with an embedding its base; all else are modules that are saved whole."""
+
+        def is_alone(key: str) -> bool:
+            return key not in self.rest or (self.settings.bias != "none" and key.rpartition(".")[2] == "bias")
+
+        modules = {key.rpartition(".")[0] for key in self._rest if not is_alone(key)}
+        alone = (key for key in self._rest if is_alone(key) and key.rpartition(".")[0] not in modules)
+        return Beside(tuple(sorted(modules)), tuple(alone), self.settings.bias)
 
 
 def _counts(adapter: Adapter, name: str) -> bool:

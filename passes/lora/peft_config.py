@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.errors import ArtifactError
-from passes.lora.adapter import LowRank
+from passes.lora.adapter import Beside, LowRank
 from passes.lora.entries import Entry
 
 _UNKNOWN = (
@@ -32,6 +32,7 @@ class Settings:
         targets: `target_modules`: a regular expression, or names and ends of names.
         parameters: `target_parameters`.
         restricted: whether further options narrow the targets.
+        bias: which biases are saved with it: `none`, `all`, `lora_only`.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Settings:
     targets: str | tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     restricted: bool = False
+    bias: str = "none"
 
     def rank_of(self, name: str) -> int:
         """r of a layer."""
@@ -95,12 +97,13 @@ def to_settings(config: Mapping[str, Any], source: str) -> Settings:
             targets=targets if isinstance(targets, str) else tuple(targets),
             parameters=tuple(config.get("target_parameters") or ()),
             restricted=bool(config.get("layers_to_transform") is not None or config.get("exclude_modules")),
+            bias=str(config.get("bias") or "none"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"'{source}' is no configuration of an adapter: {error!r}") from error
 
 
-def from_settings(module: nn.Module, entries: Sequence[Entry], saved: Sequence[str], low: LowRank) -> dict[str, Any]:
+def from_settings(module: nn.Module, entries: Sequence[Entry], beside: Beside, low: LowRank) -> dict[str, Any]:
     """The configuration of an adapter: common values once, others by patterns."""
     ranks = {entry.label: entry.rank for entry in entries}
     alphas = {entry.label: _alpha(entry, low.rslora) for entry in entries}
@@ -120,14 +123,14 @@ def from_settings(module: nn.Module, entries: Sequence[Entry], saved: Sequence[s
         "use_rslora": low.rslora,
         "use_dora": any(entry.magnitude is not None for entry in entries),
         "lora_bias": any(entry.bias is not None for entry in entries),
-        "bias": "none",
+        "bias": beside.bias,
         "init_lora_weights": True,
         "fan_in_fan_out": bool(modules) and all(entry.transposed for entry in entries),
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         "target_modules": _targets(module, list(dict.fromkeys(modules))),
         "target_parameters": parameters or None,
-        "modules_to_save": list(saved) or None,
+        "modules_to_save": list(beside.modules) or None,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt import capture
 from fxopt.errors import FxoptError, PassError
 from fxopt.graph import GraphModule
@@ -108,6 +110,24 @@ def test_switching_lets_what_is_saved_with_an_adapter_train() -> None:
         set_adapter(module, name)
         trains = {path.rpartition(".")[0] for path, each in module.named_parameters() if each.requires_grad}
         assert trains == {f"lora.0.{name}", *saved}
+
+
+def test_what_is_saved_with_an_adapter_is_known_to_a_later_run(tmp_path: Path) -> None:
+    model, x = MLP().eval(), torch.randn(4, 10)
+    first = fxopt.optimize(model, x, [LoRA(targets=("lin0",), modules_to_save=("lin1",))], devices=()).module
+    again = fxopt.optimize(first, x, "clean", devices=()).module
+    save_adapter(again, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["lin1"]
+
+
+def test_adapters_inside_of_a_module_are_not_saved_with_it(tmp_path: Path) -> None:
+    model, x = Recurrents().eval(), torch.randn(2, 4, 6)
+    module, fresh = (capture(model, (x,)).module for _ in range(2))
+    inject(module, LoRA(rank=2, targets=("lstm", "gru"), modules_to_save=("gru",)))
+    randomize(module)
+    save_adapter(module, tmp_path)
+    load_adapter(fresh, tmp_path)
+    assert torch.allclose(fresh(x), module(x), atol=1e-6)
 
 
 def test_what_is_loaded_trains_and_nothing_else(tmp_path: Path) -> None:

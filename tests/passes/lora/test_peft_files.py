@@ -14,7 +14,7 @@ from torch import nn
 
 from fxopt import capture
 from passes import LoRA
-from passes.lora import load_adapter, merge, save_adapter, unmerge
+from passes.lora import load_adapter, merge, save_adapter, set_adapter, unmerge
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, MLPOnParameters, floats, ints
@@ -93,6 +93,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mlp bias", "mlp", {"target_modules": ["lin0", "lin1"], **BIAS}),
     ("conv2d bias", "conv2d", {"target_modules": ["conv2d"], **BIAS}),
     ("conv3d bias", "conv3d", {"target_modules": ["conv3d"], **BIAS}),
+    ("biases 1", "mlp", {"target_modules": ["lin0"], "bias": "all"}),
+    ("biases 2", "mlp", {"target_modules": ["lin0"], "bias": "lora_only"}),
     ("mha 1", "mha", {"target_modules": ["mha"]}),
     ("mha 2", "mha", {"target_modules": ["mha", "lin0"]}),
     ("parameters 1", "parameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
@@ -112,8 +114,8 @@ def in_peft(peft: Any, model: nn.Module, config: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)).eval()
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     # Some kernels of torch round otherwise where a weight could get a gradient.
@@ -170,6 +172,51 @@ def test_the_file_of_fxopt_has_the_keys_of_peft(peft: Any, tmp_path: Path, model
     theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_biases_of_a_module_that_is_saved_whole_too(peft: Any, tmp_path: Path) -> None:
+    plain, x = MLP().eval(), torch.randn(3, 10)
+    wrapped = in_peft(peft, plain, {"target_modules": ["lin0"], "bias": "all", "modules_to_save": ["lin1"]})
+    saved_by_peft(wrapped, tmp_path / "theirs")
+    module = capture(plain, (x,)).module
+    load_adapter(module, tmp_path / "theirs")
+    save_adapter(module, tmp_path / "ours")
+    with torch.no_grad():
+        assert rounding(module(x), wrapped(x)) <= ROUNDINGS
+        assert rounding(from_peft(peft, plain, tmp_path / "ours")(x), wrapped(x)) <= ROUNDINGS
+
+
+@pytest.mark.parametrize(("bias", "expected"), [("all", ["lin0.bias", "lin1.bias"]), ("lora_only", ["lin0.bias"])])
+def test_biases_of_a_file_train_with_its_adapter(peft: Any, tmp_path: Path, bias: str, expected: list[str]) -> None:
+    plain, x = MLP().eval(), torch.randn(3, 10)
+    saved_by_peft(in_peft(peft, plain, {"target_modules": ["lin0"], "bias": bias}), tmp_path)
+    module = capture(plain, (x,)).module
+    load_adapter(module, tmp_path, "first")
+    load_adapter(module, tmp_path, "second")
+    for name in ("first", "second"):
+        set_adapter(module, name)
+        trains = {path for path, parameter in module.named_parameters() if parameter.requires_grad}
+        assert trains == {f"lora.lin0.{name}.{factor}" for factor in "AB"} | set(expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_base_of_an_embedding_in_a_file(peft: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, tie_word_embeddings=True, **sizes)).eval()
+    ids = torch.randint(0, 20, (2, 5))
+    wrapped = in_peft(peft, plain, {"target_modules": ["embed_tokens", "q_proj"]})
+    saved_by_peft(wrapped, tmp_path / "theirs")
+    module = capture(plain, (ids,)).module
+    load_adapter(module, tmp_path / "theirs")
+    save_adapter(module, tmp_path / "ours")
+    assert not module.get_parameter("model.embed_tokens.weight").requires_grad
+    assert module.get_parameter("model.embed_tokens.weight") is module.get_parameter("lm_head.weight")
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+        assert rounding(module(ids).logits, expected) <= ROUNDINGS
+        assert rounding(from_peft(peft, plain, tmp_path / "ours")(ids).logits, expected) <= ROUNDINGS
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rank_pattern": {"*l0*": 2, "?": 1}}], ids=str)
