@@ -124,7 +124,7 @@ class Matmul(Linear):
 
 
 class Embedding(Form):
-    """`W[ids]`, W (rows, width): A (r, width), B (rows, r), `B[ids] A`."""
+    """`W[ids]`, W (rows, width): A (r, width), B (rows, r), `B[ids] A`; what stands for padding has no gradient."""
 
     @property
     def starts_normal(self) -> bool:
@@ -135,7 +135,7 @@ class Embedding(Form):
         self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Looks up rows of B only."""
-        return F.embedding(x, b) @ a
+        return F.embedding(x, b, **self.options) @ a
 
     def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`W[ids]`."""

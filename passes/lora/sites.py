@@ -28,6 +28,7 @@ _LAYERS: dict[str, type[nn.Module]] = {
     "conv_transpose2d": nn.ConvTranspose2d,
     "conv_transpose3d": nn.ConvTranspose3d,
 }
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ def _embedding_module(node: fx.Node, region: Region) -> Site | Skip | None:
     if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
         return Skip(region.qualified(node), "its weight is not a floating-point parameter", source_of(node))
     slot = _slot(node, "weight", None, region)
-    form = form_of("embedding", module.weight.shape, {})
+    options = {"padding_idx": module.padding_idx, "scale_grad_by_freq": module.scale_grad_by_freq}
+    form = form_of("embedding", module.weight.shape, options)
     return Site(node, _names(slot), slot, module.weight, form, "embedding", source)
 
 
@@ -219,7 +221,14 @@ def _product(node: fx.Node, region: Region) -> Site | None:
         return None
     slot = _slot(node, "weight", found.weight_node, region)
     bias_slot = None if found.bias_node is None else _slot(node, "bias", found.bias_node, region)
-    form = form_of(found.kind, found.weight.shape, {})
+    options = {}
+    if node.target is F.embedding:
+        given = {**dict(zip(_EMBEDDING, node.args, strict=False)), **node.kwargs}
+        options = {
+            "padding_idx": given.get("padding_idx"),
+            "scale_grad_by_freq": given.get("scale_grad_by_freq", False),
+        }
+    form = form_of(found.kind, found.weight.shape, options)
     return Site(node, _names(slot), slot, found.weight, form, found.kind, found.input, bias_slot)
 
 

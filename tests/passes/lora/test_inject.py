@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -228,6 +229,31 @@ def test_only_adapters_train() -> None:
         optimizer.step()
     changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == names
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(10, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table, padding_idx=0)
+
+
+@pytest.mark.parametrize("model", [lambda: nn.Sequential(nn.Embedding(10, 4, padding_idx=0)), Padded])
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_stands_for_padding_does_not_move(model: Callable[[], nn.Module], dora: bool) -> None:
+    plain, ids = model(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        next(plain.parameters())[0] = 0
+    module = capture(plain, (ids,)).module
+    inject(module, LoRA(targets=("*",), dora=dora))
+    optimizer = torch.optim.SGD(trainable_parameters(module), 0.1)
+    for _ in range(3):
+        module(ids).sum().backward()
+        optimizer.step()
+    assert module(ids)[0, 0].abs().max() == 0
+    assert not torch.equal(module(ids), plain(ids))
 
 
 def test_training_and_inference_agree() -> None:
