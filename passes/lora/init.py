@@ -10,6 +10,7 @@ import torch
 
 from passes.lora.adapter import LowRank
 from passes.lora.forms import Conv, Form
+from passes.lora.slices import ranges
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"]
 MOVES_WEIGHT = ("pissa", "olora", "loftq")
@@ -31,7 +32,7 @@ class Recipe:
     dropout: float = 0.0
     init: Init = "default"
     bits: int = 4
-    slices: tuple[tuple[int, int], ...] = ()
+    slices: tuple[str, ...] = ()
     whole: bool = False
 
 
@@ -49,7 +50,8 @@ def start(form: Form, weight: torch.Tensor, recipe: Recipe) -> tuple[LowRank, to
     inner = recipe.rank if len(recipe.slices) else b_shape[1]
     low = LowRank(a, b, rank=min(recipe.rank, inner), alpha=recipe.alpha, rslora=recipe.rslora, dropout=recipe.dropout)
     if recipe.slices:
-        low.mask = _mask(b_shape, recipe.slices, recipe.rank).to(b)
+        cut = tuple(ranges(each, b_shape[0]) for each in recipe.slices)
+        low.mask = _mask(b_shape, cut, recipe.rank).to(b)
     left = None
     if recipe.init in MOVES_WEIGHT:
         left = _take_out(form, weight, low, recipe)

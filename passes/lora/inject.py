@@ -19,7 +19,7 @@ from passes.lora.fold import merge
 from passes.lora.init import MOVES_WEIGHT, Init, Recipe
 from passes.lora.insert import Insertion
 from passes.lora.sites import Site, find_sites
-from passes.lora.slices import check_slice, ranges
+from passes.lora.slices import check_slice
 from passes.lora.targets import ALL_LINEAR, check_target, first_meant, is_meant, nearest_names
 
 
@@ -116,9 +116,7 @@ class LoRA(Pass):
         alpha = first_meant(self.alpha_pattern, names, operators, shape)
         if alpha is None:
             alpha = rank if self.alpha is None else self.alpha
-        rows = int(shape[1] if "matmul" in operators else shape[0]) if shape else 0
-        cut = tuple(ranges(each, rows) for each in self.slices)
-        return Recipe(rank, alpha, self.rslora, self.dora, self.dropout, self.init, self.bits, cut)
+        return Recipe(rank, alpha, self.rslora, self.dora, self.dropout, self.init, self.bits, self.slices)
 
     def _saved(self, module: GraphModule) -> dict[str, nn.Module]:
         found = {}

@@ -15,6 +15,7 @@ from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
 from passes.lora.forms import Form
 from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
 from passes.lora.sites import Left, Site, adapter_behind, find_sites, read_layer, whole_weight
+from passes.lora.slices import why_not_sliced
 from passes.lora.tail import loosen
 
 Choose = Callable[[tuple[str, ...], Collection[str], nn.Parameter], "Recipe | None"]
@@ -115,11 +116,8 @@ class Insertion:
             reason = self.why_no_weight(module)
         return recipe if reason is None else Skip(module.name, reason)
 
-    def _extend(self, module: Adapter, recipe: Recipe) -> Change | Skip:
-        weight = parameter_of(self._region.program.root, module.slot)
-        made = self._factors(module.form, weight, recipe, module.name)
-        if isinstance(made, Skip):
-            return made
+    def _extend(self, module: Adapter, recipe: Recipe) -> Change:
+        made = self._factors(module.form, module.slot, recipe)
         if recipe.dora:
             self.hand_on_weight(module)
         module.add_module(self._adapter, made.train(module.training))
@@ -139,11 +137,9 @@ class Insertion:
             return holder is not None and _flat(site.inner) in holder._modules
         return adapter_behind(site.node, self._region) is not None
 
-    def _insert(self, site: Site, sites: list[Site], recipe: Recipe) -> Change | Skip:
+    def _insert(self, site: Site, sites: list[Site], recipe: Recipe) -> Change:
         site = whole_weight(site, self._region) if recipe.whole else site
         adapter = self._adapter_of(site, recipe)
-        if isinstance(adapter, Skip):
-            return adapter
         adapter.targets, adapter.operators = _named(sites)
         if site.inner:
             self._put_inside(site, adapter)
@@ -176,7 +172,7 @@ class Insertion:
                 return f"'{known.name}' shares its weight and sees it transposed"
             if recipe.dora and known.form.starts_normal != form.starts_normal:
                 return f"'{known.name}' shares its weight and DoRA measures it along its other axis there"
-        return None
+        return why_not_sliced(recipe.slices, form) if recipe.slices else None
 
     def _is_tied(self, site: Site) -> bool:
         """Whether something reads the weight that is not to have this adapter."""
@@ -185,7 +181,7 @@ class Insertion:
             return any(self._adapter not in adapter for adapter in known)
         return len(set(self._region.program.names(site.weight))) > 1
 
-    def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter | Skip:
+    def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter:
         """The adapter of the parameter: shared with all other sites that read it."""
         # Not that of the site: an init of an earlier one may have put another in its place.
         weight = parameter_of(self._region.program.root, site.slot)
@@ -195,28 +191,23 @@ class Insertion:
         if same is not None:
             return same
         adapter = kind(site.form, site.slot, site.name)
-        made = self._factors(site.form, weight, recipe, site.name)
-        if isinstance(made, Skip):
-            return made
-        adapter.add_module(self._adapter, made)
+        adapter.add_module(self._adapter, self._factors(site.form, site.slot, recipe))
         adapter.active = ((self._adapter, 1.0),)
         adapter.bias_slot = site.bias_slot
         self._remember(adapter)
         return adapter
 
-    def _factors(self, form: Form, weight: nn.Parameter, recipe: Recipe, name: str) -> LowRank | Skip:
+    def _factors(self, form: Form, slot: str, recipe: Recipe) -> LowRank:
         """Those that another use of the weight has, else new ones."""
+        program = self._region.program
+        weight = parameter_of(program.root, slot)
         twin = next((known for known in self._known.get(id(weight), ()) if self._adapter in known), None)
         if twin is not None:
             return twin[self._adapter]
-        rows = form.shapes(1)[1][0]
-        for low, high in recipe.slices:
-            if high > rows:
-                return Skip(name, f"it has {rows} outputs, none from {low} to {high}")
         made, left = start(form, weight, recipe)
         if left is not None:
-            new = replace_parameter(self._region.program.root, weight, left)
-            self._known[id(new)] = self._known.pop(id(weight), [])
+            program.replace_parameter(weight, left)
+            self._known[id(parameter_of(program.root, slot))] = self._known.pop(id(weight), [])
         return made
 
     def _behind_layer(self, site: Site, adapter: Adapter) -> None:
@@ -273,16 +264,6 @@ def parameter_of(root: nn.Module, slot: str) -> nn.Parameter:
     found = root.get_submodule(owner)._parameters[leaf]
     assert isinstance(found, nn.Parameter)
     return found
-
-
-def replace_parameter(root: nn.Module, old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    """Put a new parameter in the place of another, under all of its names, and return it."""
-    new = nn.Parameter(value, requires_grad=old.requires_grad)
-    for module in root.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[name] = new
-    return new
 
 
 def _named(sites: Sequence[Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:

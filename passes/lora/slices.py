@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from fxopt.errors import SpecError
+from passes.lora.forms import Conv, ConvTranspose, Embedding, Form
 
 _THIRDS = ("q", "k", "v")
 
@@ -18,6 +20,20 @@ def check_slice(text: str) -> None:
     numbers = re.fullmatch(r"(\d+)-(\d+)", text)
     if text not in _THIRDS and (numbers is None or int(numbers[1]) >= int(numbers[2])):
         raise SpecError(f"lora: 'slices' holds '{text}', expected q, k, v, or a range of outputs like 0-768")
+
+
+def why_not_sliced(slices: Sequence[str], form: Form) -> str | None:
+    """What keeps a weight from being adapted for these outputs alone; None if nothing does."""
+    if isinstance(form, (Embedding, ConvTranspose)) or (isinstance(form, Conv) and form.groups > 1):
+        return "slices are rows of a weight, and its outputs are not"
+    rows = form.shapes(1)[1][0]
+    for text in slices:
+        if text in _THIRDS and rows % 3:
+            return f"slice '{text}' is a third, and it has {rows} outputs; give a range like 0-{rows // 2}"
+        low, high = ranges(text, rows)
+        if high > rows:
+            return f"it has {rows} outputs, none from {low} to {high}"
+    return None
 
 
 def ranges(text: str, rows: int) -> tuple[int, int]:

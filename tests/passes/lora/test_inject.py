@@ -418,12 +418,25 @@ class TestSlices:
             merge(module, (x,))
             assert (module(x) - adapted).abs().max() < 1e-5
 
-    def test_a_range_outside_is_a_skip(self) -> None:
-        module = capture(FusedQKV(), (torch.randn(2, 5, 8),)).module
+    @pytest.mark.parametrize(
+        ("model", "example", "cut", "reason"),
+        [
+            (nn.Linear(4, 24), floats(2, 4), "8-99", "it has 24 outputs, none from 8 to 99"),
+            (nn.Linear(4, 8), floats(2, 4), "q", "slice 'q' is a third, and it has 8 outputs; give a range like 0-4"),
+            (nn.Conv1d(4, 8, 3, groups=2), floats(2, 4, 9), "2-4", "slices are rows of a weight, and its outputs are"),
+            (nn.ConvTranspose1d(4, 6, 3), floats(2, 4, 9), "0-2", "slices are rows of a weight, and its outputs are"),
+            (nn.Embedding(9, 6), ints(2, 4, high=9), "0-2", "slices are rows of a weight, and its outputs are not"),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+    )
+    def test_what_has_no_such_outputs_is_a_skip(
+        self, model: nn.Module, example: Callable[[], Tensor], cut: str, reason: str
+    ) -> None:
+        module = capture(nn.Sequential(model), (example(),)).module
         region = fxopt.graph.Program(module).regions[0]
-        (skip,) = LoRA(targets=("qkv",), slices=("8-99",)).run(region)
+        (skip,) = LoRA(targets=("*",), slices=("0-1", cut)).run(region)
         assert isinstance(skip, Skip)
-        assert skip.reason == "it has 24 outputs, none from 8 to 99"
+        assert skip.reason.startswith(reason)
 
 
 def test_runs_verified_by_the_pipeline() -> None:
