@@ -85,6 +85,7 @@ def find_sites(region: Region) -> Iterator[Site | Left]:
     # All reads of a parameter are adapted as a whole if one has to be, lest its layers are left out.
     whole = {read.slot for read in reads if not _is_of_layers(read, uses, layouts, region)}
     yield from (read for read in reads if read.slot in whole)
+    yield from (left for node in region.graph.nodes if (left := _stored(node, region)) is not None)
     for node, found in uses.items():
         if node.op == "call_module" and inside.is_adaptable(region.submodule(node)):
             yield from _inside(node, region)
@@ -235,10 +236,24 @@ def _product(node: fx.Node, region: Region) -> Site | None:
 def _whole_weight(node: fx.Node, region: Region) -> Site | None:
     """What `node` reads, as a weight to be adapted as a whole."""
     parameter = read_parameter(node, region)
-    if parameter is None or parameter.dim() < 2:
+    if parameter is None or parameter.dim() < 2 or _is_stored(parameter):
         return None
     slot = _slot(node, "weight", node, region)
     return Site(node, _names(slot), slot, parameter, form_of("weight", parameter.shape, {}), "weight")
+
+
+def _stored(node: fx.Node, region: Region) -> Left | None:
+    """A weight of which a layer computes its own first."""
+    value = region.attribute(node) if node.op == "get_attr" else None
+    if not isinstance(value, nn.Parameter) or value.dim() < 2 or not _is_stored(value):
+        return None
+    kind = str(value.dtype).removeprefix("torch.")
+    name = _names(_slot(node, "weight", node, region))[0]
+    return Left(name, f"its weight is stored as {kind}, which no update can be added to", source_of(node), "weight")
+
+
+def _is_stored(parameter: nn.Parameter) -> bool:
+    return not parameter.is_floating_point() or parameter.itemsize < 2
 
 
 def _is_of_layers(read: Site, uses: Mapping[fx.Node, Any], layouts: Mapping[str, set[str]], region: Region) -> bool:

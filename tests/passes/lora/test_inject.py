@@ -273,6 +273,29 @@ def test_shared_weights_stay_shared() -> None:
     assert module.get_parameter("embed.weight") is module.get_parameter("head.weight")
 
 
+class Stored(nn.Module):
+    """Its weight is scaled before it is one."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+        self.scale = nn.Parameter(torch.rand(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_weight_that_is_stored_in_few_bits_is_a_skip(dtype: torch.dtype) -> None:
+    model = nn.Sequential(Stored(dtype), nn.Linear(4, 4)).eval()
+    ledger = fxopt.optimize(model, torch.randn(2, 4), [LoRA(targets=("0", "1"))], devices=()).ledger
+    kind = str(dtype).removeprefix("torch.")
+    assert [(skip.where, skip.reason) for skip in ledger.entries[0].skips] == [
+        ("0", f"its weight is stored as {kind}, which no update can be added to")
+    ]
+    assert [change.where for change in ledger.entries[0].changes][:-1] == ["1"]
+
+
 def test_uses_that_no_one_update_fits_are_a_skip() -> None:
     class Penalised(nn.Module):
         def __init__(self) -> None:
