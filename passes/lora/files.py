@@ -14,7 +14,7 @@ from torch import nn
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from passes.lora.active import adapters, names, root_of, saved_with, takes_part
-from passes.lora.adapter import Adapter
+from passes.lora.adapter import Adapter, WeightAdapter
 from passes.lora.entries import nested, read_entries, to_entry, write_beside, write_entries
 from passes.lora.load import Loading
 from passes.lora.peft_config import Settings, from_settings, to_settings
@@ -59,7 +59,11 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
     root = root_of(module, next(iter(found.values())))
     entries = nested(root, [to_entry(root, adapter, name) for adapter in found.values()])
     beside = saved_with(module, name)
-    config = from_settings(root, entries, beside, _one(found, name))
+    lows = [adapter[name] for adapter in found.values()]
+    # PEFT takes none for weights that are adapted as a whole, and there is none.
+    whole = any(isinstance(adapter, WeightAdapter) for adapter in found.values())
+    dropout = 0.0 if whole else max(low.dropout for low in lows)
+    config = from_settings(root, entries, beside, lows[0].rslora, dropout)
     tensors = write_entries(entries) | write_beside(root, beside, entries)
     try:
         folder = Path(directory)
@@ -141,7 +145,3 @@ def read(directory: str | Path) -> tuple[Settings, dict[str, torch.Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the adapter in '{folder}': {error}") from error
     return to_settings(config, str(folder / CONFIG)), tensors
-
-
-def _one(found: dict[str, Adapter], name: str) -> Any:
-    return next(iter(found.values()))[name]

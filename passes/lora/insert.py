@@ -12,7 +12,7 @@ from fxopt.contract import Change, Skip
 from fxopt.graph import Region, inherit, source_of
 from passes.lora import inside
 from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
-from passes.lora.forms import Form
+from passes.lora.forms import Embedding, Form
 from passes.lora.init import MOVES_WEIGHT, Recipe, can_take_out, start
 from passes.lora.sites import Left, Site, adapter_behind, find_sites, read_layer, whole_weight
 from passes.lora.slices import why_not_sliced
@@ -141,6 +141,8 @@ class Insertion:
         site = whole_weight(site, self._region) if recipe.whole else site
         adapter = self._adapter_of(site, recipe)
         adapter.targets, adapter.operators = _named(sites)
+        if site.input is None or isinstance(site.form, Embedding):  # no values that could be dropped
+            adapter[self._adapter].dropout = 0.0
         if site.inner:
             self._put_inside(site, adapter)
         elif site.input is None:
@@ -284,5 +286,6 @@ def _flat(name: str) -> str:
 
 def _words(recipe: Recipe, low: LowRank) -> str:
     kind = "DoRA" if recipe.dora else "LoRA"
+    dropout_words = ", without dropout" if recipe.dropout and not low.dropout else ""
     start_words = "" if recipe.init == "default" else f", init {recipe.init}"
-    return f"{kind} of rank {low.rank}, scale {low.scale:.4g}{start_words}"
+    return f"{kind} of rank {low.rank}, scale {low.scale:.4g}{start_words}{dropout_words}"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.errors import ArtifactError
-from passes.lora.adapter import Beside, LowRank
+from passes.lora.adapter import Beside
 from passes.lora.entries import Entry
 
 _UNKNOWN = (
@@ -103,10 +103,12 @@ def to_settings(config: Mapping[str, Any], source: str) -> Settings:
         raise ArtifactError(f"'{source}' is no configuration of an adapter: {error!r}") from error
 
 
-def from_settings(module: nn.Module, entries: Sequence[Entry], beside: Beside, low: LowRank) -> dict[str, Any]:
+def from_settings(
+    module: nn.Module, entries: Sequence[Entry], beside: Beside, rslora: bool, dropout: float
+) -> dict[str, Any]:
     """The configuration of an adapter: common values once, others by patterns."""
     ranks = {entry.label: entry.rank for entry in entries}
-    alphas = {entry.label: _alpha(entry, low.rslora) for entry in entries}
+    alphas = {entry.label: _alpha(entry, rslora) for entry in entries}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     modules = sorted(entry.name.removesuffix(".out_proj") if entry.in_attention else entry.name
@@ -119,8 +121,8 @@ def from_settings(module: nn.Module, entries: Sequence[Entry], beside: Beside, l
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": low.dropout,
-        "use_rslora": low.rslora,
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
         "use_dora": any(entry.magnitude is not None for entry in entries),
         "lora_bias": any(entry.bias is not None for entry in entries),
         "bias": beside.bias,

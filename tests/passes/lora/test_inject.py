@@ -265,6 +265,16 @@ def test_training_and_inference_agree() -> None:
         assert (module(x) - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("name", "without"), [("attention", ["mha", "mha.out_proj"]), ("embedding", ["emb"]), ("linear", [])]
+)
+def test_where_nothing_can_be_dropped_it_says_so(name: str, without: list[str]) -> None:
+    _, module, _x, found = with_adapters(name, dropout=0.5)
+    assert [item.where for item in found if isinstance(item, Change) and "without dropout" in item.what] == without
+    drops = {child.name for child in module.modules() if isinstance(child, Adapter) and child["default"].dropout}
+    assert drops == set(CASES[name][2]) - set(without)
+
+
 def test_shared_weights_stay_shared() -> None:
     _, module, x, _ = with_adapters("tied")
     assert module.get_submodule("lora.embed.default") is module.get_submodule("lora.head.default")

@@ -239,7 +239,7 @@ def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) ->
     build, example = BUILD[model]
     plain, x = build().eval(), example()
     captured = capture(plain, (x,)).module
-    inject(captured, LoRA(rank=4, alpha=8, targets=("*",)))
+    inject(captured, LoRA(rank=4, alpha=8, dropout=0.1, targets=("*",)))
     randomize(captured)
     save_adapter(captured, tmp_path)
     with torch.no_grad():
