@@ -22,6 +22,8 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_quantized or value.is_complex() or value.device.type == "meta":
             raise ArtifactError(f"{name} is a tensor that safetensors cannot hold ({value.dtype}, {value.layout})")
+        while name in tensors:  # of {"a": {"b": x}, "a.b": y}, or keys 1 and "1"
+            name += "_"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if type(value) in _PLAIN:

@@ -43,6 +43,13 @@ def test_tensors_of_any_shape_and_dtype():
     assert again[1]["ids"].shape == ()
 
 
+def test_tensors_under_keys_that_read_alike():
+    value = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 1: torch.zeros(2), "1": torch.ones(2)}
+    again = there_and_back(value)
+    assert torch.equal(again["a"]["b"], value["a"]["b"])
+    assert all(torch.equal(again[key], value[key]) for key in ("a.b", 1, "1"))
+
+
 @pytest.mark.parametrize(
     "value", [object(), namedtuple("Pair", "a b")(1, 2), OrderedDict(a=1), torch.eye(2).to_sparse()]
 )
