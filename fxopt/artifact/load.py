@@ -25,6 +25,7 @@ from fxopt.engines.table import find
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import WithSettings
 from fxopt.pipeline import replay
 from fxopt.version import __version__
 
@@ -60,6 +61,7 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     weights = _tensors(path / WEIGHTS)
     replayed = _replay(path, recipe, module, example, passes)
     restore(replayed, weights, recipe["tied"], str(path))
+    _set(replayed, recipe.get("settings", {}))
     replayed.train(recipe["modes"]["training"])
     _set_modes(replayed, _recorded(replayed, recipe))
     engine = recipe.get("engine")
@@ -144,6 +146,12 @@ def _recorded(module: nn.Module, recipe: Mapping[str, Any]) -> dict[str, bool]:
     modes = recipe["modes"]
     others = set(modes["except"])
     return {path: modes["training"] is not (path in others) for path, _ in module.named_modules()}
+
+
+def _set(module: nn.Module, settings: Mapping[str, Any]) -> None:
+    for path, child in module.named_modules():
+        if isinstance(child, WithSettings) and path in settings:
+            child.set_to(settings[path])
 
 
 def _set_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:

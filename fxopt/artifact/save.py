@@ -23,10 +23,11 @@ from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger
+from fxopt.modules import WithSettings
 from fxopt.record import Record, plain
 from fxopt.version import __version__
 
-SCHEMA = "1.2"
+SCHEMA = "1.3"
 """Version of the recipe: the first number changes when old readers can't read it any more."""
 WEIGHTS = "weights.safetensors"
 INPUTS = "inputs.safetensors"
@@ -70,6 +71,7 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
     Raises:
         ArtifactError: where the directory holds anything else or cannot be written, or a pass is not installed,
             so that no recipe can name it.
+        PassError: a module that a pass put in is in a state that can't be kept.
     """
     kept = [(each, done) for each, done in zip(result.passes, result.ledger, strict=True) if not done.is_reverted]
     text = _spec([each for each, _ in kept])
@@ -90,6 +92,9 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         "guards": result.record["capture"]["guards"],
         "modes": _modes(result.module),
         "tied": tied,
+        "settings": {
+            path: child.settings() for path, child in result.module.named_modules() if isinstance(child, WithSettings)
+        },
         "engine": _engine(result),
         "graph": fingerprint(result.module),
         "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *renderings]),

@@ -27,6 +27,7 @@ from fxopt.modules.quantized import (
 )
 from fxopt.modules.rebuild import rebuild
 from fxopt.modules.replaced import replaced
+from fxopt.modules.settings import WithSettings
 
 __all__ = [
     "MASKED_FORMS",
@@ -48,6 +49,7 @@ __all__ = [
     "QuantizedMultiheadAttention",
     "QuantizedRNN",
     "State",
+    "WithSettings",
     "for_inductor",
     "for_onnx",
     "fused_call",

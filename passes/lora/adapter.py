@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fxopt.errors import PassError
+from fxopt.modules import WithSettings
 from passes.lora.forms import Embedding, Form, Linear
 
 BASE = "base"
@@ -32,7 +33,10 @@ class Beside:
     bias: str = "none"
 
 
-class LowRank(nn.Module):
+_SETTINGS = ("rank", "alpha", "rslora", "dropout", "scale")
+
+
+class LowRank(WithSettings, nn.Module):
     """One update `s B A` of a weight.
 
     Args:
@@ -81,6 +85,14 @@ class LowRank(nn.Module):
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.beside = Beside()
 
+    def settings(self) -> dict[str, Any]:
+        """What its factors are multiplied with, and how it trains."""
+        return {key: getattr(self, key) for key in _SETTINGS}
+
+    def set_to(self, settings: dict[str, Any]) -> None:
+        """Set it to what `settings` gave."""
+        self.__dict__.update({key: settings[key] for key in _SETTINGS})
+
     @property
     def left(self) -> torch.Tensor:
         """B, with what lies outside of its slices held at zero."""
@@ -94,7 +106,7 @@ class LowRank(nn.Module):
         return ", ".join(parts)
 
 
-class Adapter(nn.Module):
+class Adapter(WithSettings, nn.Module):
     """All adapters of one layer, by name, of which some are active.
 
     Args:
@@ -130,6 +142,23 @@ class Adapter(nn.Module):
         self.merged = False
         self.batch: tuple[str, ...] | None = None
         self.unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Which adapters count.
+
+        Raises:
+            PassError: the weight holds them, and what it was without them no file would have.
+        """
+        if self.merged:
+            raise PassError(
+                f"the weight of '{self.name}' holds its adapters; call unmerge(module) first, or run 'lora-merge'"
+            )
+        return {"active": self.active, "batch": self.batch}
+
+    def set_to(self, settings: dict[str, Any]) -> None:
+        """Set it to what `settings` gave."""
+        self.active = tuple((name, factor) for name, factor in settings["active"])
+        self.batch = None if settings["batch"] is None else tuple(settings["batch"])
 
     def __getitem__(self, name: str) -> LowRank:
         found = self._modules[name]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt import capture
+from fxopt import artifact, capture
 from fxopt.errors import FxoptError, PassError
 from fxopt.graph import GraphModule
 from passes import LoRA
@@ -214,6 +214,30 @@ def test_a_mixed_batch(kind: str) -> None:
             out = module(x)
     for row, name in enumerate(names):
         assert torch.allclose(out[row], single[name][row], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: set_adapter(module, "second"),
+        lambda module: weighted(module, {"first": 0.5, "second": 2.0}),
+        disable,
+    ],
+)
+def test_which_adapters_count_is_kept_with_a_result(change: Callable[[GraphModule], None], tmp_path: Path) -> None:
+    model, x = MLP().eval(), torch.randn(4, 10)
+    result = fxopt.optimize(model, x, "lora{adapter=first},lora{adapter=second,rank=2}", devices=())
+    randomize(result.module)
+    change(result.module)
+    artifact.save(result, tmp_path / "kept", {})
+    again = fxopt.load(tmp_path / "kept", model)
+    assert torch.equal(again(x), result.module(x))
+    enable(result.module)
+    merge(result.module)
+    with pytest.raises(
+        PassError, match=r"the weight of 'lin0' holds its adapters; call unmerge\(module\) first, or run"
+    ):
+        artifact.save(result, tmp_path / "merged", {})
 
 
 def test_what_can_not_be(tmp_path: Path) -> None:
