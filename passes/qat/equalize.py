@@ -30,7 +30,7 @@ def equalize_layers(region: Region) -> list[Change]:
     for node in region.graph.nodes:
         second = _alone(node, region)
         first = None if second is None else _alone(second.input, region)
-        if first is not None and second is not None and _fit(first, second):
+        if first is not None and second is not None and _fit(first, second) and _multiplies(second, first.node):
             pairs.append((first.node, node))
     for _ in range(_ROUNDS):  # a layer between two others takes part in two pairs
         for one, two in pairs:
@@ -79,21 +79,30 @@ def smoothable(region: Region) -> dict[fx.Node, list[Affine]]:
         module = region.submodule(node)
         if not isinstance(module, nn.LayerNorm) or module.weight is None or len(module.normalized_shape) != 1:
             continue
-        users = _beyond_quantisers(node, region)
-        layers = [layer for user in users if (layer := _alone(user, region)) is not None and layer.kind == "linear"]
+        readers = _beyond_quantisers(node, region)
+        layers = [
+            layer
+            for value, reader in readers
+            if (layer := _alone(reader, region)) is not None and layer.kind == "linear" and _multiplies(layer, value)
+        ]
         exclusive = region.program.is_exclusive(node, module) and why_not_plain(module, nn.LayerNorm) is None
-        if users and exclusive and len(layers) == len(users):
+        if readers and exclusive and len(layers) == len(readers):
             found[node] = layers
     return found
 
 
-def _beyond_quantisers(node: fx.Node, region: Region) -> list[fx.Node]:
-    """What reads the value of `node`, or what a quantiser makes of it."""
-    found: list[fx.Node] = []
+def _beyond_quantisers(node: fx.Node, region: Region) -> list[tuple[fx.Node, fx.Node]]:
+    """The value of `node`, or what a quantiser makes of it, with each that reads it."""
+    found: list[tuple[fx.Node, fx.Node]] = []
     for user in node.users:
         quantises = user.op == "call_module" and isinstance(region.submodule(user), FakeQuantize)
-        found += user.users if quantises else [user]
+        found += [(user, reader) for reader in user.users] if quantises else [(node, user)]
     return found
+
+
+def _multiplies(layer: Affine, value: fx.Node) -> bool:
+    """Whether all that a layer does with `value` is to multiply it: what it adds knows no scale."""
+    return layer.input is value and layer.options.get("other") is not value
 
 
 def _alone(node: fx.Node, region: Region) -> Affine | None:

@@ -476,6 +476,27 @@ class TestPTQ:
         assert sqnr(self.quantised(model, x, bits=16, smooth=0.0, correct=False), wanted) > 60
         assert not any("evened out" in change.what for entry in self.ledger for change in entry.changes)
 
+    @pytest.mark.parametrize("layer", ["conv", "linear"])
+    def test_a_value_that_is_added_too_keeps_its_scale(self, layer: str) -> None:
+        class Added(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                conv = layer == "conv"
+                self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()) if conv else nn.LayerNorm(8)
+                self.second = nn.Conv2d(8, 8, 3, padding=1) if conv else nn.Linear(8, 8)
+                with torch.no_grad():
+                    self.get_submodule("first.0" if conv else "first").get_parameter("weight")[3] *= 80
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = self.first(x)
+                return torch.relu(self.second(y) + y)
+
+        torch.manual_seed(0)
+        model, x = Added().eval(), torch.randn(*IMAGES)
+        with torch.no_grad():
+            wanted = model(x)
+        assert sqnr(self.quantised(model, x, bits=16, correct=False), wanted) > 60
+
     def test_smoothing_moves_outliers_into_the_weights(self) -> None:
         torch.manual_seed(0)
         model, x = Outliers().eval(), torch.randn(64, 16)
