@@ -1,10 +1,15 @@
-"""Calibration data, batch by batch, and which batch a module does not take."""
+"""Calibration data, batch by batch: which of it a module does not take, and that running leaves no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+
+from fxopt.capture.state import random_state_kept, tensors_kept
 from fxopt.errors import FxoptError, PassError
 from fxopt.inputs import Inputs
 
@@ -17,7 +22,7 @@ def run_batches(who: str, data: Iterable[Any], run: Callable[[Inputs], object]) 
     Args:
         who: wants the data, for messages.
         data: batches of inputs, each a tensor, a tuple of positional or a dict of keyword arguments.
-        run: runs a module on one.
+        run: runs a module on a copy of one, since a model may write into its inputs.
 
     Raises:
         PassError: for a batch that holds NaN, or that the module does not take.
@@ -29,10 +34,18 @@ def run_batches(who: str, data: Iterable[Any], run: Callable[[Inputs], object]) 
             if tensor.is_floating_point() and tensor.isnan().any():
                 raise PassError(f"{who}: batch {count} holds NaN in its tensor {index}; leave it out")
         try:
-            run(inputs)
+            run(inputs.map(torch.clone))
         except (RuntimeError, TypeError, ValueError, IndexError, FxoptError) as error:
             what = str(error).partition("\n\nWhile executing")[0]  # torch.fx adds the node and how to trace it
             raise PassError(
                 f"{who}: the module does not take batch {count} ({inputs.describe()}): {what}; {ADVICE}, without labels"
             ) from error
     return count
+
+
+@contextmanager
+def unaffected(module: nn.Module) -> Iterator[None]:
+    """Let calls of `module` draw the same random numbers each time, and leave parameters and buffers as they were."""
+    with tensors_kept(module), random_state_kept():
+        torch.manual_seed(0)
+        yield

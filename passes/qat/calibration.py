@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.batches import ADVICE, run_batches
+from fxopt.batches import ADVICE, run_batches, unaffected
 from fxopt.contract import Skip
 from fxopt.errors import PassError
 from fxopt.modules import FakeQuantize, State
@@ -38,7 +38,7 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
         raise PassError(f"calibrate: {frozen[0]!r} is frozen, its range is final; calibrate before 'quantize-freeze'")
     if isinstance(data, torch.Tensor):
         raise PassError(f"calibrate: the data is one tensor; {ADVICE}")
-    before = {name: ({k: v.clone() for k, v in q.state_dict().items()}, q.state) for name, q in quantizers.items()}
+    before = {name: (_copied(quantizer), quantizer.state) for name, quantizer in quantizers.items()}
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -46,11 +46,13 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             quantizer.reset()
             quantizer.state = State.OBSERVE
             quantizer.calibrating = True
-        with torch.no_grad():
+        with torch.no_grad(), unaffected(module):
             count = run_batches("calibrate", data, lambda inputs: inputs.call(module))
+            seen = {name: _copied(quantizer) for name, quantizer in quantizers.items()}
         if count == 0:
             raise PassError(f"calibrate: the data is empty; {ADVICE}")
-        for quantizer in quantizers.values():
+        for name, quantizer in quantizers.items():
+            quantizer.load_state_dict(seen[name])
             quantizer.settle()
     except BaseException:
         for name, (values, state) in before.items():
@@ -64,6 +66,10 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             if child.training is not training:
                 child.train(training)
     return tuple(name for name, quantizer in quantizers.items() if not quantizer.ready)
+
+
+def _copied(quantizer: FakeQuantize) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in quantizer.state_dict().items()}
 
 
 def why_not_whole(module: nn.Module) -> Iterator[Skip]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fxopt.batches import unaffected
 from fxopt.inputs import Inputs
 from fxopt.modules import Fused, without_rounding
 
@@ -34,38 +35,36 @@ def correct_biases(module: nn.Module, batches: Sequence[Inputs]) -> tuple[str, .
         if isinstance(child, Fused) and child.weight_fake_quant is not None and child.bn is None
     }
     layers = {name: layer for name, layer in layers.items() if layer.bias is not None}
-    wanted: dict[str, list[torch.Tensor]] = defaultdict(list)
+    noted: list[dict[str, list[tuple[torch.Size, torch.Tensor]]]] = []
     moved: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def note(name: str, out: torch.Tensor) -> torch.Tensor:
-        wanted[name].append(_means(out, layers[name]))
+        noted[-1][name].append((out.shape, _means(out, layers[name])))
         return out
 
     def move(name: str, out: torch.Tensor) -> torch.Tensor:
-        call = calls[name] = calls.get(name, -1) + 1
+        wanted = noted[0][name]  # of the batch that runs
+        shape, mean = wanted.pop(0) if wanted else (None, out)
         # Where values decide what runs, rounding may send other rows here, or none, or more often.
-        shift = wanted[name][call] - _means(out, layers[name]) if call < len(wanted[name]) else None
-        if shift is None or not shift.isfinite().all():
+        if shape != out.shape or not (shift := mean - _means(out, layers[name])).isfinite().all():
             return out
         moved[name].append(shift)
         return out + shift.reshape(_shape(out, layers[name])).to(out.dtype)
 
-    calls: dict[str, int] = {}
     with torch.no_grad():
-        with without_rounding(module), _seen(layers, note):
-            _run(module, batches)
-        with _seen(layers, move):
-            _run(module, batches)
+        with without_rounding(module), unaffected(module), _seen(layers, note):
+            for batch in batches:
+                noted.append(defaultdict(list))
+                batch.map(torch.clone).call(module)
+        with unaffected(module), _seen(layers, move):
+            for batch in batches:
+                batch.map(torch.clone).call(module)
+                noted.pop(0)
         for name, shifts in moved.items():
             layer = layers[name]
             bias = layer.bias + torch.stack(shifts).mean(0).to(layer.bias.dtype)
             layer._parameters["bias"] = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
     return tuple(moved)
-
-
-def _run(module: nn.Module, batches: Sequence[Inputs]) -> None:
-    for batch in batches:
-        batch.call(module)
 
 
 def _channels(out: torch.Tensor, layer: Fused) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 import torch.fx as fx
 
-from fxopt.batches import run_batches
+from fxopt.batches import run_batches, unaffected
 from fxopt.contract import Change, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import Affine, GraphModule, Program, Region, observe, read_affine
@@ -92,7 +92,7 @@ class PTQ(Quantization):
                 seen = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
                 largest[node] = torch.maximum(largest[node], seen) if node in largest else seen
 
-        with torch.no_grad():
+        with torch.no_grad(), unaffected(module):
             data = batches if found else ()
             run_batches(self.name, data, lambda each: observe(module, each.args, each.kwargs, visit))
         for norm, (region, layers) in found.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.batches import run_batches
+from fxopt.batches import run_batches, unaffected
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Program, observe
 from fxopt.inputs import Inputs
@@ -24,22 +25,27 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     Raises:
         PassError: there are no batches, the module does not take one, or a layer sees none of them.
     """
-    hooks = [each.owner.register_forward_pre_hook(_watch(each.mask)) for each in found if isinstance(each.owner, Fused)]
+    hooks = [
+        each.owner.register_forward_pre_hook(_watch(each.mask), with_kwargs=True)
+        for each in found
+        if isinstance(each.owner, Fused)
+    ]
     functional = {id(each.mask): each.mask for each in found if not isinstance(each.owner, Fused)}
     readers = _readers(module, functional)
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     visit = _visit(readers)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unaffected(module):
             count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
+            squares = [_squares(each.mask).clone() for each in found]
     finally:
         for hook in hooks:
             hook.remove()
         for child, training in modes:
             if child.training is not training:
                 child.train(training)
-    unseen = [each.name for each in found if each.mask.input_norm is None or not each.mask.input_norm.any()]
+    unseen = [each.name for each, seen in zip(found, squares, strict=True) if not seen.any()]
     if count == 0:
         raise PassError(
             "sparsify: criterion 'wanda' needs the inputs of the layers and there is no calibration data; give some "
@@ -47,14 +53,18 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
         )
     if unseen:
         raise PassError(f"sparsify: no calibration batch reached '{unseen[0]}'; leave it out by exclude=[{unseen[0]}]")
-    for each in found:
-        assert each.mask.input_norm is not None
-        each.mask.input_norm.sqrt_()
+    for each, seen in zip(found, squares, strict=True):
+        _squares(each.mask).copy_(seen.sqrt())
 
 
-def _watch(mask: PrunedMask) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(owner: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        _add(mask, args[0], channels_last=isinstance(owner, nn.Linear))
+def _squares(mask: PrunedMask) -> torch.Tensor:
+    assert mask.input_norm is not None
+    return mask.input_norm
+
+
+def _watch(mask: PrunedMask) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _add(mask, args[0] if args else kwargs["input"], channels_last=isinstance(owner, nn.Linear))
 
     return hook
 
@@ -87,8 +97,7 @@ def _visit(readers: dict[fx.Node, list[tuple[PrunedMask, bool]]]) -> Callable[[G
 
 
 def _add(mask: PrunedMask, value: torch.Tensor, channels_last: bool) -> None:
-    norm = mask.input_norm
-    assert norm is not None
+    norm = _squares(mask)
     rows, _, inputs = norm.shape
     axis = value.dim() - 1 if channels_last else value.dim() - (mask.mask.dim() - 1)
     others = [dim for dim in range(value.dim()) if dim != axis]

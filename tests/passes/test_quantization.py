@@ -444,6 +444,18 @@ class TestBias:
         assert torch.equal(layer.folded_bias(), layer.bias)
 
 
+class Noisy(nn.Module):
+    """Draws random numbers when it is evaluated too, as variational autoencoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x + torch.randn_like(x))
+
+
 class TestPTQ:
     def quantised(self, model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
         passes = [Fuse(), PTQ(**options)]  # type: ignore[arg-type]
@@ -573,6 +585,39 @@ class TestPTQ:
         assert correct_biases(program, [fxopt.Inputs.of(x)]) == ()
         assert torch.equal(program.get_parameter("expert.0.bias"), bias)
 
+    @pytest.mark.parametrize("rounded", [0.3, 0.9])
+    def test_correcting_compares_calls_of_one_batch_where_rounding_decides_otherwise(
+        self, monkeypatch: pytest.MonkeyPatch, rounded: float
+    ) -> None:
+        class Chosen(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate = nn.Linear(1, 1, bias=False)
+                self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.experts[self.gate(x[:1, :1]).item() > 0.4](x)
+
+        model = Chosen().eval()
+        with torch.no_grad():
+            model.gate.weight.fill_(0.5)
+        program = captured(model, (torch.ones(2, 4),))
+        rewrite(QAT(weights="int16", activations="none"), program)
+        gate = next(fake for name, fake in quantizers(program).items() if name.startswith("gate"))
+        monkeypatch.setattr(gate, "forward", lambda weight: weight + (rounded - 0.5) * gate.ready)
+        batches = [torch.full((2, 4), scale) for scale in (1.0, 2.0, 0.5, 0.1, 3.0)]  # one of them goes elsewhere
+        assert len(correct_biases(program, [fxopt.Inputs.of(batch) for batch in batches])) == 2
+        for name, bias in model.named_parameters():
+            if name.endswith("bias"):
+                assert_close(program.get_parameter(name), bias, 1e-3)
+
+    def test_random_numbers_are_no_error_to_correct(self) -> None:
+        program = captured(Noisy().eval(), (torch.randn(64, 8),))
+        rewrite(QAT(weights="int16", activations="none"), program)
+        before = copy.deepcopy(program.state_dict())
+        correct_biases(program, [fxopt.Inputs.of(torch.randn(64, 8))])
+        assert_close(program.state_dict(), before, 1e-3)
+
     def test_an_empty_batch_for_a_layer_moves_nothing(self) -> None:
         class Chosen(nn.Module):
             def __init__(self) -> None:
@@ -633,6 +678,18 @@ class TestSensitivity:
         assert {one.name for one in ranked} == {"stem", "left", "right", "head"}
         assert_close(program.state_dict(), before, 0)
         assert all(fake.ready for fake in quantizers(program).values())
+
+    def test_random_numbers_are_no_error(self) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(64, 8)
+        assert all(one.sqnr_db > 30 for one in sensitivity(prepared(Noisy().eval(), (x,)), [x]))
+
+    def test_data_that_the_module_does_not_take_is_named(self) -> None:
+        program = prepared(Noisy().eval(), (torch.randn(4, 8),))
+        with pytest.raises(PassError, match=r"sensitivity: the module does not take batch 1 .* without labels"):
+            sensitivity(program, [(torch.randn(4, 8), torch.zeros(4))])
+        with pytest.raises(PassError, match="sensitivity: the data is one tensor"):
+            sensitivity(program, torch.randn(4, 8))
 
     def test_needs_ranges_and_data(self) -> None:
         with pytest.raises(PassError, match="no quantiser has a range"):

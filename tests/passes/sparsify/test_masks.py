@@ -285,6 +285,21 @@ def test_wanda_weighs_by_what_inputs_saw(name: str) -> None:
     assert (scores.masked_fill(~kept, torch.inf).amin(1) >= scores.masked_fill(kept, 0).amax(1)).all()
 
 
+def test_wanda_sees_inputs_that_are_given_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    x = torch.randn(2, 8)
+    (found,) = sparsify.masked_weights(masked(Named(), (x,), "sparsify{criterion=wanda}", [(x,)]))
+    assert found.mask.input_norm is not None
+    assert torch.equal(found.mask.input_norm[0, 0], x.square().sum(0).sqrt())
+
+
 def test_bn_scale_removes_the_rows_of_small_scales() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()

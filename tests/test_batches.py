@@ -1,0 +1,40 @@
+"""Whoever runs a module on calibration data leaves no trace: neither in the data nor in the module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from passes.qat import sensitivity
+
+
+class Writes(nn.Module):
+    """Normalises its input in place, and counts its calls."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x.mul_(0.5).add_(3.0)
+        return self.last(self.norm(self.first(x)) * self.calls)
+
+
+@pytest.mark.parametrize("passes", ["qat", "ptq", "sparsify{criterion=wanda}"])
+def test_a_module_that_writes_sees_each_batch_as_it_was_given(passes: str) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(16, 8) for _ in range(3)]
+    given = torch.cat(data)
+    module = fxopt.optimize(Writes().eval(), data[0].clone(), passes, devices=(), calibration_data=data).module
+    if passes == "qat":
+        sensitivity(module, data)
+    assert torch.equal(torch.cat(data), given)
+    assert module.get_buffer("calls") == 0
+    if "sparsify" not in passes:
+        assert module.get_buffer("input_fake_quant.first.maximum") == given.max() * 0.5 + 3.0
