@@ -213,7 +213,7 @@ class Region:
 
     def add_module(self, hint: str, module: nn.Module) -> str:
         """Register `module` under `hint`, or the first free name like it, and return that name."""
-        module.train(self.training)
+        module.train(self.module.training)
         name = self._free(hint)
         owner, _, leaf = name.rpartition(".")
         self._owner(owner).add_module(leaf, module)
@@ -307,7 +307,7 @@ class Region:
         owner: nn.Module = self.module
         for part in path.split(".") if path else ():
             if part not in owner._modules:
-                owner.add_module(part, nn.Module().train(self.training))
+                owner.add_module(part, nn.Module().train(self.module.training))
             owner = owner.get_submodule(part)
         return owner
 

@@ -78,8 +78,7 @@ def _call(
     before: fx.Node, hint: str, made: FakeQuantize, value: fx.Node, region: Region, known: str | None = None
 ) -> fx.Node:
     """Insert a call of the quantiser `known`, or of that of the other mode's graph, or of `made`."""
-    if known is None and region.mode is not None:
-        known = _of_other_mode(hint, region)
+    known = known or name_of_other_mode(hint, region)
     if known is None:
         return inherit(region.insert_module(before, hint, made, (value,)), value)
     with region.graph.inserting_before(before):
@@ -88,8 +87,10 @@ def _call(
     return inherit(call, value)
 
 
-def _of_other_mode(hint: str, region: Region) -> str | None:
-    """What one mode observes is what the other quantises with: the same site has the same quantiser."""
+def name_of_other_mode(hint: str, region: Region) -> str | None:
+    """The quantiser that the other mode's graph has at this site: what one observes is what the other rounds by."""
+    if region.mode is None:
+        return None
     used = {str(node.target) for node in region.graph.nodes if node.op == "call_module"}
     container, _, leaf = hint.rpartition(".")
     known = dict(region.module.named_modules()).get(container)

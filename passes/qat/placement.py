@@ -18,7 +18,7 @@ from torch import nn
 
 from fxopt.graph import Affine, Region, inherit, read_affine
 from fxopt.modules import FakeQuantize, Fused
-from passes.qat.insert import calls_fake_quantize
+from passes.qat.insert import calls_fake_quantize, name_of_other_mode
 from passes.qat.targets import PASSED_ON, PASSED_ON_MODULES, is_call_of
 
 _JOINS: frozenset[Any] = frozenset(
@@ -77,8 +77,8 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
         last = _activated(node, region)
         if last in quantised or last not in ahead:
             continue
-        name = region.qualified(last).replace(".", "_")
-        quantised[last] = _after(last, region, region.add_module(f"output_fake_quant.{name}", make()))
+        hint = f"output_fake_quant.{region.qualified(last).replace('.', '_')}"
+        quantised[last] = _after(last, region, name_of_other_mode(hint, region) or region.add_module(hint, make()))
         count += 1
     return count
 

@@ -276,14 +276,25 @@ class TestInsertion:
         assert not outcome.changes
         assert "it has a forward-pre hook" in outcome.reasons[0]
 
-    def test_both_modes_share_a_quantiser(self) -> None:
-        model = nn.Sequential(nn.Linear(4, 4))
+    @pytest.mark.parametrize(
+        ("target", "calls"),
+        [
+            ("generic", ["input_fake_quant.0", "0", "input_fake_quant.1", "1"]),
+            ("onnxruntime", ["input_fake_quant.0", "0", "output_fake_quant.0", "1"]),
+        ],
+    )
+    def test_both_modes_share_quantisers_which_are_in_the_mode_of_the_model(
+        self, target: str, calls: list[str]
+    ) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
         graphs = {mode: torch.fx.Tracer().trace(model) for mode in (False, True)}
         program = GraphModule(model, graphs)
-        rewrite(QAT(), program)
-        assert sorted(quantizers(program)) == ["0.weight_fake_quant", "input_fake_quant.0"]
+        rewrite(QAT(target=target), program)  # type: ignore[arg-type]
+        assert {name for name in quantizers(program) if "weight" not in name} == {calls[0], calls[2]}
         targets = [[str(n.target) for n in r.graph.nodes if n.op == "call_module"] for r in Program(program).regions]
-        assert targets == [["input_fake_quant.0", "0"]] * 2
+        assert targets == [calls] * 2
+        program(torch.randn(1, 3, 8, 8))
+        assert all(fake.ready for fake in quantizers(program).values())
 
 
 def _ignore(*_: object) -> None:
