@@ -52,9 +52,10 @@ PASSED_ON_MODULES = (nn.modules.pooling._MaxPoolNd, nn.Flatten, nn.Identity)
 
 
 def is_call_of(node: fx.Node, region: Region, targets: frozenset[Any], modules: tuple[type[nn.Module], ...]) -> bool:
-    """Whether `node` calls one of the functions or methods, or a module of one of the classes."""
+    """Whether `node` calls one of the functions or methods, or a module of one of the classes, and gives one tensor."""
     if node.op == "call_module":
-        return isinstance(region.submodule(node), modules)
+        module = region.submodule(node)
+        return isinstance(module, modules) and not getattr(module, "return_indices", False)
     return node.op in ("call_function", "call_method") and node.target in targets
 
 

@@ -309,6 +309,21 @@ class TestPlacement:
         inner = [name for name in quantizers(program) if name.endswith("inner_fake_quant")]
         assert inner == ["0.inner_fake_quant"]
 
+    def test_a_pooling_that_gives_its_indices_too_is_not_looked_past(self) -> None:
+        class Unpools(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.down, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2, return_indices=True)
+                self.up, self.unpool = nn.Conv2d(4, 4, 3, padding=1), nn.MaxUnpool2d(2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x, indices = self.pool(self.down(x))
+                return self.unpool(self.up(x), indices)
+
+        x = torch.randn(*IMAGES)
+        program = run(QAT(target="onnxruntime"), Unpools().eval(), (x,)).module
+        assert calibrate(program, [x]) == ()
+
     def test_edges_can_stay_floats(self) -> None:
         outcome = self.outcome(first_last="keep")
         assert {name for name in quantizers(outcome.module) if "weight" in name} == {
