@@ -113,7 +113,9 @@ class Sparsify(Pass):
             raise PassError(f"sparsify: no weight is called {', '.join(map(repr, self.targets))}{_some(module)}")
         plan = self.plan
         fresh = [each for each in every if not each.mask.ready]
-        if plan.criterion == "wanda" and fresh:
+        if not fresh:
+            return
+        if plan.criterion == "wanda":
             see_inputs(module, fresh, calibration)
         choose(fresh, plan, plan.amount_at(0))
         program = Program(module)
@@ -121,8 +123,7 @@ class Sparsify(Pass):
             # A new tensor: the one that is there may be shared with the original.
             program.replace_parameter(each.weight, each.weight.detach().masked_fill(~each.mask.mask, 0))
             yield Change(f"{each.mask.sparsity:.1%} zeros", each.name)
-        if fresh:
-            yield Change(_in_all(every, module), "in all")
+        yield Change(_in_all(every, module), "in all")
 
     def _is_meant(self, name: str) -> bool:
         return any(fnmatchcase(name, glob) for glob in self.targets) and not any(

@@ -400,6 +400,13 @@ def test_the_ledger_has_the_sparsity_of_each_layer_and_in_all() -> None:
     assert ("in all", "48 zeros: 50.0% of the masked weights, 44.4% of all parameters") in said
 
 
+@pytest.mark.parametrize("model", [nn.Linear(8, 4), nn.ReLU()])
+def test_global_scope_takes_a_model_without_anything_new_to_mask(model: nn.Module) -> None:
+    module = masked(model, (torch.randn(2, 8),), "sparsify{scope=global}")
+    _, ledger = run(module, (torch.randn(2, 8),), "sparsify{scope=global}")
+    assert not ledger.changes
+
+
 def test_a_second_run_leaves_masks_alone() -> None:
     model, x = build("linear")
     module = masked(model, (x,), "sparsify{amount=0.5},sparsify{amount=0.9}")
