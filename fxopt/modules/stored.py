@@ -14,6 +14,7 @@ from torch import nn
 from fxopt.errors import EngineError
 from fxopt.modules.fake_quantize import FakeQuantize
 from fxopt.modules.fused import Fused
+from fxopt.modules.mask import held_weight
 from fxopt.modules.quantized import SUFFIX, QuantizedEmbedding, quantized_weights
 
 _BYTE = 8
@@ -106,7 +107,7 @@ def with_integers(
         _check(f"{path}.{leaf}{SUFFIX}", fake)
         if isinstance(owner, Fused) and owner.bn is not None:
             raise EngineError(f"{path!r} still holds its batch norm: run 'quantize-freeze', which folds it")
-        given = owner.scaled_weight() if isinstance(owner, Fused) else owner.get_parameter(leaf)
+        given = owner.scaled_weight() if isinstance(owner, Fused) else held_weight(owner, leaf)
         if isinstance(owner, Fused):
             owner.settle_bias()
         if isinstance(owner, QuantizedEmbedding):

@@ -12,7 +12,7 @@ from torch import nn
 import fxopt
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule
-from fxopt.modules import FakeQuantize, Fused, FusedConv2d
+from fxopt.modules import FakeQuantize, Fused, FusedConv2d, for_inductor
 from fxopt.rewriting import run_pass
 from fxopt.spec import parse
 from passes import lora, sparsify
@@ -168,6 +168,18 @@ def test_what_is_masked_and_quantised_is_frozen_and_baked_as_it_is(name: str) ->
     for each, where in zip(found, zeros, strict=True):
         parameter = each.name if each.leaf != "weight" else f"{each.name}.weight"
         assert not module.get_parameter(parameter)[where].any()
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_integers_are_those_of_masked_weights_whatever_the_weights_are(name: str) -> None:
+    model, x = build("linear")
+    if name == "embedding":
+        model, x = nn.Sequential(nn.Embedding(10, 8)), torch.tensor([[1, 2], [3, 4]])
+    module, _ = run(model, (x,), "sparsify{amount=0.5},qat{activations=none}")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3)
+        torch.testing.assert_close(for_inductor(module)(x), module.eval()(x))
 
 
 @pytest.mark.parametrize("name", MODELS)
