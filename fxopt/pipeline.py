@@ -16,6 +16,7 @@ from fxopt.errors import SpecError, VerifyError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger, LedgerEntry
+from fxopt.modules import FakeQuantize
 from fxopt.outcome import Difference, Outcome, compare_outcomes
 from fxopt.precision import Precision
 from fxopt.prove import Proven, Prover
@@ -136,6 +137,7 @@ def replay(
     passes: Sequence[Pass],
     spared: Sequence[Set[str]] = (),
     calibration: Sequence[Inputs] | None = None,
+    ranged: Set[str] | None = None,
 ) -> GraphModule:
     """Capture and rewrite without verifying: what a recipe does that was verified when it was written.
 
@@ -145,6 +147,8 @@ def replay(
         passes: in order.
         spared: for each pass the places that it leaves alone; empty where none leaves any.
         calibration: inputs for passes that need data; `inputs` where it is None.
+        ranged: the quantisers that have a range, which is to be restored, whichever `calibration` reaches; None leaves
+            that to it.
     """
     captured = capture(module, inputs.args, inputs.kwargs)
     check_order(passes)
@@ -152,6 +156,9 @@ def replay(
     batches = [inputs.map(lambda tensor: tensor.detach().clone())] if calibration is None else calibration
     for each, places in zip(passes, spared or [frozenset()] * len(passes), strict=True):
         changes, _ = run_pass(each, captured.module, batches, spared=places)
+        for name, child in captured.module.named_modules():
+            if ranged is not None and isinstance(child, FakeQuantize):
+                child.ready = name in ranged
         if changes:
             propagate_shapes(captured.module, captured.inputs)
     return captured.module

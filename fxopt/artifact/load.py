@@ -29,6 +29,8 @@ from fxopt.modules import WithSettings
 from fxopt.pipeline import replay
 from fxopt.version import __version__
 
+_RANGE = ".scale"
+
 
 def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = None) -> GraphModule | Executable:
     """Make the result in `directory` again: its recipe replayed on the original module, then its weights.
@@ -59,7 +61,8 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
         ) from error
     example = _inputs(path, recipe) if inputs is None else Inputs.of(inputs)
     weights = _tensors(path / WEIGHTS)
-    replayed = _replay(path, recipe, module, example, passes)
+    ranged = frozenset(name.removesuffix(_RANGE) for name in weights if name.endswith(_RANGE))
+    replayed = _replay(path, recipe, module, example, passes, ranged)
     restore(replayed, weights, recipe["tied"], str(path))
     _set(replayed, recipe.get("settings", {}))
     replayed.train(recipe["modes"]["training"])
@@ -73,12 +76,17 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
 
 
 def _replay(
-    path: Path, recipe: Mapping[str, Any], module: nn.Module, inputs: Inputs, passes: Sequence[Pass]
+    path: Path,
+    recipe: Mapping[str, Any],
+    module: nn.Module,
+    inputs: Inputs,
+    passes: Sequence[Pass],
+    ranged: frozenset[str],
 ) -> GraphModule:
     """Make the graph again. A result may have changed its mode after it was captured: then other modes are tried.
 
-    Calibration data itself is not kept: any will do, since the ranges are restored. A run without any took out what it
-    would have given a range, so that is tried last.
+    Calibration data itself is not kept: any will do, since the ranges are restored, those in `ranged`. A run without
+    any took out what it would have given a range, so that is tried last.
     """
     before = _modes(module)
     failure: Exception | None = None
@@ -88,7 +96,7 @@ def _replay(
             _set_modes(module, modes)
             try:
                 spared = [frozenset(one.get("spared", ())) for one in recipe["passes"]]
-                replayed: GraphModule = replay(module, inputs, passes, spared, calibration)
+                replayed: GraphModule = replay(module, inputs, passes, spared, calibration, ranged)
             except Exception as error:  # another module may raise anything on these inputs
                 failure = failure or error
                 continue

@@ -54,6 +54,28 @@ def run(module: nn.Module, passes: str, inputs=None, batches: int = 0) -> Result
     return optimize(module, given, passes, devices=(), calibration_data=data)
 
 
+class Experts(nn.Module):
+    """The sum of the input decides which of two experts runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[int(x.sum().item() > 0)](x)
+
+
+@pytest.mark.parametrize("passes", ["qat", "ptq", "qat,quantize-freeze", "ptq,quantize-freeze"])
+@pytest.mark.parametrize("reached", [(1.0, -1.0), (-1.0,)])
+def test_quantisers_that_data_reached_beyond_the_example_load(tmp_path, passes, reached):
+    data = [torch.full((2, 4), value) for value in reached]
+    result = optimize(Experts().eval(), torch.ones(2, 4), passes, devices=(), calibration_data=data)
+    save(result, tmp_path / "kept", REPORTS)
+    again = load(tmp_path / "kept", Experts().eval())
+    for x in torch.randn(8, 2, 4):
+        assert torch.equal(again(x), result.module(x))
+
+
 @pytest.mark.parametrize(
     ("passes", "batches"),
     [
