@@ -242,7 +242,11 @@ class FakeQuantize(nn.Module):
         before = self.counts
         if self._observed():
             before = histogram.widened(before, self.minimum, self.maximum, low, high)
-        found = histogram.counted(wide[wide.isfinite()], low, high)
+        taken = wide.isfinite()
+        if self.observer == "histogram":
+            # Every range holds 0.0 exactly, but the zeros of a ReLU outweigh the rest where levels are told apart.
+            taken &= wide != 0
+        found = histogram.counted(wide[taken], low, high)
         if joined:
             dist.all_reduce(found)
         self.counts.copy_(before + found)

@@ -153,7 +153,7 @@ class _Placing:
             self._region.program.replace_module(module, form)
         yield from found
         if isinstance(form, nn.RNNBase) and form is not module and isinstance(values[0], fx.Node):
-            reason = why_recurrent_float(self._target)
+            reason = why_recurrent_float(self._target) or _why_no_tensor(values[0])
             if reason:
                 yield Skip(name, reason, source)
             elif self._quantize(node, values[0], 0, "input", name):
@@ -172,6 +172,11 @@ class _Placing:
 def waiting(module: nn.Module) -> list[str]:
     """Names of the quantisers that have no range yet."""
     return [name for name, child in module.named_modules() if isinstance(child, FakeQuantize) and not child.ready]
+
+
+def _why_no_tensor(value: fx.Node) -> str:
+    """Why what a recurrent layer reads can't be rounded; "" where it can."""
+    return "" if "tensor_meta" in value.meta else "its input is no tensor but a packed sequence: it stays a float"
 
 
 def _why_out_of_reach(node: fx.Node, region: Region) -> str | None:

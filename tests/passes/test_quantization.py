@@ -55,6 +55,13 @@ class TestRanges:
         }
         assert max(error["percentile"], error["mse"], error["histogram"]) < error["minmax"] / 3
 
+    @pytest.mark.parametrize("observer", ["percentile", "mse", "histogram"])
+    @pytest.mark.parametrize("share", [0.5, 0.9])
+    def test_zeros_of_a_relu_do_not_cost_the_rest_its_range(self, observer: str, share: float) -> None:
+        values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).abs()
+        values[: int(share * len(values))] = 0
+        assert sqnr(self.observed(observer, 8, *values.split(3_000))(values), values) > 35
+
     def test_the_least_squared_error_is_about_the_best_of_all_ranges(self) -> None:
         values = heavy_tailed()
         found = self.observed("mse")
@@ -308,6 +315,27 @@ class TestPlacement:
         rewrite(QAT(target="onnxruntime"), program)
         inner = [name for name in quantizers(program) if name.endswith("inner_fake_quant")]
         assert inner == ["0.inner_fake_quant"]
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_packed_sequence_stays_a_float(self, training: bool) -> None:
+        class Packs(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.GRU(4, 4, batch_first=True)
+
+            def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+                packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+                return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
+
+        inputs = (torch.randn(2, 3, 4), torch.tensor([3, 2]))
+        result = fxopt.optimize(Packs().train(training), inputs, [QAT()], devices=(), calibration_data=[inputs])
+        assert [name.rpartition(".")[2] for name in quantizers(result.module)] == [
+            "weight_ih_l0_fake_quant",
+            "weight_hh_l0_fake_quant",
+        ]
+        (skip,) = result.ledger.skips
+        assert skip.where == "layer"
+        assert "packed sequence" in skip.reason
 
     def test_a_pooling_that_gives_its_indices_too_is_not_looked_past(self) -> None:
         class Unpools(nn.Module):
