@@ -115,6 +115,14 @@ def test_the_page_needs_nothing_else_and_escapes_what_the_user_wrote():
     assert text.index("REGRESSION") < text.index("<table")
 
 
+def test_a_pass_that_runs_twice_has_two_bars():
+    record = example()
+    names = ["the model itself", "clean", "fuse", "clean"]
+    record["targets"][0]["cause"]["ladder"] = [{"after": name, "ratio": 1.1} for name in names]
+    labels = re.findall(r"<text[^>]*>\s*([^<]+?)\s*</text>", page_of(record))
+    assert [label for label in labels if label in names] == names[::-1]
+
+
 def test_the_page_in_a_browser(tmp_path):
     """At the width of a desktop and of a phone: nothing is fetched, nothing is wider than the screen."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")

@@ -45,7 +45,8 @@ def ladder(rungs: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = _figure(0.7 + 0.4 * len(rungs))
     names = [rung["after"] for rung in rungs][::-1]
     changes = [100 * (rung["ratio"] - 1) for rung in rungs][::-1]
-    bars = axes.barh(names, changes, color="#d8c7b8", edgecolor="#5b4636")
+    # By position: a pass that runs twice has two bars.
+    bars = axes.barh(range(len(names)), changes, tick_label=names, color="#d8c7b8", edgecolor="#5b4636")
     axes.bar_label(bars, [f" {change:+.1f} %" for change in changes])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.margins(x=0.2)
