@@ -98,7 +98,7 @@ def _sensitivity(record: Record) -> Section:
     rows = [
         (
             one["name"],
-            f"{one['sqnr_db']:.1f} dB" if isinstance(one["sqnr_db"], float) else "no loss",
+            words.decibels(one["sqnr_db"]),
             "-" if one["seconds"] is None else words.duration(1e3 * one["seconds"]),
             "float" if one["kept"] else entry["name"],
         )

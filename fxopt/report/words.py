@@ -76,6 +76,13 @@ def error(value: Number | None) -> str:
     return f"{value:.1e}" if value else "0"
 
 
+def decibels(value: Number) -> str:
+    """How far a signal is above the noise: `42.0 dB`; infinitely far is no loss at all."""
+    if isinstance(value, str):
+        return "no loss" if value == "inf" else f"{value} dB"
+    return f"{value:.1f} dB"
+
+
 def metric(value: Number | None) -> str:
     """What `evaluate` gave, to four digits."""
     if value is None:
