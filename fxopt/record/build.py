@@ -214,7 +214,7 @@ def of_ladder(ladder: Ladder) -> EnginesRecord:
         asked=ladder.asked,
         device=ladder.device,
         chosen=next((index for index, rung in enumerate(ladder.rungs) if rung is ladder.chosen), None),
-        max_error=ladder.max_error,
+        max_error=None if ladder.max_error is None else number(ladder.max_error),
         budget_seconds=ladder.budget_seconds,
         seconds=ladder.seconds,
         rungs=[

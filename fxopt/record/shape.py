@@ -186,7 +186,7 @@ class EnginesRecord(TypedDict):
     asked: str
     device: str
     chosen: int | None
-    max_error: float | None
+    max_error: Number | None
     budget_seconds: float
     seconds: float
     rungs: list[RungRecord]

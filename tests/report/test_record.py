@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import enum
 import json
 import math
@@ -18,7 +19,7 @@ from fxopt.errors import ArtifactError
 from fxopt.inputs import Inputs
 from fxopt.record import SCHEMA, build, check_version, number, of_comparison, of_entry, plain, schema
 from tests.report.ci_example import example as ci_example
-from tests.report.record_example import LedgerEntry, captured, comparison, example
+from tests.report.record_example import LedgerEntry, captured, comparison, example, ladder
 
 
 def valid(record: Any) -> None:
@@ -92,6 +93,20 @@ def test_what_was_really_measured_is_valid() -> None:
         verified=True,
         latency={"cpu": measured},
         memory=BeforeAfter(measure_size(module, inputs), measure_size(module, inputs)),
+    )
+    valid(json.loads(json.dumps(record, allow_nan=False)))
+
+
+def test_a_bound_that_allows_any_error_is_written() -> None:
+    engines = dataclasses.replace(ladder(), max_error=math.inf)
+    record = build(
+        target="model.py",
+        inputs=Inputs(),
+        machine=fingerprint(),
+        captured=captured(),
+        ledger=[],
+        verified=True,
+        engines=engines,
     )
     valid(json.loads(json.dumps(record, allow_nan=False)))
 
