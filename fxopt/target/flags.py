@@ -119,17 +119,18 @@ def _tensor(module: nn.Module, flag: Flag, generator: torch.Generator) -> tuple[
         if dtype is torch.bool:
             tensor = torch.rand(flag.shape, generator=generator) < 0.5
         elif not dtype.is_floating_point and not dtype.is_complex:
-            low, high = flag.limits or (0, _indices(module))
+            low, high = flag.limits or (0, min(_indices(module), torch.iinfo(dtype).max))
             if flag.limits is None:
                 drawn = f"integers from 0 up to {high}"
-            tensor = torch.randint(int(low), max(int(high), int(low) + 1), flag.shape, generator=generator)
+            tensor = torch.randint(int(low), max(int(high), int(low) + 1), flag.shape, generator=generator, dtype=dtype)
         elif flag.limits is not None:
             low, high = flag.limits
             tensor = torch.rand(flag.shape, generator=generator, dtype=torch.float64) * (high - low) + low
         else:
             tensor = torch.randn(flag.shape, generator=generator)
         return tensor.to(dtype).to(device), drawn
-    except (RuntimeError, TypeError) as error:  # out of memory, or a range that the dtype does not hold
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        # Out of memory, or a range that the dtype does not hold.
         shape = "x".join(map(str, flag.shape))
         raise LoadError(f"--input {shape}: cannot make this tensor: {error}") from error
 

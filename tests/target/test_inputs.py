@@ -74,6 +74,9 @@ def test_integers_without_a_range_stay_within_the_embedding_and_are_said(write):
         (["1-2=1x3"], "'1-2' is not the name of an argument"),
         (["x=1x3", "x=1x3"], "'x' is given twice"),
         (["99999999999x99999999999"], "cannot make this tensor"),
+        (["1x3:int64:0..inf"], "cannot make this tensor"),
+        (["1x3:int64:0..1e30"], "cannot make this tensor"),
+        (["1x3:uint8:0..300"], "cannot make this tensor"),
         (["y=1x3"], "do not fit `Net.forward(x)`: missing a required argument: 'x'; give `fxopt run model.py:Net"),
         (["1x3", "1x3"], "too many positional arguments"),
     ],
@@ -81,6 +84,12 @@ def test_integers_without_a_range_stay_within_the_embedding_and_are_said(write):
 def test_flags_that_are_wrong(write, flags, message):
     write("")
     assert message in fails("model.py", inputs=flags)
+
+
+def test_narrow_integers_are_drawn_from_what_they_hold(write):
+    write(TWO.replace("50", "30000"))
+    ids = load("model.py", inputs=["ids=1x1000:uint8", "scale=1"]).inputs.kwargs["ids"]
+    assert ids.dtype is torch.uint8 and ids.max() > 200
 
 
 @pytest.mark.parametrize(
