@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.bench.arm import Arm
 from fxopt.bench.device import measurable
@@ -57,10 +58,13 @@ def measure_size(module: nn.Module, inputs: Any, device: torch.device | str = "c
         arm.under(lambda call: call())  # A module that raises does so here, not while it is watched.
         flops = arm.watched(_flops)
         peak = arm.watched(lambda call: peak_memory(call, place))
+    # Lazy parameters have no size before a first call, which the copy has seen.
+    lazy = isinstance(arm.module, nn.Module) and any(map(is_lazy, (*module.parameters(), *module.buffers())))
+    sized = cast(nn.Module, arm.module) if lazy else module
     return Size(
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        buffers=sum(buffer.numel() for buffer in module.buffers()),
-        bytes=state_bytes(module),
+        parameters=sum(parameter.numel() for parameter in sized.parameters()),
+        buffers=sum(buffer.numel() for buffer in sized.buffers()),
+        bytes=state_bytes(sized),
         flops=flops,
         peak_memory=peak,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
@@ -90,7 +91,8 @@ def _guess(source: Source, name: str, module: nn.Module) -> tuple[Inputs, tuple[
 def _first_layer(module: nn.Module) -> tuple[str, nn.Module] | None:
     for path, child in module.named_modules():
         if isinstance(child, (_ConvNd, nn.Linear, nn.Embedding)):
-            return path or type(child).__name__, child
+            lazy = isinstance(child, LazyModuleMixin)  # it takes its width from the inputs
+            return None if lazy else (path or type(child).__name__, child)
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
@@ -67,14 +68,33 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
             weights = here / weights
         notes = found.notes + (load_weights(found.module, weights) if weights is not None else ())
         given, input_notes = find_inputs(source, found.name, found.module, inputs)
+        notes += (*input_notes, *_materialized(found.module, given))
     return Target(
         name=f"{place}:{name}" if name else place,
         module=found.module,
         inputs=given,
         evaluate=_evaluate(source),
         calibration_data=_calibration_data(source),
-        notes=(*notes, *input_notes),
+        notes=notes,
     )
+
+
+def _materialized(module: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Give lazy parameters their shapes by one forward, and say so; where it fails, whoever runs the model tells."""
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if not lazy:
+        return ()
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            inputs.call(module)
+    except Exception:  # whatever the user's forward raises
+        return ()
+    finally:
+        for child, training in modes:
+            child.training = training
+    return (f"lazy parameters got the shapes that the inputs ask for: {', '.join(lazy)}",)
 
 
 def _evaluate(source: Source) -> Callable[[nn.Module], dict[str, float]] | None:

@@ -73,6 +73,12 @@ def test_sparse_memory_counts_what_is_stored() -> None:
     assert state_bytes(module) == 100 * (2 * 8 + 4)
 
 
+def test_lazy_parameters_have_the_size_that_a_call_gives_them() -> None:
+    lazy = nn.LazyLinear(4)
+    assert measure_size(lazy, torch.zeros(1, 3)) == measure_size(nn.Linear(3, 4), torch.zeros(1, 3))
+    assert lazy.has_uninitialized_params()
+
+
 def test_the_module_is_left_alone() -> None:
     module = nn.BatchNorm1d(3).train()
     measure_size(module, torch.randn(4, 3))

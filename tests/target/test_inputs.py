@@ -156,6 +156,7 @@ def test_a_guess_leaves_the_module_as_it_is(write):
     [
         ("class Net(nn.Module):\n    def forward(self, x): return x", "cannot be guessed for `Net.forward(x)`: define"),
         (TWO, "give `fxopt run model.py:Net --input ids=SHAPE --input scale=SHAPE`"),
+        ("model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))", "cannot be guessed for `Sequential.forward(input"),
         (
             "model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(), nn.Linear(5, 2))",
             "1x3x8x8 were tried, the last gave RuntimeError: mat1 and mat2",

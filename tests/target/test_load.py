@@ -199,6 +199,21 @@ def test_random_states_are_as_before(write):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_lazy_parameters_get_their_shapes_from_the_inputs(write, train):
+    write("model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())")
+    target = load("model.py", inputs=["2x5"], train=train)
+    assert target.module[0].weight.shape == (4, 5)
+    assert target.module.training is train
+    assert target.module[1].num_batches_tracked == 0
+    assert target.notes[0].startswith("lazy parameters got the shapes that the inputs ask for: 0.weight, 0.bias, 1.")
+
+
+def test_lazy_parameters_of_a_model_that_raises_stay_as_they_are(write):
+    write("class Fails(Net):\n    def forward(self, x): 1 / 0\nmodel = nn.Sequential(Fails(), nn.LazyLinear(4))")
+    assert load("model.py", inputs=["2x5"]).notes == ()
+
+
 def test_models_of_torchvision_load_beside_a_torch_for_which_it_was_not_built() -> None:
     target = load("torchvision.models:squeezenet1_1", inputs=["1x3x64x64"])
     assert type(target.module).__name__ == "SqueezeNet"
