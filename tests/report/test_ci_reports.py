@@ -17,7 +17,7 @@ page_of = pytest.importorskip("fxopt.report.page").page
 check_page = pytest.importorskip("fxopt.report.page").check
 HISTORY = [
     {"target": "model.py:Net", "device": "cpu", "commit": f"{index}" * 40, "median_ms": 5 + 0.1 * index % 0.3}
-    | {"low_ms": 4.9, "high_ms": 5.4}
+    | {"low_ms": 4.9, "high_ms": 5.4, "inputs": "1x3x48x48 float32", "machine": {"cpu": "X"}}
     for index in range(8)
 ]
 
@@ -86,8 +86,9 @@ def test_annotations_are_one_line_each_at_the_file():
 
 
 def test_what_the_page_needs_is_known_before_there_is_a_record(monkeypatch):
-    with pytest.raises(SpecError, match="--source-url"):
-        check_page("https://example.com/{path}")
+    for url in ("https://example.com/{path}", "https://example.com/{file.name}", "https://example.com/{line:d}"):
+        with pytest.raises(SpecError, match="--source-url"):
+            check_page(url)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="--html needs 'jinja2'"):
         check_page()
@@ -113,6 +114,37 @@ def test_the_page_needs_nothing_else_and_escapes_what_the_user_wrote():
     assert "used twice &lt;b&gt;" in text and "digits &amp; letters" in text
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert text.index("REGRESSION") < text.index("<table")
+
+
+def links_of(record, **facts: str):
+    found = Links()
+    for target in record["targets"]:
+        for nodes in (target["graphs"] or {}).values():
+            for node in nodes:
+                node |= facts if node["file"] else {}
+    found.feed(page_of(record, source_url="https://example.com/{file}#L{line}"))
+    return found.urls
+
+
+def test_links_lead_to_files_of_any_name():
+    assert "https://example.com/net/my%20%23%20m%C3%B6del.py#L15" in links_of(example(), file="../net/my # mödel.py")
+
+
+def test_where_two_files_have_one_name_a_skip_leads_to_neither():
+    record = example()
+    assert "https://example.com/net/model.py#L20" in links_of(record)
+    head = record["targets"][0]["graphs"]["head"]
+    head.append(head[-1] | {"name": "other", "file": "../other/model.py"})
+    urls = links_of(record)
+    assert "https://example.com/other/model.py#L15" in urls
+    assert not any(url.endswith("#L20") for url in urls) and "head.bn model.py:20" in page_of(record)
+
+
+def test_the_history_is_that_of_machines_like_the_newest():
+    other = [one | {"commit": "other machine", "machine": {"cpu": "Y"}} for one in HISTORY[:2]]
+    page = page_of(example(), other + HISTORY)
+    assert "Left out: 2 on other machines or with other inputs" in page and not re.search(r">\s*other m\s*<", page)
+    assert re.search(r">\s*0000000\s*<", page) and "Left out" not in page_of(example(), HISTORY)
 
 
 def test_a_pass_that_runs_twice_has_two_bars():

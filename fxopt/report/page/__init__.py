@@ -8,8 +8,10 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
+from urllib.parse import quote
 
 from fxopt.errors import EngineError, SpecError
+from fxopt.gate.baseline import differences
 from fxopt.report.ci import cause, ci_sections, failures, in_repository, verdict_row
 from fxopt.report.page.plots import distributions, ladder, over_time
 
@@ -22,8 +24,8 @@ def check(source_url: str | None = None) -> None:
         if importlib.util.find_spec(name) is None:
             raise EngineError(f"--html needs '{name}': `pip install 'fxopt[html]'`")
     try:
-        (source_url or "").format(file="model.py", line=1)
-    except (LookupError, ValueError) as error:
+        (source_url or "").format(file="model.py", line="1")
+    except (LookupError, ValueError, AttributeError) as error:
         raise SpecError(f"--source-url: '{source_url}' is none: expected {{file}} and {{line}} to fill in") from error
 
 
@@ -70,20 +72,28 @@ class _Links:
         self._url = source_url or "{file}#L{line}"
         graphs = [target["graphs"] for target in record["targets"] if target["graphs"]]
         nodes = [node for both in graphs for nodes in both.values() for node in nodes or ()]
-        self._files = {posixpath.basename(node["file"]): node["file"] for node in nodes}
+        known: dict[str, set[str]] = {}
+        for node in nodes:
+            known.setdefault(posixpath.basename(node["file"]), set()).add(node["file"])
+        self._files = known
 
     def of(self, source: str, file: str | None = None) -> str | None:
-        """The address of `model.py:41`, in this file where that is known; None where it is not in the repository."""
+        """The address of `model.py:41`, in this file where that is known.
+
+        None where it is not in the repository, or several files there have that name.
+        """
         name, colon, line = source.rpartition(":")
-        path = in_repository(self._record, file or self._files.get(name, name))
-        if not colon or not line.isdigit() or path.startswith("../"):
+        files = {file} if file else self._files.get(name, {name})
+        path = in_repository(self._record, next(iter(files)))
+        if not colon or not line.isdigit() or path.startswith("../") or len(files) > 1:
             return None
-        return self._url.format(file=path, line=line)
+        return self._url.format(file=quote(path), line=line)
 
 
 def _target(target: Mapping[str, Any], history: Sequence[Mapping[str, Any]], links: _Links) -> dict[str, Any]:
     latency, found = target["latency"], target["cause"]
     own = [one for one in history if one["target"] == target["target"] and one["device"] == target["device"]]
+    comparable = [one for one in own if not differences(one, own[-1])]
     return {
         "name": target["name"],
         "verdict": target["verdict"],
@@ -96,7 +106,8 @@ def _target(target: Mapping[str, Any], history: Sequence[Mapping[str, Any]], lin
         "latency": latency,
         "distributions": distributions(latency["times"]) if latency else None,
         "ladder": ladder(found["ladder"]) if found else None,
-        "history": over_time(own) if own else None,
+        "history": over_time(comparable) if own else None,
+        "incomparable": len(own) - len(comparable),
         "graph": _side_by_side(target["graphs"], links),
         "skips": [
             {"pass": entry["name"], **skip, "link": links.of(skip["source"])}
