@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +88,9 @@ class Inputs:
     def fresh(self, seed: int) -> Inputs:
         """Random inputs of the same shapes, dtypes and value ranges.
 
-        Floats are normal with the mean and deviation of the example; integers lie within the example's own
-        smallest and largest value, since they mostly index something; booleans keep the share of True.
+        Floats are normal with the mean and deviation of the example; what is not finite in it, as in a mask, stays
+        where it is. Integers lie within the example's own smallest and largest value, since they mostly index
+        something; booleans keep the share of True.
         """
         generator = torch.Generator().manual_seed(seed)
         return self.map(lambda tensor: _fresh(tensor, generator))
@@ -102,7 +104,10 @@ class Inputs:
         return self.map(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() > 0 else t)
 
     def describe(self) -> str:
-        """`1x3x224x224 float32`, joined by commas; keyword inputs carry their names."""
+        """`1x3x224x224 float32`, joined by commas; keyword inputs carry their names, objects what tensors they hold.
+
+        It is the same in another process.
+        """
         parts = [_describe(value) for value in self.args]
         parts += [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
         return ", ".join(parts)
@@ -116,7 +121,9 @@ def _describe(value: Any) -> str:
         return f"[{', '.join(map(_describe, value))}]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_describe(item)}" for key, item in value.items()) + "}"
-    return repr(value)
+    if is_object(value):
+        return f"{type(value).__name__}({', '.join(map(_describe, tensors_in(value)))})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _fresh(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -128,9 +135,13 @@ def _fresh(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.is_floating_point() or tensor.is_complex():
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         wide = tensor.detach().double().cpu() if not tensor.is_complex() else tensor.detach().cpu().real.double()
-        deviation = wide.std(correction=0)
+        known = wide.isfinite()
+        if not known.any():
+            return tensor.clone()
+        deviation, mean = wide[known].std(correction=0), wide[known].mean()
         spread = deviation if deviation > 0 else torch.ones(())
-        return (noise * spread + wide.mean()).to(tensor.dtype).to(tensor.device)
+        drawn = (noise * spread + mean).to(tensor.dtype).to(tensor.device)
+        return torch.where(known.to(tensor.device), drawn, tensor.detach())
     low, high = int(tensor.min()), int(tensor.max())
-    drawn = torch.randint(low, high + 1, tensor.shape, generator=generator)
-    return drawn.to(tensor.dtype).to(tensor.device)
+    integers = torch.randint(low, high + 1, tensor.shape, generator=generator)
+    return integers.to(tensor.dtype).to(tensor.device)

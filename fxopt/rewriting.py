@@ -124,7 +124,7 @@ def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
 
 def _described(module: GraphModule, inputs: Inputs) -> str:
     """All that shapes and strides follow from but the values of tensors, and which nodes have them, as a digest."""
-    parts: list[object] = [inputs.describe()]
+    parts: list[object] = [inputs.describe(), *map(repr, inputs.objects)]
     parts += [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs.tensors]
     for child in module.modules():
         parts.append(type(child))

@@ -143,7 +143,7 @@ def test_engines_that_read_files_give_a_cache_and_take_none(engine: Engine, name
         assert type(found["cache"]) is Cache and found["cache"] is not again["cache"]
         torch.testing.assert_close(found["out"], expected["out"])
         torch.testing.assert_close(found["cache"].keys, expected["cache"].keys)
-    with pytest.raises(EngineError, match=r"no object that a call may change, as among 2x1x4 float32, <.*Cache"):
+    with pytest.raises(EngineError, match=r"no object that a call may change, as among 2x1x4 float32, Cache"):
         fxopt.lower(model, (X, cache()), engine.name)
 
 

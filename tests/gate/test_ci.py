@@ -446,6 +446,15 @@ def test_an_untracked_file_that_is_written_anew_is_another_change(repo: Repo, mo
     assert Repository.here().changes() != before
 
 
+def test_inputs_that_are_objects_are_the_same_on_both_sides(repo: Repo):
+    repo.commit(
+        model=MODEL.replace("def forward(self, x):", "def forward(self, x, cache):\n        x = x + cache.shift")
+        + "class Cache:\n    shift = 0\n    def __init__(self): self.shift = torch.ones(1)\n"
+        + "example_inputs = (example_inputs, Cache())\n"
+    )
+    assert repo.only("model.py", timed=False)["inputs"] == "4x3x16x16 float32, Cache(1 float32)"
+
+
 def test_names_of_files_that_are_not_ascii_are_said_as_they_are(repo: Repo, monkeypatch: pytest.MonkeyPatch):
     repo.commit(modèle=MODEL)
     repo.write(modèle=SLOWER, äußere=MODEL)

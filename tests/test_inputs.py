@@ -1,0 +1,43 @@
+"""Inputs of a model: how they are told of, and random ones like them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fxopt.inputs import Inputs
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys, self.steps = [torch.zeros(2, 4)], 3
+
+
+class Kind:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.zeros(2, 3), "2x3 float32"),
+        ({"ids": torch.zeros(1, dtype=torch.int64), "n": 3}, "ids=1 int64, n=3"),
+        ((Cache(), [torch.zeros(())]), "Cache(2x4 float32), [scalar float32]"),
+        ((Kind(),), "<tests.test_inputs.Kind object>"),
+        ((partial(Kind),), "functools.partial(<class 'tests.test_inputs.Kind'>)"),
+    ],
+)
+def test_what_is_said_of_them_is_the_same_in_each_process(value: object, text: str) -> None:
+    assert Inputs.of(value).describe() == text
+
+
+def test_fresh_floats_keep_what_is_not_finite_where_it_is() -> None:
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    fresh = Inputs.of((mask, torch.full((2,), torch.inf), torch.tensor([1.0, torch.nan]))).fresh(0).args
+    assert torch.equal(fresh[0].isinf(), mask.isinf())
+    assert not torch.equal(fresh[0], mask)
+    assert fresh[1].tolist() == [torch.inf, torch.inf]
+    assert fresh[2].isnan().tolist() == [False, True]
