@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxopt import bench, record, spec
@@ -19,6 +18,7 @@ from fxopt.engines.eager import Eager
 from fxopt.engines.ladder import check as check_engine
 from fxopt.engines.place import place_for
 from fxopt.errors import FxoptError, LoadError
+from fxopt.evaluation import Evaluate, evaluated
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger
@@ -27,8 +27,6 @@ from fxopt.precision import Precision
 from fxopt.prove import Prover, measuring
 from fxopt.prove import check as check_proof
 from fxopt.verify import Oracle
-
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def optimize(
         prover = Prover(measuring(example, place, engine, seed), prove, prove_seconds, tell)
     precision = None
     if sensitivity or max_drop is not None:
-        precision = Precision(None if evaluate is None else partial(_evaluated, evaluate), module, max_drop, tell)
+        precision = Precision(None if evaluate is None else partial(evaluated, evaluate), module, max_drop, tell)
     ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell, prover, precision)
     result = captured.module
     ladder = None
@@ -145,7 +143,7 @@ def optimize(
     metrics = None
     if evaluate is not None:
         tell("evaluate")
-        metrics = bench.BeforeAfter[Mapping[str, float]](_evaluated(evaluate, module), _evaluated(evaluate, result))
+        metrics = bench.BeforeAfter[Mapping[str, float]](evaluated(evaluate, module), evaluated(evaluate, result))
     latency: dict[str, bench.Comparison | str] = {}
     for device in devices:
         tell(f"measure on {device}")
@@ -178,21 +176,3 @@ def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[I
         raise
     except Exception as error:
         raise LoadError(f"calibration_data raises {type(error).__name__}: {error}") from error
-
-
-def _evaluated(evaluate: Evaluate, module: nn.Module) -> dict[str, float]:
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        with torch.no_grad():
-            found = {str(name): float(value) for name, value in evaluate(module).items()}
-    except FxoptError:
-        raise
-    except Exception as error:
-        raise LoadError(
-            f"evaluate(module) raises {type(error).__name__}: {error}; it takes a module and returns a dict of floats"
-        ) from error
-    finally:
-        for child, training in modes:
-            child.train(training)  # a captured module takes the graph of that mode
-            child.training = training
-    return found

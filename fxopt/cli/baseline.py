@@ -139,6 +139,7 @@ def _measured(
         import torch
 
         from fxopt.bench import fingerprint, measure_latency, measure_size
+        from fxopt.evaluation import evaluated
         from fxopt.gate import baseline
         from fxopt.record import plain
         from fxopt.target import load
@@ -148,7 +149,7 @@ def _measured(
         stage(f"latency on {device}")
         latency = measure_latency(loaded.module, loaded.inputs, device, budget_seconds=budget, threads=threads)
         size = asdict(measure_size(loaded.module, loaded.inputs, device))
-        metrics = loaded.evaluate(loaded.module) if loaded.evaluate is not None else None
+        metrics = None if loaded.evaluate is None else evaluated(loaded.evaluate, loaded.module)
         machine = plain(asdict(fingerprint(device)))
         moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         described = loaded.inputs.describe()

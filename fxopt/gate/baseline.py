@@ -74,7 +74,16 @@ class BranchStore:
         return str(self._git("show", f"{tip}:{self.name}", check=False) or "") if tip else ""
 
     def append(self, line: str) -> None:
-        """Add one, as a commit."""
+        """Add one, as a commit.
+
+        Raises:
+            GateError: where git can't, or the branch is checked out: the working tree and the index would lack it.
+        """
+        if f"branch refs/heads/{self.branch}" in str(self._git("worktree", "list", "--porcelain")).splitlines():
+            raise GateError(
+                f"the branch '{self.branch}' is checked out, and a commit there would change it below the working "
+                "tree: name one that is for baselines alone"
+            )
         blob = self._git("hash-object", "-w", "--stdin", given=self.read() + line + "\n")
         old, parent = self._commit(f"refs/heads/{self.branch}"), self._tip()
         with tempfile.TemporaryDirectory(prefix="fxopt-index-") as directory:

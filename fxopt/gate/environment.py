@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import site
@@ -58,7 +59,7 @@ def _wanted(root: Path) -> dict[str, list[str]]:
     project: list[str] = []
     if (root / "pyproject.toml").exists():
         try:
-            content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+            content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8", errors="replace"))
             project = [str(one) for one in content.get("project", {}).get("dependencies", [])]
         except tomllib.TOMLDecodeError:
             project = []
@@ -70,12 +71,19 @@ def _lines(path: Path, above: frozenset[Path] = frozenset()) -> list[str]:
     if path in above or not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _text(path).splitlines():
         text = line.partition("#")[0].strip()
         found += [text] if text else []
         if named := _NAMED.match(text):
             found += _lines(path.parent / named[1], above | {path})
     return sorted(found)
+
+
+def _text(path: Path) -> str:
+    """A list as pip reads it: in UTF-8, or in UTF-16 as PowerShell writes it."""
+    raw = path.read_bytes()
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if wide else "utf-8-sig", errors="replace")
 
 
 def _files(tree: Path) -> list[str]:

@@ -43,6 +43,9 @@ class Repository:
             raise GateError("there is no 'git' on the path, and a gate compares with a revision: install it")
         done = _git(Path.cwd(), "rev-parse", "--show-toplevel")
         if done.returncode != 0:
+            said = done.stderr.strip()
+            if "not a git repository" not in said:  # but one that git refuses, as where another user owns it
+                raise GateError(f"git can't use the repository that '{Path.cwd()}' is in: {said}")
             raise GateError(
                 f"'{Path.cwd()}' is in no git repository, and a gate compares with a revision: run it inside of one"
             )
@@ -73,8 +76,12 @@ class Repository:
         "" where it is clean.
         """
         listed = _git(self.root, "ls-files", "--others", "--exclude-standard", "-z").stdout.split("\0")
-        facts = [(name, (self.root / name).lstat()) for name in listed if name]
-        untracked = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in facts]
+        untracked = []
+        for name in filter(None, listed):
+            with contextlib.suppress(OSError):  # it is gone, or its name is no UTF-8
+                stat = (self.root / name).lstat()
+                name += f" {stat.st_size} {stat.st_mtime_ns}"
+            untracked.append(name)
         return "\n".join([*untracked, _git(self.root, "diff", "HEAD").stdout]).strip()
 
     def uncommitted(self, but: Path | None = None) -> list[str]:

@@ -30,6 +30,7 @@ from fxopt.capture.independent import independent_copy
 from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
 from fxopt.errors import BaselineError, FxoptError
+from fxopt.evaluation import evaluated
 from fxopt.inputs import Inputs
 from fxopt.nested import tensors_in
 from fxopt.pipeline import run_passes
@@ -164,7 +165,7 @@ class Side:
                 for entry in ledger
             ]
             facts["graph"] = _graph(captured.module)
-        facts["metrics"] = plain(target.evaluate(result)) if target.evaluate is not None else None
+        facts["metrics"] = None if target.evaluate is None else plain(evaluated(target.evaluate, result))
         facts["size"] = asdict(measure_size(result, self._inputs, self._device))
         self._outputs = _outputs(result, self._inputs)
         torch.save({"state": _tensors(target.module), "outputs": self._outputs}, keep)

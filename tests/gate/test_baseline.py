@@ -71,6 +71,13 @@ def test_a_branch_keeps_lines_without_touching_tree_or_index(repo: Repo):
     assert repo.git("rev-list", "--count", "perf") == "3"
 
 
+def test_a_branch_that_is_checked_out_is_left_alone(repo: Repo):
+    before = repo.git("rev-parse", "HEAD")
+    with pytest.raises(GateError, match="the branch 'main' is checked out"):
+        BranchStore(repo.path, "main").append(json.dumps(entry()))
+    assert repo.git("rev-parse", "HEAD") == before
+
+
 def test_a_line_that_is_no_entry_is_named(tmp_path):
     store = FileStore(tmp_path / "b.jsonl")
     store.append(json.dumps(entry()))
@@ -105,6 +112,13 @@ def test_what_save_wrote_in_a_subfolder_is_no_change(repo: Repo):
     for _ in range(2):
         done = call(repo, "save", "model.py", "--budget", "0.3", "--quiet", below="sub")
         assert done.returncode == 0, done.stderr
+
+
+def test_metrics_are_those_of_a_run_without_gradients(repo: Repo):
+    evaluate = "def evaluate(module): return {'mean': module(example_inputs).numpy().mean()}"
+    repo.commit(model=f"{MODEL}\n{evaluate}\n")
+    done = call(repo, "save", "model.py", "--budget", "0.3", "--quiet")
+    assert done.returncode == 0, done.stderr
 
 
 def test_save_compare_and_history(repo: Repo):

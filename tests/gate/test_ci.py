@@ -446,6 +446,19 @@ def test_an_untracked_file_that_is_written_anew_is_another_change(repo: Repo, mo
     assert Repository.here().changes() != before
 
 
+def test_an_untracked_file_whose_name_is_no_utf_8_is_a_change(repo: Repo, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(repo.path)
+    (repo.path / os.fsdecode(b"n\xe4me")).write_text("")
+    assert Repository.here().changes()
+
+
+def test_a_list_of_packages_may_be_as_powershell_writes_it(repo: Repo):
+    (repo.path / "requirements.txt").write_text("torch\n", encoding="utf-16")
+    repo.commit()
+    (repo.path / "requirements.txt").write_text("# the same\ntorch\n", encoding="utf-16")
+    repo.only("model.py", timed=False)
+
+
 def test_inputs_that_are_objects_are_the_same_on_both_sides(repo: Repo):
     repo.commit(
         model=MODEL.replace("def forward(self, x):", "def forward(self, x, cache):\n        x = x + cache.shift")
@@ -453,6 +466,12 @@ def test_inputs_that_are_objects_are_the_same_on_both_sides(repo: Repo):
         + "example_inputs = (example_inputs, Cache())\n"
     )
     assert repo.only("model.py", timed=False)["inputs"] == "4x3x16x16 float32, Cache(1 float32)"
+
+
+def test_the_mode_that_evaluate_leaves_is_not_that_of_the_outputs(repo: Repo):
+    repo.commit(model=MODEL + "\ndef evaluate(module): return {'one': 1.0}\n")
+    repo.write(model=MODEL + "\ndef evaluate(module):\n    module.train()\n    return {'one': 1.0}\n")
+    repo.only("model.py", timed=False, output_error=0.0)
 
 
 def test_names_of_files_that_are_not_ascii_are_said_as_they_are(repo: Repo, monkeypatch: pytest.MonkeyPatch):
@@ -516,6 +535,7 @@ def test_of_worktrees_whose_directory_is_not_there_only_its_own_are_forgotten(re
         ([], 2, "there is no 'fxopt.toml'"),
         (["--input", "1x3x16x16"], 2, "--input and --weights are for one target"),
         (["model.py", "--json", "out/record.json"], 2, "--json: there is no directory 'out'"),
+        (["model.py", "--json", "."], 2, "--json: '.' is a directory: expected a file to write"),
         (["model.py", "--html", "page.html", "--history", "h.jsonl"], 2, "there is no file of baselines 'h.jsonl'"),
         (["model.py", "--base-python", "/nothing"], 2, "'/nothing' does not start"),
     ],
@@ -538,6 +558,18 @@ def test_outside_of_a_repository(tmp_path):
     command = [sys.executable, "-m", "fxopt", "ci", "model.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "in no git repository" in done.stderr
+
+
+def test_a_repository_that_git_refuses_is_said_in_the_words_of_git(repo: Repo):
+    done = repo.ci("model.py", GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
+    assert done.returncode == 2 and "dubious ownership" in done.stderr and "safe.directory" in done.stderr
+
+
+def test_a_summary_that_cannot_be_written_costs_nothing_else(repo: Repo):
+    done = repo.ci("model.py", "--no-latency", "--json", "record.json", GITHUB_STEP_SUMMARY="/nowhere/summary")
+    assert done.returncode == 0
+    assert "fxopt: GITHUB_STEP_SUMMARY: cannot write '/nowhere/summary': No such file" in done.stderr
+    assert (repo.path / "record.json").exists()
 
 
 def test_a_shallow_clone_says_how_to_get_the_history(repo: Repo, make_repo):
