@@ -103,6 +103,8 @@ def _measure(order: dict[str, Any]) -> ColdStart:
     weights = None if order["weights"] is None else Path(order["weights"])
     loaded = load(order["target"], inputs=order["inputs"], weights=weights, train=order["train"])
     built = time.perf_counter()
+    if order["threads"] is not None:
+        torch.set_num_threads(order["threads"])  # the file may have set others
     resident = _status("VmRSS")
     _forget_peak()
     calls = []

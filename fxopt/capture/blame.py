@@ -13,6 +13,8 @@ from fxopt.capture.chance import RandomState
 from fxopt.capture.frames import is_users
 from fxopt.graph import Source
 
+_ITSELF = "raised by the forward of"
+
 
 def paths_of(root: nn.Module) -> dict[int, str]:
     """The first qualified name of each module below `root`, by identity."""
@@ -38,9 +40,12 @@ def came_from(error: BaseException, root: nn.Module) -> None:
     """Add a line to an error that the model's own forward raised, so that nobody looks for it in fxopt."""
     _, location = raised_in(error, root)
     where = f" at {location}" if location else ""
-    error.add_note(
-        f"raised by the forward of '{type(root).__name__}' itself{where}, run as it is on the example inputs"
-    )
+    error.add_note(f"{_ITSELF} '{type(root).__name__}' itself{where}, run as it is on the example inputs")
+
+
+def said_of(error: BaseException) -> str | None:
+    """The line that `came_from` added; None for an error that is not the model's own."""
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(_ITSELF)), None)
 
 
 def drew_numbers(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:

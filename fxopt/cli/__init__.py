@@ -21,8 +21,11 @@ def main() -> None:
     except FxoptError as error:
         _fail(error, str(error), error.exit_code)
     except Exception as error:
+        said, of_model = f"{type(error).__name__}: {_first_line(error)}", _of_model(error)
+        if of_model is not None:
+            _fail(error, f"{said}; {of_model}", 2)
         hint = "" if _debug() else "; `--debug` shows where"
-        _fail(error, f"unexpected {type(error).__name__}: {_first_line(error)}{hint}", 1)
+        _fail(error, f"unexpected {said}{hint}", 1)
     finally:
         # The interpreter collects as it ends, which takes half a second over all that torch has imported.
         gc.freeze()
@@ -33,6 +36,15 @@ def _fail(error: Exception, message: str, code: int) -> None:
         traceback.print_exception(error)
     print(f"fxopt: {message}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
+
+
+def _of_model(error: Exception) -> str | None:
+    """What capture says of an error that the user's own model raised."""
+    if "fxopt.capture" not in sys.modules:
+        return None
+    from fxopt.capture.blame import said_of
+
+    return said_of(error)
 
 
 def _debug() -> bool:

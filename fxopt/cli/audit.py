@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
 
 
@@ -62,6 +63,7 @@ def audit(
         raise typer.BadParameter("goes with --fix", param_hint="--write")
     if not targets and not rules and explain is None:
         raise typer.BadParameter("name a model, or ask for --rules or --explain RULE", param_hint="TARGET")
+    kept: Output | None = None
     with progress(quiet or rules or explain is not None) as stage, contextlib.redirect_stdout(sys.stderr):
         from fxopt.findings import catalog, patch, render, search
         from fxopt.findings.render import layers as table
@@ -71,9 +73,10 @@ def audit(
             text = catalog.listed(cards) if rules else catalog.explained(cards, explain or "")
             print(text, file=sys.__stdout__)
             return
-        found = search.search(targets or [], inputs or [], baseline, stage)
         if write_baseline is not None:
-            write_baseline.write_text(search.baseline_text(found), encoding="utf-8")
+            kept = Output("--write-baseline", write_baseline, search.baseline_text)
+            kept.check()
+        found = search.search(targets or [], inputs or [], baseline, stage)
     texts = patch.patched(found.findings) if fix else {}
     # A format for machines stays whole on stdout; the diff goes beside it.
     typer.echo(render(found, cards, style.value), nl=False)
@@ -83,5 +86,7 @@ def audit(
         typer.echo(patch.diff(texts) or "nothing to fix by itself\n", nl=False, err=style is not Style.TEXT)
     if write:
         patch.write(texts)
+    if kept is not None and not kept.write(found):
+        raise typer.Exit(2)
     if fail_on is not FailOn.NEVER and search.fails(found, fail_on.value):
         raise typer.Exit(1)

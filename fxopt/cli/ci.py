@@ -88,7 +88,7 @@ def ci(
     from fxopt.errors import GateError
     from fxopt.gate import baseline
     from fxopt.gate.lock import FILE as LOCK
-    from fxopt.gate.lock import write as write_lock
+    from fxopt.gate.lock import updated
     from fxopt.gate.settings import FILE
 
     named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
@@ -106,7 +106,11 @@ def ci(
     else:
         jobs = gate.read_jobs(Path(FILE), given)
     jobs = tuple(replace(job, limits=replace(job.limits, **limits)) for job in jobs)
-    files = [Output("--json", json_file, lambda record: report.render(record, "json"))] if json_file else []
+    lock = Path(LOCK)
+    files = (
+        [Output("--update-lock", lock, lambda record: updated(lock, gate.lock_counts(record)))] if update_lock else []
+    )
+    files += [Output("--json", json_file, lambda record: report.render(record, "json"))] if json_file else []
     files += [Output("--junit", junit_file, report.junit)] if junit_file else []
     if html_file is not None:
         from fxopt.report import page
@@ -137,12 +141,12 @@ def ci(
     if os.environ.get("GITHUB_ACTIONS") == "true":
         typer.echo(report.github(record), nl=False, err=style is not Format.TABLE)
     typer.echo(report.render(record, style.value), nl=False)
-    if update_lock:
-        write_lock(Path(LOCK), gate.lock_counts(record))
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as appended:
-            appended.write(report.render(record, "markdown"))
     written = [file.write(record) for file in files]
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        # Where a workflow runs this in a container, the file may be outside: the gate has its verdict all the same.
+        Output("GITHUB_STEP_SUMMARY", Path(summary), lambda record: report.render(record, "markdown"), True).write(
+            record
+        )
     raise typer.Exit(gate.exit_code(record, strict) or (0 if all(written) else 2))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,32 @@ class Output:
     Attributes:
         flag: the option that asks for it.
         path: where it goes.
-        text: makes it of a record.
+        text: makes it of a record, or of whatever `write` is given.
+        append: to what the file holds already.
     """
 
     flag: str
     path: Path
-    text: Callable[[Mapping[str, Any]], str]
+    text: Callable[[Any], str]
+    append: bool = False
 
     def check(self) -> None:
         """Refuse, before there is something to lose, what could not be written.
 
         Raises:
-            GateError: where the directory is missing.
+            GateError: where the directory is missing, or the file is one.
         """
+        if self.path.is_dir():
+            raise GateError(f"{self.flag}: '{self.path}' is a directory: expected a file to write")
         if not self.path.parent.is_dir():
             raise GateError(f"{self.flag}: there is no directory '{self.path.parent}' for '{self.path}': make it first")
 
-    def write(self, record: Mapping[str, Any]) -> bool:
+    def write(self, record: Any) -> bool:
         """Write it; False, with the reason on stderr, where that fails."""
+        text = self.text(record)  # which may read what the file holds
         try:
-            self.path.write_text(self.text(record), encoding="utf-8")
+            with self.path.open("a" if self.append else "w", encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
             typer.echo(f"fxopt: {self.flag}: cannot write '{self.path}': {error.strerror}", err=True)
             return False

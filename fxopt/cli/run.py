@@ -108,6 +108,8 @@ def run(
                 torch.set_num_threads(threads)
             torch.manual_seed(seed)
             loaded = load(target, inputs=inputs or (), weights=weights, train=train)
+            if threads is not None:
+                torch.set_num_threads(threads)  # the file may have set others
             names = () if budget is None else ("budget_seconds", "engine_seconds", "prove_seconds")
             limits: dict[str, Any] = dict.fromkeys(names, budget)
             result = optimize(

@@ -47,13 +47,13 @@ def read(path: Path) -> dict[str, Counts] | None:
     return targets
 
 
-def write(path: Path, found: Mapping[str, Counts]) -> None:
-    """Write the counts of these targets; those of others stay, where the file can be read."""
+def updated(path: Path, found: Mapping[str, Counts]) -> str:
+    """The file with the counts of these targets; those of others stay, where it can be read."""
     kept: dict[str, Counts] = {}
     with contextlib.suppress(GateError):
         kept = read(path) or {}
     content = {"version": _VERSION, "targets": dict(sorted({**kept, **found}.items()))}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(content, indent=2) + "\n"
 
 
 def lost(locked: Counts, now: Counts) -> list[str]:

@@ -76,6 +76,25 @@ def test_an_unknown_pass_is_met_with_the_nearest():
     assert done.stderr == "fxopt: unknown pass 'fuze'; did you mean 'fuse'? `fxopt passes` lists them all\n"
 
 
+@pytest.mark.parametrize("arguments", [["explain"], ["explain", "--fake"], ["lora", "merge", ".", "--out", "x"]])
+def test_inputs_that_the_model_does_not_take_are_a_wrong_call(write, arguments):
+    target = ["--target", "model.py"] if "lora" in arguments else ["model.py"]
+    write("")
+    done = fxopt(*arguments, *target, "--input", "2x5")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fxopt: RuntimeError: ")
+    assert "; raised by the forward of 'Net' itself at model.py:10" in done.stderr
+
+
+def test_a_list_of_findings_that_cannot_be_written_is_refused_first(write):
+    write("")
+    done = fxopt("audit", "model.py", "--write-baseline", "no/such/list.json")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "fxopt: --write-baseline: there is no directory 'no/such' for 'no/such/list.json': make it first\n"
+    )
+
+
 def test_the_readme_has_the_table_of_passes():
     begin, end = "<!-- passes: begin -->\n", "<!-- passes: end -->"
     table = README.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]

@@ -88,6 +88,13 @@ def test_the_layers_are_ranked_and_an_accuracy_held(write):
     refused(run("model.py", "--max-drop", "much", *QUICK), "'much' is no share; write 0.5%, or 0.005")
 
 
+def test_threads_are_those_of_the_call_whatever_the_file_sets(write):
+    write("torch.set_num_threads(1)", header=CONV)
+    done = run("model.py", "--threads", "2", "--format", "json", *QUICK)
+    record = json.loads(done.stdout)
+    assert record["machine"]["threads"] == record["latency"]["cpu"]["threads"] == 2
+
+
 def test_markdown(write):
     write("", header=CONV)
     done = run("model.py", "--passes", "fuse", "--format", "markdown", *QUICK)
