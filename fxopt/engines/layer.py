@@ -119,6 +119,8 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
     user = _only_user(node)
     if layer.activation or layer.other or user is None or user in taken:
         return layer
+    if Effects(region).written_between(layer.input, node, user):  # it would be read at the place of `user`
+        return layer
     return _with_addition(layer, user, region) or _with_hardsigmoid(layer, user, region) or layer
 
 
@@ -142,6 +144,9 @@ def _why_not(affine: Affine, meta: Any, supported: Supported) -> str | None:
         return reason
     if meta.dtype is not weight.dtype:
         return f"its input is {meta.dtype}, its weight {weight.dtype}"
+    made = affine.node.meta.get("tensor_meta")
+    if made is not None and made.dtype is not weight.dtype:  # by autocast, which kernels know nothing of
+        return f"its output is {made.dtype}, its weight {weight.dtype}"
     if isinstance(affine.module, Fused) and (affine.module.bn or affine.module.weight_fake_quant):
         return "it holds a batch norm or a fake quantiser"
     if weight.numel() == 0 or weight.layout is not torch.strided:
@@ -207,7 +212,7 @@ def _with_addition(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
         return None
     fresh = _is_fresh(other, region)
     writes_other = user.target in (operator.iadd, "add_") and user.args[0] is other
-    if (writes_other and not fresh) or Effects(region).written_between(layer.input, layer.node, user):
+    if writes_other and not fresh:
         return None
     return replace(layer, last=user, other=other, reuses=fresh)
 

@@ -288,6 +288,20 @@ class WritesInput(nn.Module):
         return y + x
 
 
+class WritesInputOfGate(nn.Module):
+    """The same, with a gate in the place of the addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        y = self.conv(x)
+        x.mul_(2)
+        return F.hardsigmoid(y) * x
+
+
 class AddsInto(nn.Module):
     """`y += x` into an input, which the caller sees."""
 
@@ -313,7 +327,7 @@ class AddsItsInput(nn.Module):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("form", [Meeting, Viewed, Hidden, WritesInput, AddsInto, AddsItsInput])
+@pytest.mark.parametrize("form", [Meeting, Viewed, Hidden, WritesInput, WritesInputOfGate, AddsInto, AddsItsInput])
 def test_odd_graphs(form: type[nn.Module], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(kernel, monkeypatch)
     torch.manual_seed(0)
@@ -388,6 +402,18 @@ def test_what_looks_at_strides_behind_a_layer_that_forgets_them_is_no_reason(mon
     check(executable, model, x)
 
 
+class Narrowed(nn.Module):
+    """Runs a layer of float32 in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(x)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {
     "double": (lambda: nn.Linear(3, 2).double(), torch.randn(2, 3).double(), "no kernels for torch.float64"),
     "circular": (
@@ -403,6 +429,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {
         torch.randn(1, 3, 5),
         "one-dimensional transposed",
     ),
+    "within autocast": (Narrowed, torch.randn(2, 16), "its output is torch.bfloat16, its weight torch.float32"),
     "a batch norm": (lambda: nn.BatchNorm2d(3), torch.randn(1, 3, 5, 5), "the pass 'fuse' folds it"),
 }
 
