@@ -14,7 +14,7 @@ from fxopt.capture.attributes import Attribute, is_left, look, old
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.copy_on_write import lazy_copy
 
-__all__ = ["State", "apart", "memory_of", "random_state_kept", "tensors_kept"]
+__all__ = ["State", "apart", "memory_of", "random_state_kept", "state_kept", "tensors_kept"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
@@ -120,9 +120,18 @@ def tensors_kept(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def apart(values: Iterable[Any], module: nn.Module) -> list[Any]:
-    """What a run gave, without history, and copied where it is the module's own state, which is then set back."""
-    held = memory_of(*module.parameters(), *module.buffers())
+@contextmanager
+def state_kept(*modules: nn.Module) -> Iterator[None]:
+    """Leave parameters, buffers and plain attributes as they were."""
+    with ExitStack() as held:
+        for module in modules:
+            held.callback(State(module).restore)
+        yield
+
+
+def apart(values: Iterable[Any], *modules: nn.Module) -> list[Any]:
+    """What a run gave, without history, and copied where it is the modules' own state, which is then set back."""
+    held = memory_of(*(tensor for module in modules for tensor in (*module.parameters(), *module.buffers())))
 
     def one(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

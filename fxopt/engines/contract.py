@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.graph import GraphModule
@@ -40,6 +41,7 @@ class Built:
         write: writes the engine's own form of the model into a directory; None where it has none.
         recorded: whether autograd would record what `run` does, and has to be kept from it.
         sizes: which may differ from those of the example, where that is less than the engine says; `reasons` tell why.
+        holds: copies of the module that `run` calls, where Python code may set attributes.
     """
 
     run: Run
@@ -48,6 +50,7 @@ class Built:
     write: Callable[[Path], None] | None = None
     recorded: bool = True
     sizes: Sizes | None = None
+    holds: tuple[nn.Module, ...] = ()
 
 
 class Engine(ABC):

@@ -87,7 +87,7 @@ class CudaGraph(Engine):
             alive[0].replay()
             return pytree.tree_map_only(torch.Tensor, torch.clone, output)
 
-        return Built(run, built.reasons, built.choices)
+        return Built(run, built.reasons, built.choices, holds=built.holds)
 
     def _inner(self) -> Engine | None:
         return {"eager": None, "cudnn": CuDNN(self.tf32), "inductor": Inductor()}[self.around]

@@ -72,7 +72,7 @@ class CuDNN(Engine):
             finally:
                 cudnn.enabled, cudnn.benchmark = before
 
-        return Built(with_precision, tuple(reasons))
+        return Built(with_precision, tuple(reasons), holds=(found.root,))
 
 
 def fused_kernel(layer: Layer) -> Callable[..., torch.Tensor] | str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.state import random_state_kept, tensors_kept
+from fxopt.capture.state import random_state_kept, state_kept
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.gpu import current_among
@@ -75,7 +75,7 @@ class Executable(nn.Module):
         if self._built is None:
             began = time.perf_counter()
             place = current_among(tensor.device for tensor in self._inputs.tensors)
-            with torch.no_grad(), tensors_kept(self.module), random_state_kept(), place:
+            with torch.no_grad(), state_kept(self.module), random_state_kept(), place:
                 self._built = self.engine.build(self.module, self._inputs, self._choices)
             self._choices = dict(self._built.choices)
             self._one_form = OneForm(self.module.forward)
@@ -99,6 +99,11 @@ class Executable(nn.Module):
         return self.built.choices
 
     @property
+    def holds(self) -> tuple[nn.Module, ...]:
+        """The modules whose state a call may change: that which it runs, and copies of it that the engine calls."""
+        return self.module, *self.built.holds
+
+    @property
     def rounding(self) -> float:
         """The relative error by which a quantised module may differ from itself computed otherwise; else 0.
 
@@ -118,7 +123,7 @@ class Executable(nn.Module):
 
     def _outputs(self) -> list[torch.Tensor]:
         """The module's tensors for the example."""
-        return list(tensors_in(once(self.module, self.module, self._inputs)[0]))
+        return list(tensors_in(once(self.module, [self.module], self._inputs)[0]))
 
     @property
     def dtypes(self) -> set[torch.dtype]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.independent import same_tensors_copy
+from fxopt.capture.state import state_kept
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.saturation import SATURATES, saturates
@@ -85,7 +86,7 @@ class Inductor(Engine):
                 config.freezing = before
 
         try:
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), _quiet(), state_kept(copy):
                 given = inputs.map(lambda tensor: tensor.detach().clone())
                 run(*given.args, **given.kwargs)
         except Exception as error:  # whatever a compiler raises
@@ -94,7 +95,7 @@ class Inductor(Engine):
             ) from error
         if integers and saturates(module):
             reasons.append(SATURATES)
-        return Built(run, tuple(reasons))
+        return Built(run, tuple(reasons), holds=(copy,))
 
 
 def _config() -> Any:

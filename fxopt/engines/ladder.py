@@ -14,7 +14,7 @@ from torch import nn
 
 from fxopt import bench
 from fxopt.bench.statistics import paired_interval
-from fxopt.capture.state import tensors_kept
+from fxopt.capture.state import state_kept
 from fxopt.engines.candidates import ALL, AUTO, Rung, candidates
 from fxopt.engines.executable import Executable
 from fxopt.engines.exports import Exports
@@ -135,7 +135,7 @@ def climb(
     until = max(began + budget_seconds, time.perf_counter() + (1 - _BUILDING) * budget_seconds)
     tell("measure the engines in turns")
     share = _TOGETHER if asked == AUTO else 1.0
-    with tensors_kept(*(rung.executable.module for rung in running if rung.executable is not None)):
+    with state_kept(*(held for rung in running if rung.executable is not None for held in rung.executable.holds)):
         found = _together(original, running, inputs, place, share * (until - time.perf_counter()), seed)
         rungs = [rung if rung.dropped else dataclasses.replace(rung, comparison=found[rung.label]) for rung in rungs]
         chosen = _asked_for(rungs) if named else None
@@ -239,7 +239,7 @@ def _outputs(executable: Executable, place: torch.device, oracle: Oracle) -> Ite
     """The trials that it takes, and what it gives for each."""
     for index, trial in enumerate(oracle.trials):
         try:
-            values, structure = once(executable, executable.module, trial.inputs.to(place))
+            values, structure = once(executable, executable.holds, trial.inputs.to(place))
         except EngineError:
             if index == 0:
                 raise

@@ -10,7 +10,7 @@ from torch import nn
 from fxopt import spec
 from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
-from fxopt.capture.state import random_state_kept, tensors_kept
+from fxopt.capture.state import random_state_kept, state_kept
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
 from fxopt.engines.gpu import rounding_of_torch
@@ -106,9 +106,9 @@ def _checked(executable: Executable, inputs: Inputs) -> float:
     """The error on the example, after making sure that it is one that the engine may make."""
     engine = executable.engine
     with torch.no_grad():
-        expected = once(executable.module, executable.module, inputs)
+        expected = once(executable.module, [executable.module], inputs)
         hand_back()
-        found = once(executable, executable.module, inputs)
+        found = once(executable, executable.holds, inputs)
     if expected[1] != found[1]:
         raise EngineError(f"engine '{engine.name}' gives {found[1]} in place of {expected[1]}; please report it")
     place = next((tensor.device for tensor in inputs.tensors), torch.device("cpu"))
@@ -142,7 +142,7 @@ def _why_other(executable: Executable, inputs: Inputs) -> str:
     if SATURATES in executable.reasons:
         return SATURATES.reason
     given = inputs.map(lambda tensor: tensor.detach().clone())
-    with torch.no_grad(), random_state_kept(), tensors_kept(executable.module):
+    with torch.no_grad(), random_state_kept(), state_kept(executable.module):
         before = torch.get_rng_state()
         executable.module(*given.args, **given.kwargs)
         if not torch.equal(torch.get_rng_state(), before):

@@ -21,6 +21,7 @@ from fxopt.engines.lower import build
 from fxopt.engines.onednn import OneDNN
 from fxopt.errors import ArtifactError, EngineError, SpecError
 from fxopt.relative_error import relative_error
+from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC, Case, StagedCNN
 
 CASES = {**STATIC, **DYNAMIC}
@@ -256,6 +257,38 @@ def test_building_and_checking_leave_buffers_and_random_streams_as_they_were(eng
         for _ in range(3):
             agree(executable(x), model(x))
     agree(executable.module.mean, model.mean)
+
+
+class Counting(nn.Module):
+    """Counts its calls in a plain attribute; engines try its graph while building."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.linear = nn.Linear(6, 6)
+        nn.init.zeros_(self.linear.weight[:5])
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(self.conv(x)) * self.calls
+
+
+STATEFUL = {
+    "counting": Case(Counting, lambda: (torch.randn(2, 3, 8, 8),)),
+    **{name: ODD[name] for name in ("counter", "hidden_state", "history", "initialized_by_data", "plain_written")},
+}
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+@pytest.mark.parametrize("name", STATEFUL)
+def test_building_and_checking_leave_attributes_as_they_were(name: str, engine: str) -> None:
+    case = STATEFUL[name]
+    model, example = case.build(), case.example()
+    executable = fxopt.lower(model, example, engine)
+    with torch.no_grad():
+        for seed in (1, 5, 6):
+            agree(executable(*case.example(seed)), model(*case.example(seed)))
 
 
 class Sparse(nn.Module):

@@ -25,9 +25,10 @@ from fxopt.engines.ladder import Ladder, climb
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.openvino import OpenVINO
 from fxopt.errors import EngineError
-from fxopt.relative_error import TOLERANCE
+from fxopt.relative_error import TOLERANCE, relative_error
 from fxopt.verify import Oracle
 from passes import QAT
+from tests.capture.odd import ODD
 from tests.engines.test_contract import Running, agree
 from tests.engines.test_others import needs
 from tests.models import STATIC
@@ -125,6 +126,17 @@ def test_measuring_leaves_buffers_as_they_were(monkeypatch: pytest.MonkeyPatch) 
     for rung in found.rungs:
         assert rung.executable is not None
         assert not rung.executable.module.get_buffer("mean").any()
+
+
+def test_measuring_leaves_attributes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "ON_CPU", HERE)
+    model, example = ODD["counter"].build(), Inputs(ODD["counter"].example())
+    rewritten = fxopt.capture(model, example.args).module
+    found = climb("auto", model, rewritten, example, oracle=Oracle(model, example), budget_seconds=1.0)
+    expected = model(*example.args)
+    for rung in found.rungs:
+        assert rung.executable is not None
+        assert relative_error(expected, rung.executable(*example.args)) < 1e-5
 
 
 def test_all_takes_none(measured: dict[Any, float]) -> None:

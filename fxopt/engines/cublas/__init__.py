@@ -86,7 +86,7 @@ class Cublas(Engine):
         count = sum(not why for why in chosen.values())
         integers = counted(+Counter(linear=count))
         first = integers if self.precision == "int8" else Skip("", f"linear layers in float8: {count}")
-        return Built(bind(root), (first, *reasons), chosen)
+        return Built(bind(root), (first, *reasons), chosen, holds=(root,))
 
     def _found(self, module: GraphModule) -> tuple[GraphModule, list[Candidate | Skip]]:
         """A copy of the module over the same tensors, and its layers."""

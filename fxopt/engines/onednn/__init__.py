@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fxopt.capture.state import state_kept
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine, Run
 from fxopt.engines.layer import Layer
@@ -82,7 +83,8 @@ class OneDNN(Engine):
             return ours
         given = _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
         products = sum(layer.weight.numel() * places(layer) for layer in layers)
-        times = _time_shortly({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs, products)
+        with state_kept(*ours.holds):
+            times = _time_shortly({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs, products)
         if times[_CHANNELS_LAST] <= times[_AS_GIVEN]:
             return ours
         why = f"packed, the graph took {times[_CHANNELS_LAST] / times[_AS_GIVEN]:.2f}x as long"
@@ -116,7 +118,7 @@ def _assemble(module: GraphModule, choices: Mapping[str, Any], made: dict[str, K
             )
         made[key] = kernel
         found.put(layer, kernel)
-    return Built(bind(found.root), tuple(reasons), dict(choices))
+    return Built(bind(found.root), tuple(reasons), dict(choices), holds=(found.root,))
 
 
 def _kernel(layer: Layer, name: str) -> Kernel | None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
+from fxopt.capture.state import state_kept
 from fxopt.contract import Skip
 from fxopt.engines.binding import bind
 from fxopt.engines.contract import Built, Engine
@@ -71,7 +72,8 @@ class Sparse(Engine):
         times = layer_times(found, () if self.bfloat16 else ("bfloat16",), self.tune_seconds)
         runs = {name: _assemble(module, device, {"kernels": plan, "why": ""}) for name, plan in plans(times).items()}
         runs["torch"] = _assemble(module, device, {"kernels": {}, "why": ""})
-        seconds = run_times({name: built.run for name, built in runs.items()}, inputs)
+        with state_kept(*(held for built in runs.values() for held in built.holds)):
+            seconds = run_times({name: built.run for name, built in runs.items()}, inputs)
         best = min(seconds, key=seconds.__getitem__)
         if seconds[best] <= _WORTH * seconds["torch"]:
             return runs[best]
@@ -91,7 +93,7 @@ def _assemble(module: GraphModule, device: str, choices: Mapping[str, Any], made
     if not chosen:
         why = f"it runs as torch runs it: {choices['why']}"
         skips = [found.skip(layer, why) for layer in reversed(found.named.values())]
-        return Built(bind(found.root), (*found.reasons[::-1], *skips), dict(choices))
+        return Built(bind(found.root), (*found.reasons[::-1], *skips), dict(choices), holds=(found.root,))
     for region in found.regions:
         layers: dict[fx.Node, Layer] = {}
         last: dict[fx.Node, Kernel] = {}
@@ -104,7 +106,7 @@ def _assemble(module: GraphModule, device: str, choices: Mapping[str, Any], made
                     made[key, name] = _kernel(name, layer, key)
                 (first if name in FIRST else last)[layer.node] = made[key, name]
         Placement(region, layers, last, first).run()
-    return Built(bind(found.root), tuple(found.reasons[::-1]), dict(choices))
+    return Built(bind(found.root), tuple(found.reasons[::-1]), dict(choices), holds=(found.root,))
 
 
 def _kernel(name: str, layer: Layer, key: str) -> Kernel:
