@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -29,6 +30,8 @@ from fxopt.relative_error import relative_error
 
 _ROUNDING = 0.1
 """20 dB: steps of a few values, seen at the outputs, whatever the model's own rounding costs."""
+_BUILDING = threading.RLock()
+"""Held while an engine builds: torch's exporter and compiler take one thread at a time."""
 
 
 class Executable(nn.Module):
@@ -36,7 +39,8 @@ class Executable(nn.Module):
 
     What the engine built (packed weights, sessions, compiled code) is left out of copies, pickles and saved files:
     these hold the plain weights, the example and what was chosen by measuring, and build again when first called.
-    Change weights through `load_state_dict`; what is written into them otherwise goes unseen.
+    Change weights through `load_state_dict`, its own or that of a module that holds it; what is written into them
+    otherwise goes unseen. Several threads may call it.
 
     Args:
         engine: with its options.
@@ -62,6 +66,8 @@ class Executable(nn.Module):
         super().train(False)
         self.engine = engine
         self.relative_error: float | None = None
+        # A copy: the caller's may be written, need a gradient, or be a row of all the data, which a file would hold.
+        inputs = inputs.map(lambda tensor: tensor.detach().clone())
         # One form for all ways to write a call; torch's exporter takes named arguments for positional ones.
         self._inputs = Inputs(*OneForm(module.forward)(inputs.args, inputs.kwargs))
         self._choices = dict(choices or {})
@@ -72,16 +78,18 @@ class Executable(nn.Module):
     @property
     def built(self) -> Built:
         """What the engine made, made now where that is not done yet."""
-        if self._built is None:
-            began = time.perf_counter()
-            place = current_among(tensor.device for tensor in self._inputs.tensors)
-            with torch.no_grad(), state_kept(self.module), random_state_kept(), place:
-                self._built = self.engine.build(self.module, self._inputs, self._choices)
-            self._choices = dict(self._built.choices)
-            self._one_form = OneForm(self.module.forward)
-            self._signature = Signature(self.engine.name, self._inputs, self._built.sizes or self.engine.sizes)
-            self._build_seconds = time.perf_counter() - began
-        return self._built
+        with _BUILDING:
+            if self._built is None:
+                began = time.perf_counter()
+                place = current_among(tensor.device for tensor in self._inputs.tensors)
+                with torch.no_grad(), state_kept(self.module), random_state_kept(), place:
+                    built = self.engine.build(self.module, self._inputs, self._choices)
+                self._choices = dict(built.choices)
+                self._one_form = OneForm(self.module.forward)
+                self._signature = Signature(self.engine.name, self._inputs, built.sizes or self.engine.sizes)
+                self._build_seconds = time.perf_counter() - began
+                self._built = built  # last, since calls of other threads look for it
+            return self._built
 
     @property
     def build_seconds(self) -> float:
@@ -202,11 +210,10 @@ class Executable(nn.Module):
                 f"cannot write to '{path}': {error.strerror or error}; choose a directory that is yours"
             ) from error
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, and build again with the same choices when called next."""
-        found = super().load_state_dict(*args, **kwargs)
-        self._built = None
-        return found
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Not `load_state_dict`, which is not called where a module around this one loads.
+        super()._load_from_state_dict(*args, **kwargs)
+        self._built = self._rounding = None
 
     def extra_repr(self) -> str:
         """The engine with its options."""

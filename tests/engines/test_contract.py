@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -148,6 +149,36 @@ def test_new_weights_are_seen(engine: str, cnn: tuple[nn.Module, torch.Tensor]) 
     executable.load_state_dict({f"module.{name}": value for name, value in other.state_dict().items()})
     with torch.no_grad():
         agree(executable(x), other(x))
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_new_weights_of_a_module_around_it_are_seen(engine: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    around = nn.Sequential(fxopt.lower(model, x, engine))
+    other = nn.Sequential(fxopt.lower(StagedCNN().eval(), x, engine))
+    around.load_state_dict(other.state_dict())
+    agree(around(x), other(x))
+
+
+def test_the_example_is_a_copy_of_its_own(cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    rows = torch.cat([x] * 100).requires_grad_()
+    executable = fxopt.lower(model, rows[:2] * 1)
+    copy.deepcopy(executable)  # torch copies no tensor that autograd has computed
+    executable = fxopt.lower(model, rows.detach()[:2])
+    assert len(pickle.dumps(executable)) < rows.nbytes
+
+
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_threads_may_share_what_is_not_built_yet(engine: str, cnn: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = cnn
+    lowered = fxopt.lower(model, x, engine)
+    expected = lowered(x)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            executable = copy.deepcopy(lowered)
+            for found in threads.map(executable, [x] * 8):
+                agree(found, expected)
 
 
 REFUSED_CALLS = {
