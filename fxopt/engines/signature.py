@@ -60,7 +60,7 @@ class Signature:
                 raise self._refused(f"input {index} is a {type(value).__name__}, it was built for {expected}")
             elif value.dtype is not expected.dtype or value.device != expected.device:
                 raise self._refused(f"input {index} is {_Tensor(value)}, it was built for {expected}")
-            elif value.shape != expected.shape:
+            else:
                 batch = self._check_shape(index, value, expected, batch)
             if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
                 raise EngineError(
@@ -69,15 +69,18 @@ class Signature:
                 )
 
     def _check_shape(self, index: int, value: torch.Tensor, expected: _Tensor, batch: int | None) -> int | None:
+        same = value.shape == expected.shape
         found = f"input {index} is {_Tensor(value)}, it was built for {expected}"
         if value.dim() != len(expected.shape):
             raise self._refused(found)
-        if self._sizes is Sizes.ANY:
+        if self._sizes is Sizes.ANY or (same and (self._batch is None or not expected.shape)):
             return batch
-        if self._sizes is Sizes.FIXED or self._batch is None:
+        if not same and (self._sizes is Sizes.FIXED or self._batch is None):
             raise self._refused(f"{found}, and its sizes are fixed")
-        if value.shape[1:] != expected.shape[1:] or value.shape[0] != (batch or value.shape[0]):
+        if value.shape[1:] != expected.shape[1:]:
             raise self._refused(f"{found}, of which only the batch size may differ")
+        if batch is not None and value.shape[0] != batch:
+            raise self._refused(f"{found}, and the batch size of the inputs before it is {batch}")
         return int(value.shape[0])
 
     def _refused(self, what: str) -> EngineError:

@@ -20,6 +20,7 @@ from fxopt import Inputs
 from fxopt.engines import ENGINES, Built, Engine, Sizes
 from fxopt.engines.lower import build
 from fxopt.engines.onednn import OneDNN
+from fxopt.engines.signature import Signature
 from fxopt.errors import ArtifactError, EngineError, SpecError
 from fxopt.relative_error import relative_error
 from tests.capture.odd import ODD
@@ -346,6 +347,15 @@ def test_sizes_that_an_engine_fixes_are_held(cnn: tuple[nn.Module, torch.Tensor]
     assert executable(torch.cat([x, x])).shape == (4, 5)
     with pytest.raises(EngineError, match="only the batch size may differ"):
         executable(F.pad(x, (0, 1)))
+
+
+@pytest.mark.parametrize(("one", "other"), [(4, 1), (1, 4), (2, 3), (0, 3), (3, 0), (0, 4), (4, 0)])
+def test_inputs_have_one_batch_size(one: int, other: int) -> None:
+    signature = Signature("broken", Inputs((torch.zeros(4, 2), torch.zeros(()), torch.zeros(4, 3))), Sizes.BATCH)
+    for rows in (one, other):
+        signature.check((torch.zeros(rows, 2), torch.ones(()), torch.zeros(rows, 3)), {})
+    with pytest.raises(EngineError, match=f"input 2 is {other}x3 .* the batch size of the inputs before it is {one};"):
+        signature.check((torch.zeros(one, 2), torch.ones(()), torch.zeros(other, 3)), {})
 
 
 @pytest.mark.parametrize(
