@@ -139,7 +139,9 @@ def _value_difference(
         if widened and isinstance(expected, torch.dtype) and expected in _WIDE and isinstance(found, torch.dtype):
             same = True
         if isinstance(expected, float) and isinstance(found, float):
-            error = abs(expected - found) / (abs(expected) or 1.0)
+            same = same or (math.isnan(expected) and math.isnan(found))
+            finite = math.isfinite(expected) and math.isfinite(found)
+            error = 0.0 if same else abs(expected - found) / (abs(expected) or 1.0) if finite else math.inf
             return Difference(error, _allowed(promise, {torch.float32, *dtypes}), what)
         return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")
     if expected.shape != found.shape:

@@ -207,6 +207,7 @@ def _first_broken(
     low, high, culprit = 1, count, None
     while low <= high:
         middle = (low + high) // 2
+        changes: tuple[Change, ...] = ()
         trial = independent_copy(before)
         assert isinstance(trial, GraphModule)
         try:

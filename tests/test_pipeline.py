@@ -94,6 +94,25 @@ class Detach(Replace):
     promise: ClassVar[Promise] = Promise.EXACT
 
 
+@dataclass(frozen=True)
+class Late(Pass):
+    """Leaves a graph that runs only where it may finish."""
+
+    name: ClassVar[str] = "late"
+    promise: ClassVar[Promise] = Promise.EXACT
+
+    def run(self, region: Region) -> Iterator[Change | Skip]:
+        (last,) = (node for node in region.graph.nodes if node.op == "output")
+        names = {node: node.target for node in region.graph.nodes if node.op == "call_module"}
+        for node in names:
+            node.target = "none"
+            yield Change("renamed", node.name)
+        for node, name in names.items():
+            node.target = name
+        with region.graph.inserting_before(last):
+            last.args = (region.graph.call_function(operator.mul, (last.args[0], 2.0)),)
+
+
 def narrow(value: torch.Tensor) -> torch.Tensor:
     return value[..., :-1]
 
@@ -121,6 +140,11 @@ def test_a_broken_promise_names_the_change_that_broke_it_and_its_line() -> None:
     assert message.startswith("scale: the output differs from the original by ")
     assert "(allowed 1e-04) after: looked at '2' (model.py:7); nothing was saved" in message
     assert caught.value.exit_code == 1
+
+
+def test_a_broken_promise_of_a_pass_that_cannot_be_cut_short_names_no_change() -> None:
+    with pytest.raises(VerifyError, match=r"^late: .* \(promised exactly equal\); nothing was saved"):
+        run(chain(), Late())
 
 
 @pytest.mark.parametrize(

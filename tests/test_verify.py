@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fxopt
 from fxopt.capture import capture
+from fxopt.capture.state import apart
 from fxopt.contract import Promise
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
@@ -292,6 +294,45 @@ def test_a_small_gradient_is_held_to_the_rounding_of_the_largest(small: float, i
 def test_values_without_a_hash_are_compared_with_those_of_a_float64_run(value, error):
     wide, narrow = (Outcome((bytearray(each),), None, {}, {}) for each in (b"a", value))
     assert difference_of(wide, narrow, Promise.CLOSE, widened=True).error == error
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "error"),
+    [
+        (math.inf, math.inf, 0.0),
+        (math.nan, math.nan, 0.0),
+        (math.inf, -math.inf, math.inf),
+        (math.nan, 1.0, math.inf),
+        (1.0, math.inf, math.inf),
+        (2.0, 1.0, 0.5),
+    ],
+)
+def test_numbers_that_are_not_finite_differ_from_others_alone(expected: float, found: float, error: float) -> None:
+    before, after = (Outcome((each,), None, {}, {}) for each in (expected, found))
+    assert compare_outcomes([before], [after], Promise.CLOSE).error == error
+
+
+class Arrays(nn.Module):
+    """Gives an array of NumPy and one of its numbers beside a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[object, ...]:
+        y = self.body(x)
+        return y, y.detach().numpy(), y.detach().numpy().max()
+
+
+def test_arrays_are_compared_as_tensors_are() -> None:
+    model, x = Arrays().eval(), torch.randn(3, 4)
+    result = fxopt.optimize(model, x, "fuse", devices=())
+    assert result.ledger.changes
+    executable = fxopt.lower(result.module, x)
+    for found, expected in zip(executable(x), model(x), strict=True):
+        assert type(found) is type(expected)
+    before, after = (Outcome(tuple(apart([np.full(2, each)])), None, {}, {}) for each in (1.0, 1.5))
+    assert compare_outcomes([before], [after], Promise.CLOSE).error == 0.5
 
 
 @pytest.mark.parametrize(("value", "is_broken"), [(1.0, False), (2.0, True)])

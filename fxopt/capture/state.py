@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -130,10 +131,15 @@ def state_kept(*modules: nn.Module) -> Iterator[None]:
 
 
 def apart(values: Iterable[Any], *modules: nn.Module) -> list[Any]:
-    """What a run gave, without history, and copied where it is the modules' own state, which is then set back."""
+    """What a run gave, without history, and copied where it is the modules' own state, which is then set back.
+
+    What NumPy holds is given as tensors, to be compared as these are.
+    """
     held = memory_of(*(tensor for module in modules for tensor in (*module.parameters(), *module.buffers())))
 
     def one(value: Any) -> Any:
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+            return torch.from_numpy(np.array(value))
         if not isinstance(value, torch.Tensor):
             return value
         return value.detach() if held.isdisjoint(memory_of(value)) else value.detach().clone()
