@@ -18,6 +18,7 @@ from fxopt.capture.state import state_kept
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.saturation import SATURATES, saturates
+from fxopt.engines.written import refuse_writes
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -60,6 +61,10 @@ class Inductor(Engine):
         integers = False
         if is_quantized(module):
             try:
+                given = inputs.map(lambda tensor: tensor.detach().clone())
+                # What runs on integers is a copy that is given copies.
+                with torch.no_grad(), refuse_writes(self.name, module, given.tensors):
+                    module(*given.args, **given.kwargs)
                 copy = for_inductor(copy)
                 options["post_grad_custom_pre_pass"] = CountIntegers(reasons)
                 integers = True

@@ -484,6 +484,38 @@ class TestIntegers:
                 agree(executable(x), module(x))
             assert torch.equal(x, kept)
 
+    @pytest.mark.parametrize("into", ["input 0", "'total'"])
+    def test_inductor_keeps_what_a_module_writes_and_computes_that_in_floats(self, into: str) -> None:
+        needs("inductor")
+
+        class Adding(nn.Module):
+            total: torch.Tensor
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 8)
+                self.register_buffer("total", torch.zeros(4, 8))
+
+            def forward(self, sums: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+                return (sums if into == "input 0" else self.total).add_(self.fc(x)) * 2
+
+        torch.manual_seed(0)
+        model, x = Adding().eval(), torch.randn(4, 8)
+        passes = [Fuse(), PTQ(target="inductor", weights="int7"), QuantizeFreeze()]
+        data = [(torch.zeros(4, 8), x)]
+        module = fxopt.optimize(model, data[0], passes, devices=(), calibration_data=data).module
+        executable = fxopt.lower(module, (torch.zeros(4, 8), x), "inductor")
+        assert f"simulated in floats: engine 'inductor' would lose what the module writes into {into}" in (
+            executable.reasons[0].reason
+        )
+        module.get_buffer("total").zero_()
+        executable.module.get_buffer("total").zero_()
+        found, wanted = torch.zeros(4, 8), torch.zeros(4, 8)
+        for _ in range(2):
+            with torch.no_grad():
+                agree(executable(found, x), module(wanted, x))
+            agree(found, wanted)
+
     def test_the_saved_file_holds_integers(self, tmp_path: Path) -> None:
         module, x = self.frozen("onnxruntime")
         fxopt.lower(module, x, "onnxruntime").save(tmp_path)
