@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +24,7 @@ def diff(texts: dict[str, tuple[str, str]]) -> str:
     parts: list[str] = []
     for path, (before, after) in texts.items():
         name = relative(path)
-        lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
-        parts.extend(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}"))
+        parts.extend(difflib.unified_diff(_lines(before), _lines(after), f"a/{name}", f"b/{name}"))
     return "".join(parts)
 
 
@@ -38,7 +38,7 @@ def write(texts: dict[str, tuple[str, str]]) -> None:
 def _applied(path: str, fixes: list[Fix]) -> tuple[str, str]:
     with Path(path).open(encoding="utf-8", newline="") as file:
         before = file.read()
-    lines = before.splitlines(keepends=True)
+    lines = _lines(before)
     taken = len(lines) + 1
     for fix in sorted(fixes, key=lambda each: (each.line, each.end_line), reverse=True):
         if fix.end_line >= taken:
@@ -48,3 +48,8 @@ def _applied(path: str, fixes: list[Fix]) -> tuple[str, str]:
         lines[fix.line - 1 : fix.end_line] = [fix.text.replace("\n", ending or "\n") + ending]
         taken = fix.line
     return before, "".join(lines)
+
+
+def _lines(text: str) -> list[str]:
+    """As Python counts them: `splitlines` ends one at a form feed too, and at others."""
+    return io.StringIO(text, newline="").readlines()

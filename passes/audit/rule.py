@@ -45,6 +45,8 @@ class Rule(ABC):
         """A finding of this rule; `advice` stands for that of its card."""
         card = card_of(type(self))
         severity = severity or self.severity
+        if fix is not None and "-packages" in fix.path:
+            fix = None  # what is installed is not the user's to edit
         return Finding(self.id, severity, self.precision, message, place, module, related, advice or card.advice, fix)
 
 

@@ -190,7 +190,7 @@ def with_value(path: str, statement: ast.Assign, change: Callable[[str], str], w
         change: is given the text of the value, and returns the new statement.
         what: the edit does, in a few words.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # as Python counts them, form feeds or not
     first, last = statement.lineno, statement.end_lineno or statement.lineno
     target = statement.targets[0]
     before = lines[first - 1].encode()[: statement.col_offset].decode()

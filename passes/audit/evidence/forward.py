@@ -93,6 +93,7 @@ class Forward:
         layers: the spread of what each module returned, in the order in which they did so first.
         results: the spread of each output of the model.
         returned: numbers of the tensors that the model returned.
+        tensors: arguments that were tensors: name of the module, and the position or the name.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -106,6 +107,7 @@ class Forward:
     layers: dict[str, Spread] = field(default_factory=dict)
     results: list[Spread] = field(default_factory=list)
     returned: set[int] = field(default_factory=set)
+    tensors: set[tuple[str, int | str]] = field(default_factory=set)
 
     def made(self) -> dict[int, Step]:
         """The step that made each tensor first."""
@@ -190,7 +192,14 @@ def _sound(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def _measured(module: nn.Module, seen: Forward) -> Iterator[None]:
-    """Note how the results of each module are spread."""
+    """Note what each module is given, and how its results are spread."""
+
+    def take(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [*enumerate(args), *kwargs.items()]
+            seen.tensors |= {(path, key) for key, value in given if isinstance(value, torch.Tensor)}
+
+        return hook
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -205,6 +214,7 @@ def _measured(module: nn.Module, seen: Forward) -> Iterator[None]:
 
     plain = [(path, each) for path, each in module.named_modules() if not isinstance(each, torch.jit.ScriptModule)]
     handles = [each.register_forward_hook(note(path)) for path, each in plain]
+    handles += [each.register_forward_pre_hook(take(path), with_kwargs=True) for path, each in plain]
     try:
         yield
     finally:

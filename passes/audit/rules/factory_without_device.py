@@ -8,25 +8,40 @@ import linecache
 from collections.abc import Iterator
 
 from fxopt.findings import Finding, Fix, Place, Severity
-from passes.audit.evidence import Evidence
+from passes.audit.evidence import Evidence, code
 from passes.audit.rule import Rule
 
 _MOVES = ("_to_copy", "clone")
 _FACTORIES = {"zeros", "ones", "full", "arange", "empty", "eye", "linspace", "rand", "randn", "tensor"}
 
 
+def _tensor(evidence: Evidence, body: code.Body) -> str:
+    """The first argument of a function where it is always a tensor, or ""."""
+    given, seen = body.node.args, evidence.forward
+    first = next(iter(given.args[1:]), None)
+    if first is None or len(given.defaults) > len(given.args) - 2:  # its default is hardly one
+        return ""
+    if first.annotation is not None:
+        return first.arg if ast.unparse(first.annotation) in ("Tensor", "torch.Tensor") else ""
+    if body.node.name != "forward" or seen is None:
+        return ""
+    return first.arg if {(body.module, 0), (body.module, first.arg)} & seen.tensors else ""
+
+
 def _fix(evidence: Evidence, place: Place) -> Fix | None:
     for body in evidence.bodies:
-        arguments = [item.arg for item in body.node.args.args[1:]]
-        for call in body.calls() if body.path == place.path and arguments else ():
+        tensor = _tensor(evidence, body) if body.path == place.path else ""
+        for call in body.calls() if tensor else ():
             name = ast.unparse(call.func)
-            if not call.lineno == call.end_lineno == place.line or not name.startswith("torch."):
+            at = code.at(body.path, call)
+            if (at.line, at.column) != (place.line, place.column) or call.end_lineno != place.line:
                 continue
-            if name.removeprefix("torch.") in _FACTORIES and call.end_col_offset:
+            given = {item.arg for item in call.keywords}
+            free = name.startswith("torch.") and not given & {"device", None}
+            if free and name.removeprefix("torch.") in _FACTORIES and call.end_col_offset:
                 line = linecache.getline(place.path, place.line).rstrip()
                 end = len(line.encode()[: call.end_col_offset].decode()) - 1
-                given = line[:end].rstrip(" ,")
-                text = f"{given}, device={arguments[0]}.device{line[end:]}"
+                text = f"{line[:end].rstrip(' ,')}, device={tensor}.device{line[end:]}"
                 return Fix(place.path, place.line, place.line, text, "make it on the device of the input")
     return None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxopt.findings import Finding, Fix, Severity
 from passes.audit.evidence import Evidence, code
@@ -35,7 +36,8 @@ def _can_be(container: type, kind: type, name: str, value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value
     if not all(isinstance(item, nn.Module) for item in items):
         return False
-    if isinstance(value, dict) and not all(isinstance(key, str) and key and "." not in key for key in value):
+    keys = value if isinstance(value, dict) else ()
+    if not all(isinstance(key, str) and key and "." not in key and not hasattr(container, key) for key in keys):
         return False
     used = {
         part.attr
@@ -74,8 +76,8 @@ class UnregisteredModule(Rule):
                     continue
                 if not isinstance(value, (list, tuple, dict)):
                     continue
-                items = list(value.values() if isinstance(value, dict) else value)
-                hidden = [item for item in items if isinstance(item, nn.Module) and id(item) not in known]
+                leaves = pytree.tree_leaves(list(value.values()) if isinstance(value, dict) else list(value))
+                hidden = [leaf for leaf in leaves if isinstance(leaf, nn.Module) and id(leaf) not in known]
                 if hidden:
                     kind = type(value).__name__
                     message = f"'self.{name}' is a plain {kind} with {len(hidden)} modules that are not registered"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -26,14 +27,21 @@ def _is_loose(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) and leaf.grad_fn is None
 
 
-def _fix(kind: type, name: str, value: Any) -> Fix | None:
-    if not isinstance(value, torch.Tensor):
+def _fix(evidence: Evidence, kind: type, name: str, value: Any) -> Fix | None:
+    # No buffer can have the name of a class attribute, and what has a gradient of its own is none.
+    if not isinstance(value, torch.Tensor) or value.requires_grad or hasattr(kind, name):
         return None
     places = list(code.assignments(kind, name))
     if len(places) != 1:
         return None
     path, statement = places[0]
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+    if not isinstance(statement, ast.Assign) or [ast.unparse(each) for each in statement.targets] != [f"self.{name}"]:
+        return None
+    # The line may set numbers or parameters in other modules.
+    others = [module for _, module in evidence.users if places[0] in code.assignments(type(module), name)]
+    if not all(isinstance(vars(module).get(name), (torch.Tensor, NoneType)) for module in others):
+        return None
+    if any(name in module._parameters for module in others):
         return None
     return code.with_value(path, statement, lambda v: f'self.register_buffer("{name}", {v})', "register the buffer")
 
@@ -69,4 +77,4 @@ class UnregisteredTensor(Rule):
                     what = f"is a {str(loose[0].dtype).removeprefix('torch.')} tensor of shape {tuple(loose[0].shape)}"
                     message = f"'self.{name}' {what} that is no buffer: it stays behind on `to()`, and is not saved"
                     place = code.assigned(type(module), name)
-                    yield self.found(message, place, path, fix=_fix(type(module), name, value))
+                    yield self.found(message, place, path, fix=_fix(evidence, type(module), name, value))

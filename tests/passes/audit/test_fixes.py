@@ -56,6 +56,18 @@ FIXED = {
         "return self.fc(x) + torch.ones(4, )",
         "return self.fc(x) + torch.ones(4, device=x.device)",
     ),
+    "the second device of a line": (
+        "FX202",
+        "",
+        "return self.fc(x) + (torch.zeros(4, device=x.device) + torch.ones(4))",
+        "return self.fc(x) + (torch.zeros(4, device=x.device) + torch.ones(4, device=x.device))",
+    ),
+    "behind a form feed": (
+        "FX101",
+        "\f\n        self.scale = torch.ones(4)",
+        "return self.fc(x) * self.scale",
+        'self.fc = nn.Linear(3, 4)\n        \f\n        self.register_buffer("scale", torch.ones(4))\n',
+    ),
 }
 
 
@@ -77,19 +89,69 @@ def test_a_fix_cures_the_fault(name, write):
     assert audited("fixed.py") == ()
 
 
+def of(init: str, forward: str = "return self.fc(x)") -> str:
+    return CLASS.format(init=init, forward=forward)
+
+
+SCALES = """
+class Scales(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+    def forward(self, x):
+        return x * self.scale
+"""
+MASKS = """
+    def mask(self, n):
+        return torch.ones(n)
+"""
+SHIFTS = """
+class Shifts(nn.Module):
+    def forward(self, parts):
+        return parts[0] + torch.ones(4)
+"""
 LEFT = {
-    "a list that holds more than modules": "self.layers = [nn.Linear(4, 4), None]",
-    "keys that are no names": "self.layers = {0: nn.Linear(4, 4)}",
+    "a list that holds more than modules": ("FX102", of("self.layers = [nn.Linear(4, 4), None]")),
+    "a list of tuples": ("FX102", of("self.layers = [(nn.Linear(4, 4), nn.ReLU())]")),
+    "keys that are no names": ("FX102", of("self.layers = {0: nn.Linear(4, 4)}")),
+    "keys that the container has": ("FX102", of("self.layers = {'float': nn.Linear(4, 4)}")),
     "a method that the container lacks": (
-        "self.layers = {'a': nn.Linear(4, 4)}\n        self.layers.setdefault('b', nn.Linear(4, 4))"
+        "FX102",
+        of("self.layers = {'a': nn.Linear(4, 4)}\n        self.layers.setdefault('b', nn.Linear(4, 4))"),
     ),
+    "two tensors at once": ("FX101", of("self.mean, self.scale = torch.zeros(4), torch.ones(4)")),
+    "a tensor with a gradient": ("FX101", of("self.scale = torch.ones(4, requires_grad=True)")),
+    "an attribute of the class": ("FX101", of("self.scale = torch.ones(4)") + "    scale = None\n"),
+    "numbers elsewhere": (
+        "FX101",
+        SCALES + of("self.a, self.b = Scales(2.0), Scales(torch.ones(4))", "return self.a(self.b(self.fc(x)))"),
+    ),
+    "parameters elsewhere": (
+        "FX101",
+        SCALES
+        + of(
+            "self.a, self.b = Scales(nn.Parameter(torch.ones(4))), Scales(torch.ones(4))",
+            "return self.a(self.b(self.fc(x)))",
+        ),
+    ),
+    "a device that is given": ("FX202", of("", "return self.fc(x) + torch.ones(4, device='cpu')")),
+    "an argument that is a number": ("FX202", of("", "return self.fc(x) + self.mask(4)") + MASKS),
+    "an argument that is a list": ("FX202", SHIFTS + of("self.add = Shifts()", "return self.add([self.fc(x)])")),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_would_not_run_afterwards_is_left_alone(name, write):
-    found = audited(write(CLASS.format(init=LEFT[name], forward="return self.fc(x)")))
-    assert [(finding.rule, finding.fix) for finding in found] == [("FX102", None)]
+    rule, source = LEFT[name]
+    found = audited(write(source))
+    assert {(finding.rule, finding.fix) for finding in found} == {(rule, None)}
+
+
+def test_what_is_installed_is_left_alone(write, monkeypatch):
+    write(of("self.scale = torch.ones(4)"), name="site-packages/installed.py")
+    monkeypatch.syspath_prepend("site-packages")
+    found = audited(write("from installed import Faulty\n"))
+    assert [(finding.rule, finding.fix) for finding in found] == [("FX101", None)]
 
 
 def test_a_file_that_calls_torch_nn_otherwise_is_fixed_in_its_words(write):
