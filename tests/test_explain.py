@@ -64,3 +64,6 @@ def test_the_command(write):
     assert "fc Linear 2x4 float32 model.py:10" in " ".join(done.stdout.split())
     done = subprocess.run([*command, "--fake", "--format", "json"], capture_output=True, text=True, check=False)
     assert json.loads(done.stdout)["notes"] == ["captured without values: outputs were not compared"]
+    write("\nclass Other(Net):\n    pass\n\nother = Other()\n", name="two.py")
+    done = subprocess.run([*command[:4], "two.py:Other"], capture_output=True, text=True, check=False)
+    assert "inputs: guessed 1x3 float32" in done.stdout

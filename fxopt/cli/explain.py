@@ -46,5 +46,5 @@ def explain(
 
         loaded = load(target, inputs=inputs or (), weights=weights, train=train)
         captured = capture(loaded.module, loaded.inputs.args, loaded.inputs.kwargs, fake=fake)
-        text = render(explained(captured, loaded.name, loaded.module), form.value)
+        text = render(explained(captured, loaded.name, loaded.module, loaded.notes), form.value)
     typer.echo(text, nl=False)

@@ -91,8 +91,8 @@ class Explanation:
     kinds: dict[str, str]
 
 
-def explain(captured: Captured, target: str, original: nn.Module) -> Explanation:
-    """Explain what was captured of `original`, which the user calls `target`."""
+def explain(captured: Captured, target: str, original: nn.Module, notes: tuple[str, ...] = ()) -> Explanation:
+    """Explain what was captured of `original`, which the user calls `target`; `notes` are on how that was loaded."""
     kinds = {path: type(module).__name__ for path, module in original.named_modules()}
     return Explanation(
         target=target,
@@ -105,7 +105,7 @@ def explain(captured: Captured, target: str, original: nn.Module) -> Explanation
         ),
         guards=captured.guards,
         constants=captured.constants,
-        notes=captured.notes,
+        notes=(*notes, *captured.notes),
         kinds=kinds,
     )
 

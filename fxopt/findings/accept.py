@@ -88,11 +88,13 @@ class Baseline:
             ) from error
 
     def without_known(self, found: Inspection) -> Inspection:
-        """Only what is new."""
-        pairs = zip(found.findings, fingerprints(found.findings), strict=True)
-        return dataclasses.replace(found, findings=tuple(f for f, mark in pairs if mark not in self.known))
+        """Only what is new; the rest is known."""
+        pairs = list(zip(found.findings, fingerprints(found.findings), strict=True))
+        new, known = ([f for f, mark in pairs if (mark in self.known) is there] for there in (False, True))
+        return dataclasses.replace(found, findings=tuple(new), known=(*found.known, *known))
 
     @staticmethod
     def written(found: Inspection) -> str:
-        """The text of a file that accepts all of `found`."""
-        return json.dumps({"version": 1, "fingerprints": sorted(fingerprints(found.findings))}, indent=2) + "\n"
+        """The text of a file that accepts all of `found`, and what is known already."""
+        everything = sorted((*found.findings, *found.known), key=lambda each: each.order)
+        return json.dumps({"version": 1, "fingerprints": sorted(fingerprints(everything))}, indent=2) + "\n"

@@ -44,4 +44,4 @@ def explained(rules: Sequence[RuleCard], wanted: str) -> str:
             return card.text()
     close = difflib.get_close_matches(wanted.upper(), [card.id for card in rules], n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise SpecError(f"unknown rule '{wanted}'{hint} `fxopt audit --rules` lists them all")
+    raise SpecError(f"unknown rule '{wanted}'{hint or ';'} `fxopt audit --rules` lists them all")

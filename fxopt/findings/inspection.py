@@ -41,12 +41,14 @@ class Inspection:
         notes: what did not work, and why.
         suppressed: findings that a comment in the source accepts.
         layers: what was measured, layer by layer, in the order in which they ran.
+        known: findings that a baseline accepts.
     """
 
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     suppressed: tuple[Finding, ...] = ()
     layers: tuple[Layer, ...] = ()
+    known: tuple[Finding, ...] = ()
 
     @classmethod
     def joined(cls, several: Iterable[Inspection]) -> Inspection:
@@ -56,8 +58,9 @@ class Inspection:
         notes = {note: None for part in parts for note in part.notes}
         suppressed = {finding: None for part in parts for finding in part.suppressed}
         layers = {layer: None for part in parts for layer in part.layers}
+        known = {finding: None for part in parts for finding in part.known}
         ordered = sorted(findings, key=lambda each: each.order)
-        return cls(tuple(ordered), tuple(notes), tuple(suppressed), tuple(layers))
+        return cls(tuple(ordered), tuple(notes), tuple(suppressed), tuple(layers), tuple(known))
 
 
 class Inspector(Pass):

@@ -31,5 +31,7 @@ def junit(found: Inspection, rules: Sequence[RuleCard]) -> str:
         if notes:
             lines = _ILLEGAL.sub("?", "\n".join(f"{finding.place}: {finding.message}" for finding in notes))
             ElementTree.SubElement(case, "system-out").text = lines
+    if found.notes:
+        ElementTree.SubElement(suite, "system-out").text = _ILLEGAL.sub("?", "\n".join(found.notes))
     ElementTree.indent(top)
     return ElementTree.tostring(top, encoding="unicode", xml_declaration=True) + "\n"

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from fxopt.cli.app import app
-from fxopt.errors import BaselineError, SpecError
+from fxopt.errors import BaselineError, LoadError, SpecError
 from fxopt.findings import Baseline, Inspection, Place, catalog, patch, render
 from fxopt.findings.accept import suppress
 from passes.audit import Audit
@@ -154,3 +154,45 @@ def test_a_module_that_cannot_be_made_is_read(write):
     assert [finding["rule"] for finding in report["findings"]] == ["FX105"]
     assert "only the source" in report["notes"][0]
     assert done.exit_code == 1
+
+
+FAULTY = """
+class Faulty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.scale = torch.ones(4)
+    def forward(self, x):
+        return self.fc(x) * self.scale
+"""
+
+
+def audited(*arguments: str):
+    return CliRunner().invoke(app, ["audit", *arguments, "--quiet"])
+
+
+def test_a_baseline_that_is_written_anew_keeps_what_it_had(write):
+    name = write(FAULTY)
+    target = (f"{name}:Faulty", "--input", "2x3")
+    assert audited(*target, "--write-baseline", "known.json").exit_code == 1
+    assert audited(*target, "--baseline", "known.json", "--write-baseline", "known.json").exit_code == 0
+    assert audited(*target, "--baseline", "known.json").exit_code == 0
+
+
+@pytest.mark.parametrize("style", ["text", "json", "sarif", "junit", "markdown", "github"])
+def test_every_form_tells_what_was_chosen_and_what_was_not_looked_at(style, write):
+    name = write(FAULTY)
+    assert "inputs: guessed 2x3 float32" in audited(f"{name}:Faulty", "--format", style).stdout
+    Path("broken.py").write_text("import torch\nmodel = torch.nn.Linear(2)\n")
+    assert "only the source of" in audited("broken.py", "--format", style).stdout
+
+
+@pytest.mark.parametrize("arguments", [("model.py:Fault",), ("model.py:Faulty", "--input", "2by3")])
+def test_a_wrong_call_is_no_clean_report(arguments, write):
+    write(FAULTY)
+    assert isinstance(audited(*arguments).exception, LoadError)
+
+
+def test_a_rule_that_is_unknown_and_like_none_is_told():
+    with pytest.raises(SpecError, match=r"unknown rule 'zzz'; `fxopt audit --rules`"):
+        catalog.explained(catalog.cards(), "zzz")
