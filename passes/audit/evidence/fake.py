@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
@@ -25,11 +26,16 @@ _MIXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::copy_", "
 _MIXED |= {"aten::_index_put_impl_", "aten::_copy_from", "aten::_unsafe_index"}
 
 
+class _Backend(_DummyBackendModule):
+    """What torch asks of a device, autocast included."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
 def meetings(subject: Subject) -> tuple[list[Meeting], str]:
     """All meetings, and why the run ended early, if it did."""
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    _setup_privateuseone_for_python_backend(_NAME)
+    _setup_privateuseone_for_python_backend(_NAME, _Backend())
     assert subject.inputs is not None
     module = copied(subject, training=False)
     kept = {id(value): (path, name) for path, name, value in _plain(module)}
