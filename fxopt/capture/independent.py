@@ -59,9 +59,12 @@ def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return not isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) and not hasattr(
-        type(module), "__deepcopy__"
-    )
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return False
+    # A class that says what its state is keeps what can't be copied out of it: what `torch.compile` gives is bound to
+    # the weights it was made with, and makes its forward anew.
+    kind = type(module)
+    return not hasattr(kind, "__deepcopy__") and kind.__getstate__ is object.__getstate__
 
 
 def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.capture import capture
+from fxopt.capture.independent import independent_copy
 from fxopt.errors import CaptureError, GuardError
 from fxopt.graph import GraphModule
 from tests.capture import odd
@@ -160,6 +161,16 @@ def test_editing_an_expert_shows_in_the_shell():
         expert.get_submodule("2").weight = nn.Parameter(torch.zeros(16, 8))
         expert.get_submodule("2").bias = nn.Parameter(torch.full((16,), 3.0))
     assert torch.equal(captured(*case.example()), torch.full_like(module(*case.example()), 3.0))
+
+
+def test_a_compiled_part_is_copied_with_its_weights():
+    module = nn.Sequential(torch.compile(nn.Linear(3, 3), backend="eager"))
+    duplicate = independent_copy(module)
+    with torch.no_grad():
+        for parameter in duplicate.parameters():
+            parameter.zero_()
+    assert not duplicate(torch.ones(1, 3)).any()
+    assert module(torch.ones(1, 3)).any()
 
 
 def test_a_shared_module_below_opaque_code_stays_shared():
