@@ -15,10 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.findings import Place, Subject
 from passes.audit.evidence.code import is_users_file
-from passes.audit.evidence.driver import call, copied, floating, kept
+from passes.audit.evidence.driver import call, copied, floating, kept, random_state
 from passes.audit.evidence.places import line_of
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
+
+_MORE = 6
+"""At most so many runs more: what is dropped half of the time is dropped in all of them once in 128."""
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Backward:
         revived: those whose gradient is zero only because weights are.
         spoiled: the first operator whose gradient is NaN, as torch names it, and its place.
         written: buffers that the forward changed.
+        random: whether the forward drew random numbers.
     """
 
     used: set[str] = field(default_factory=set)
@@ -40,6 +44,7 @@ class Backward:
     revived: set[str] = field(default_factory=set)
     spoiled: tuple[str, Place | None] | None = None
     written: set[str] = field(default_factory=set)
+    random: bool = False
 
 
 class _Readers(TorchDispatchMode):
@@ -58,16 +63,27 @@ class _Readers(TorchDispatchMode):
 
 
 def run_backward(subject: Subject) -> Backward | None:
-    """One forward and backward in training; a second one, without all-zero weights, where gradients are zero."""
+    """One forward and backward in training, and more where chance may have left a part out.
+
+    One more is without all-zero weights, where gradients are zero.
+    """
     module = copied(subject, training=True)
     seen = Backward()
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     if not _differentiate(module, subject, seen):
         return None
     for name, buffer in module.named_buffers():
-        if name in buffers and not _same(buffer, buffers[name]):
+        # One that has another shape now is made anew as needed, like a table of positions.
+        if name in buffers and buffer.shape == buffers[name].shape and not _same(buffer, buffers[name]):
             seen.written.add(name)
     seen.norms = _norms(module)
+    for seed in range(1, _MORE + 1):
+        missing = {name for name, norm in seen.norms.items() if not norm}  # as layers that are dropped at random are
+        if not (seen.random and missing):
+            break
+        other = copied(subject, training=True)
+        _differentiate(other, subject, seen, seed)
+        seen.norms |= {name: norm for name, norm in _norms(other).items() if name in missing and norm is not None}
     zero = {name for name, norm in seen.norms.items() if norm == 0}
     if any(norm is not None and not math.isfinite(norm) for norm in seen.norms.values()):
         seen.spoiled = _blame(subject)
@@ -80,11 +96,13 @@ def run_backward(subject: Subject) -> Backward | None:
     return seen
 
 
-def _differentiate(module: nn.Module, subject: Subject, seen: Backward) -> bool:
+def _differentiate(module: nn.Module, subject: Subject, seen: Backward, seed: int = 0) -> bool:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    with kept(), torch.enable_grad():
+    with kept(seed), torch.enable_grad():
+        before = random_state()
         with _Readers(names, seen.used):
             outputs = [tensor for tensor in floating(call(module, subject)) if tensor.requires_grad]
+        seen.random = seen.random or random_state() != before
         if not outputs:
             return False
         # Random weights, since the plain sum of a softmax or a normalised output has no gradient at all.
@@ -110,7 +128,7 @@ def _wake(parameter: nn.Parameter) -> bool:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _blame(subject: Subject) -> tuple[str, Place | None] | None:

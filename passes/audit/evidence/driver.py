@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.independent import independent_copy
 from fxopt.findings import Subject
 
+UNWRITTEN = {"aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::resize_"}
+"""These return whatever the memory held before."""
+
 
 def copied(subject: Subject, training: bool) -> nn.Module:
     """A copy of the model that may be run and trained."""
@@ -51,6 +54,12 @@ def kept(seed: int = 0) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(default)
+
+
+def random_state() -> tuple[object, ...]:
+    """What tells whether random numbers were drawn on the CPU in between."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"], torch.get_rng_state().numpy().tobytes()
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
