@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import inspect
+import linecache
 import os
 import sys
 import sysconfig
@@ -74,7 +76,7 @@ class Body:
 def syntax(path: str) -> ast.Module | None:
     """The syntax of a file; None where it can't be read."""
     try:
-        return ast.parse(Path(path).read_text(encoding="utf-8"))
+        return ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, SyntaxError, ValueError):
         return None
 
@@ -89,7 +91,7 @@ def class_node(kind: type) -> tuple[str, ast.ClassDef] | None:
 def _class_node(kind: Any) -> tuple[str, ast.ClassDef] | None:
     try:
         path = inspect.getsourcefile(kind)
-    except TypeError:
+    except (TypeError, OSError):  # a class of no file, as those of a notebook
         return None
     tree = syntax(path) if path else None
     if path is None or tree is None:
@@ -104,8 +106,20 @@ def _class_node(kind: Any) -> tuple[str, ast.ClassDef] | None:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name and node is not outer
         ]
         found = list(wanted)
-    last = [node for node in found if isinstance(node, ast.ClassDef)]
-    return (str(Path(path).resolve()), last[-1]) if last else None
+    classes = [node for node in found if isinstance(node, ast.ClassDef)]
+    lines = set(_methods(kind, path))
+    holding = [node for node in classes if any(node.lineno <= line <= (node.end_lineno or 0) for line in lines)]
+    # Of several of one name, the one that has the methods; of those around each other, the inner one.
+    best = max(holding or classes, key=lambda node: node.lineno, default=None)
+    return (str(Path(path).resolve()), best) if best is not None else None
+
+
+def _methods(kind: type, path: str) -> Iterator[int]:
+    """The lines at which the functions of a class begin."""
+    for value in vars(kind).values():
+        function = inspect.unwrap(value) if callable(value) else None
+        if inspect.isfunction(function) and function.__code__.co_filename == path:
+            yield function.__code__.co_firstlineno
 
 
 def bases(kind: type) -> Iterator[tuple[type, str, ast.ClassDef]]:
@@ -116,10 +130,27 @@ def bases(kind: type) -> Iterator[tuple[type, str, ast.ClassDef]]:
             yield base, *found
 
 
+def modules_among(classes: list[ast.ClassDef]) -> set[str]:
+    """Names of the classes that are modules, by what they say of their bases."""
+    found: set[str] = set()
+    for _ in classes:
+        for node in classes:
+            names = {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases}
+            if "Module" in names or names & found:
+                found.add(node.name)
+    return found
+
+
 def at(path: str, node: ast.expr | ast.stmt, note: str = "") -> Place:
     """The place of a piece of syntax."""
-    end = (node.end_col_offset or 0) + 1 if node.end_lineno == node.lineno else 0
-    return Place(path, node.lineno, node.col_offset + 1, end, note)
+    end = column(path, node.lineno, node.end_col_offset or 0) if node.end_lineno == node.lineno else 0
+    return Place(path, node.lineno, column(path, node.lineno, node.col_offset), end, note)
+
+
+def column(path: str, line: int, offset: int) -> int:
+    """The column of a character, which Python gives as the bytes in front of it."""
+    text = linecache.getline(path, line)
+    return offset + 1 if text.isascii() else len(text.encode()[:offset].decode(errors="ignore")) + 1
 
 
 def assignments(kind: type, attribute: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -158,15 +189,24 @@ def _sets(statement: ast.stmt) -> set[str]:
     return {name for target in flat if (name := self_attribute(target))}
 
 
-def kept(function: ast.FunctionDef) -> Iterator[int]:
-    """The lines whose results are kept on `self`, by themselves or by a statement that reads their variable."""
-    statements = [node for node in ast.walk(function) if isinstance(node, ast.stmt)]
-    keeping = [statement for statement in statements if _sets(statement)]
+def kept(body: Body) -> Iterator[int]:
+    """The lines whose results are kept on `self` or told, by themselves or by a statement that reads their variable."""
+    statements = [node for node in ast.walk(body.node) if isinstance(node, ast.stmt)]
+    keeping = [statement for statement in statements if _sets(statement) or _tells(statement, body)]
     read = {node.id for statement in keeping for node in ast.walk(statement) if isinstance(node, ast.Name)}
     for statement in statements:
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         if statement in keeping or any(isinstance(target, ast.Name) and target.id in read for target in targets):
             yield from range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
+
+
+def _tells(statement: ast.stmt, body: Body) -> bool:
+    """Whether a statement is a call of something global that is not torch's: `print(x)`, `logger.info(x)`."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    function = body.resolve(statement.value.func) or vars(builtins).get(ast.unparse(statement.value.func))
+    path = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__module__", None)
+    return function is not None and not isinstance(function, nn.Module) and not str(path).startswith("torch")
 
 
 def _registers(call: ast.Call) -> set[str]:
@@ -224,18 +264,27 @@ def self_attribute(node: ast.AST) -> str:
 
 
 def forward_bodies(kind: type[nn.Module], module: str) -> Iterator[Body]:
-    """`forward`, and the methods of `self` that it calls, wherever in the class tree they are."""
-    waiting, seen = ["forward"], {"forward"}
+    """`forward`, and the methods of `self` and of `super()` that it calls, wherever in the class tree they are."""
+    tree = list(bases(kind))
+    waiting: list[tuple[str, int]] = [("forward", 0)]
+    seen = set(waiting)
     while waiting:
-        name = waiting.pop()
-        for base, path, node in bases(kind):
-            if name not in vars(base):
-                continue
+        name, first = waiting.pop()
+        position = next((i for i in range(first, len(tree)) if name in vars(tree[i][0])), len(tree))
+        for base, path, node in tree[position : position + 1]:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == name:
-                    names = vars(sys.modules[base.__module__])
-                    yield Body(item, path, names, module, kind)
-                    called = {self_attribute(part.func) for part in ast.walk(item) if isinstance(part, ast.Call)}
-                    waiting += sorted(called - seen - {""})
-                    seen |= called
-            break
+                    yield Body(item, path, vars(sys.modules[base.__module__]), module, kind)
+                    calls = [part.func for part in ast.walk(item) if isinstance(part, ast.Call)]
+                    called = {(self_attribute(function), 0) for function in calls}
+                    called |= {(_super_attribute(function), position + 1) for function in calls}
+                    new = {(method, start) for method, start in called - seen if method}
+                    waiting += sorted(new)
+                    seen |= new
+
+
+def _super_attribute(node: ast.AST) -> str:
+    """`name` for `super().name`."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value).startswith("super("):
+        return node.attr
+    return ""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 
 from fxopt.findings import Place
-from passes.audit.evidence.code import syntax
+from passes.audit.evidence.code import column, syntax
+from passes.audit.evidence.places import line_of
 
 
 def in_decision(place: Place) -> bool:
-    """Whether a place lies in the text that decides what runs next."""
+    """Whether a place lies in the text that decides what runs next; a whole line does where it has such text."""
+    whole = dataclasses.replace(place, note="") == line_of(place.path, place.line)
     return any(
-        first <= (place.line, place.column) < last or (place.line == first[0] and place.column <= first[1])
+        first <= (place.line, place.column) < last or (whole and place.line == first[0])
         for first, last in _decisions(place.path)
         if first[0] <= place.line <= last[0]
     )
@@ -31,6 +34,7 @@ def _decisions(path: str) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]
         elif isinstance(node, ast.comprehension):
             tests = [node.iter, *node.ifs]
         for test in tests:
-            start = (test.lineno, test.col_offset + 1)
-            found.append((start, (test.end_lineno or test.lineno, (test.end_col_offset or 0) + 2)))
+            last = test.end_lineno or test.lineno
+            start = (test.lineno, column(path, test.lineno, test.col_offset))
+            found.append((start, (last, column(path, last, test.end_col_offset or 0) + 1)))
     return tuple(found)

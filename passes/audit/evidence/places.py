@@ -9,6 +9,7 @@ import traceback
 from types import CodeType, FrameType
 
 from fxopt.findings import Place
+from passes.audit.evidence.code import column as characters
 from passes.audit.evidence.code import is_users_file
 
 
@@ -46,5 +47,7 @@ def _place(code: CodeType, instruction: int, line: int, note: str) -> Place:
         first, last, column, end = next(itertools.islice(positions(), instruction // 2, None), (None,) * 4)
         if first is not None and column is not None:
             # The line that runs, not the first of a statement over several.
-            return Place(code.co_filename, first, column + 1, (end or 0) + 1 if first == last else 0, note)
+            path = code.co_filename
+            until = characters(path, first, end or 0) if first == last else 0
+            return Place(path, first, characters(path, first, column), until, note)
     return line_of(code.co_filename, line, note)

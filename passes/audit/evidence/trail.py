@@ -120,9 +120,10 @@ def _made(kind: type[nn.Module], relative: str) -> Place | None:
             part = value.args if isinstance(value, ast.Call) else []
             if len(part) == 1 and isinstance(part[0], (ast.List, ast.Tuple)):
                 part = part[0].elts
-            if not index.isdigit() or int(index) >= len(part) or isinstance(part[int(index)], ast.Starred):
+            counted = part[: int(index) + 1] if index.isdigit() and int(index) < len(part) else []
+            if not counted or any(isinstance(each, ast.Starred) for each in counted):
                 break
-            value = part[int(index)]
+            value = counted[-1]
         else:
             return code.at(path, value if inner and value is not None else statement)
         return code.at(path, statement)

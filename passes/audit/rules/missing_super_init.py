@@ -16,17 +16,6 @@ def _files(evidence: Evidence) -> set[str]:
     return own | set(evidence.subject.files)
 
 
-def _modules(classes: list[ast.ClassDef]) -> set[str]:
-    """Names of the classes that are modules, by what they say of their bases."""
-    found: set[str] = set()
-    for _ in classes:
-        for node in classes:
-            names = {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases}
-            if "Module" in names or names & found:
-                found.add(node.name)
-    return found
-
-
 def _calls_base(function: ast.FunctionDef) -> bool:
     return any(
         isinstance(node, ast.Attribute) and node.attr in ("__init__", "__setstate__", "__dict__")
@@ -61,7 +50,7 @@ class MissingSuperInit(Rule):
         trees = [(path, code.syntax(path)) for path in sorted(_files(evidence))]
         for path, tree in trees:
             classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)] if tree else []
-            modules = _modules(classes)
+            modules = code.modules_among(classes)
             for node in classes:
                 start = next((i for i in node.body if isinstance(i, ast.FunctionDef) and i.name == "__init__"), None)
                 if node.name in modules and start is not None and not _calls_base(start):

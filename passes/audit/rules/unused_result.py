@@ -12,7 +12,8 @@ from passes.audit.rule import Rule
 class UnusedResult(Rule):
     """A computation whose result nothing reads.
 
-    It costs time, and mostly something was meant to be done with it. What is kept on `self` may be read later.
+    It costs time, and mostly something was meant to be done with it. What is kept on `self` may be read later, and
+    what is printed is read.
 
     Bad:
         gate = torch.sigmoid(self.gate(x))
@@ -32,7 +33,7 @@ class UnusedResult(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
         reported = set()
-        kept = {(body.path, line) for body in evidence.bodies for line in code.kept(body.node)}
+        kept = {(body.path, line) for body in evidence.bodies for line in code.kept(body)}
         for spot in evidence.graph.idle:
             if spot.place is None or (spot.place.path, spot.place.line) in kept:
                 continue

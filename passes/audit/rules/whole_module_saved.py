@@ -5,29 +5,56 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from torch import nn
+
 from fxopt.findings import Finding
 from passes.audit.evidence import Evidence, code
 from passes.audit.rule import Rule
 
-
-def _saves(tree: ast.Module) -> Iterator[tuple[bool, ast.Call]]:
-    """Calls of `torch.save`, and whether each is inside a class."""
-    inside = {id(n) for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for n in ast.walk(c)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.save" and node.args:
-            yield id(node) in inside, node
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def _modules(tree: ast.Module) -> set[str]:
-    """Variables that are set to an object of a class of the file, or of torch.nn."""
-    classes = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            name = ast.unparse(node.value.func)
-            if name in classes or name.startswith("nn."):
-                found |= {ast.unparse(target) for target in node.targets}
-    return found
+def _saves(node: ast.AST, around: tuple[ast.AST, ...]) -> Iterator[tuple[ast.Call, tuple[ast.AST, ...]]]:
+    """Calls of `torch.save`, with the scopes around each, from the inside out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Call) and ast.unparse(child.func) == "torch.save" and child.args:
+            yield child, around
+        yield from _saves(child, (child, *around) if isinstance(child, _SCOPES) else around)
+
+
+def _assigned(scope: ast.AST, target: str) -> Iterator[ast.expr]:
+    """What is assigned to `target` in a scope, and not in one inside."""
+    for child in ast.iter_child_nodes(scope):
+        if isinstance(child, ast.Assign) and target in map(ast.unparse, child.targets):
+            yield child.value
+        if not isinstance(child, _SCOPES):
+            yield from _assigned(child, target)
+
+
+def _is_module(text: str, around: tuple[ast.AST, ...], modules: set[str]) -> bool:
+    classes = [scope for scope in around if isinstance(scope, ast.ClassDef)]
+    if text == "self":
+        return bool(classes) and classes[0].name in modules
+    if text.startswith("self."):
+        methods = (item for scope in classes[:1] for item in scope.body)
+        return any(_makes_module(value, modules) for method in methods for value in _assigned(method, text))
+    for scope in around:
+        taken = scope.args if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+        if taken is not None and text in {item.arg for item in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)}:
+            return False
+        values = list(_assigned(scope, text)) if not isinstance(scope, ast.ClassDef) else []
+        if values:
+            return any(_makes_module(value, modules) for value in values)
+    return False
+
+
+def _makes_module(value: ast.expr, modules: set[str]) -> bool:
+    """Whether it is a call of a class of the file, or of torch.nn, that is a module."""
+    if not isinstance(value, ast.Call):
+        return False
+    name = ast.unparse(value.func)
+    known = getattr(nn, name.removeprefix("torch.").removeprefix("nn."), None) if "nn." in name else None
+    return name in modules or (isinstance(known, type) and issubclass(known, nn.Module))
 
 
 class WholeModuleSaved(Rule):
@@ -52,7 +79,9 @@ class WholeModuleSaved(Rule):
         """All places that have the fault."""
         for path in evidence.files:
             tree = code.syntax(path)
-            for inside, call in _saves(tree) if tree is not None else ():
+            classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)] if tree else []
+            modules = code.modules_among(classes)
+            for call, around in _saves(tree, (tree,)) if tree is not None else ():
                 text = ast.unparse(call.args[0])
-                if tree is not None and (text == "self" if inside else text in _modules(tree)):
+                if _is_module(text, around, modules):
                     yield self.found(f"'{text}' is saved as a whole", code.at(path, call))

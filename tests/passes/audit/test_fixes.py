@@ -167,13 +167,17 @@ SAVED = [
     ("net = nn.Linear(2, 2)\n    torch.save(net, path)", True),
     ("net = Faulty()\n    torch.save(net.state_dict(), path)", False),
     ("state = {'step': 1}\n    torch.save(state, path)", False),
+    ("state = Counts()\n    torch.save(state, path)", False),
+    ("weight = nn.Parameter(torch.ones(2))\n    torch.save(weight, path)", False),
+    ("net = torch.ones(2)\n    torch.save(net, path)", False),
 ]
 
 
 @pytest.mark.parametrize(("body", "found"), SAVED)
 def test_a_whole_module_that_is_saved_is_found(body, found, write):
     source = CLASS.format(init="", forward="return self.fc(x)")
-    path = write(f"{source}\ndef keep(path):\n    {body}\n")
+    others = "class Counts:\n    pass\ndef other():\n    net = Faulty()\n    return net\n"
+    path = write(f"{source}\n{others}def keep(path):\n    {body}\n")
     places = [(each.rule, each.place and each.place.line) for each in audited(path)]
     lines = Path(path).read_text().splitlines()
     line = next(number for number, text in enumerate(lines, 1) if "torch.save" in text)
@@ -184,3 +188,11 @@ def test_a_module_that_saves_itself_is_found(write):
     source = CLASS.format(init="", forward="return self.fc(x)")
     path = write(f"{source}\n    def keep(self, path):\n        torch.save(self, path)\n")
     assert [each.rule for each in audited(path)] == ["FX504"]
+
+
+@pytest.mark.parametrize(("saved", "found"), [("self", []), ("self.net", ["FX504"]), ("self.steps", [])])
+def test_what_a_trainer_saves_is_told_apart(saved, found, write):
+    source = CLASS.format(init="", forward="return self.fc(x)")
+    trainer = "class Trainer:\n    def __init__(self):\n        self.net = Faulty()\n        self.steps = dict()\n"
+    path = write(f"{source}\n{trainer}    def keep(self, path):\n        torch.save({saved}, path)\n")
+    assert [each.rule for each in audited(path)] == found
