@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
-from passes.audit.evidence.driver import call, copied, floating, kept, telling_modules, tensors
+from passes.audit.evidence.driver import UNWRITTEN, call, copied, floating, kept, telling_modules, tensors
 from passes.audit.evidence.places import raised, running
 from passes.audit.evidence.spread import Spread, flat, spread
 
@@ -94,6 +95,7 @@ class Forward:
         results: the spread of each output of the model.
         returned: numbers of the tensors that the model returned.
         tensors: arguments that were tensors: name of the module, and the position or the name.
+        foreign: classes of the modules that ran and are none of the model's: whether they have parameters of their own.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -108,14 +110,16 @@ class Forward:
     results: list[Spread] = field(default_factory=list)
     returned: set[int] = field(default_factory=set)
     tensors: set[tuple[str, int | str]] = field(default_factory=set)
+    foreign: dict[type, bool] = field(default_factory=dict)
 
-    def made(self) -> dict[int, Step]:
-        """The step that made each tensor first."""
+    def made(self) -> Iterator[tuple[Step, dict[int, Step]]]:
+        """Each step, with those that made the tensors before it, or were the last to write into them."""
         found: dict[int, Step] = {}
         for step in self.steps:
+            yield step, found
             for number in step.outputs:
-                found.setdefault(number, step)
-        return found
+                if number not in found or step.name.endswith("_"):
+                    found[number] = step
 
 
 class Tape(TorchFunctionMode):
@@ -146,7 +150,9 @@ class Tape(TorchFunctionMode):
         place = running()
         if name in _ACTIVATIONS and isinstance(result, torch.Tensor) and result.numel() and not result.is_meta:
             dead = name.startswith("relu") and not bool(result.any())
-            share = 0.0 if name.startswith("relu") else flat(name, result)
+            dimension = args[1] if len(args) > 1 else kwargs.get("dim")
+            dimension = dimension if isinstance(dimension, int) else -1
+            share = 0.0 if name.startswith("relu") else flat(name, result, dimension)
             self.seen.activations.append(Activation(name, dead, share, place, path))
         self.seen.steps.append(Step(name, plain[0], plain[1], outputs, place, path))
         return result
@@ -170,7 +176,9 @@ class Watch(TorchDispatchMode):
             self.seen.operators[func] = (running(), path)
         if torch.Tag.nondeterministic_seeded in func.tags and name not in ("aten::dropout",):
             self.seen.random.append((running(), path))
-        if not self.seen.spoiled and _spoils(args, result):
+        with torch._C.DisableTorchFunction():  # what torch.function modes don't see would be on the tape
+            spoils = not self.seen.spoiled and name not in UNWRITTEN and _spoils(args, result)
+        if spoils:
             self.seen.spoiled.append((running(), path, name.removeprefix("aten::")))
         return result
 
@@ -212,9 +220,17 @@ def _measured(module: nn.Module, seen: Forward) -> Iterator[None]:
 
         return hook
 
+    inside, known = set(module.modules()), set(module.parameters())
+
+    def look(each: nn.Module, args: Any) -> None:
+        if each not in inside:
+            brings = any(parameter not in known for parameter in each.parameters())
+            seen.foreign[type(each)] = brings or seen.foreign.get(type(each), False)
+
     plain = [(path, each) for path, each in module.named_modules() if not isinstance(each, torch.jit.ScriptModule)]
     handles = [each.register_forward_hook(note(path)) for path, each in plain]
     handles += [each.register_forward_pre_hook(take(path), with_kwargs=True) for path, each in plain]
+    handles.append(register_module_forward_pre_hook(look))
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ class Gain:
     Attributes:
         module: qualified name.
         gain: standard deviation of the weights times the root of how many of them meet in one output.
+        backward: the same of the gradient: times the root of how many outputs one input goes to.
         wanted: what keeps the variance of the signal through the activation behind.
         activation: its name; "" where none reads the output directly.
         corrected: whether a norm, or a sum with another path, comes before the output of the model, or no layer.
@@ -30,6 +31,7 @@ class Gain:
 
     module: str
     gain: float
+    backward: float
     wanted: float
     activation: str
     corrected: bool
@@ -54,8 +56,9 @@ def gains(modules: list[tuple[str, nn.Module]], steps: list[Step]) -> dict[str, 
         number = makers[path].outputs[0]
         name = next((each.name for each in readers[number] if each.name in _WANTS), "")
         wanted = nn.init.calculate_gain(_WANTS[name]) if name else 1.0
-        gain = float(weight.float().std()) * meeting**0.5
-        found[path] = Gain(path, gain, wanted, name, _corrected(number, readers))
+        deviation = float(weight.float().std())
+        backward = deviation * (weight.shape[0] * weight[0][0].numel()) ** 0.5
+        found[path] = Gain(path, deviation * meeting**0.5, backward, wanted, name, _corrected(number, readers))
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
+from torch.nn.modules.dropout import _DropoutNd
 
 import fxopt
 from fxopt.capture.guards import guard
@@ -96,7 +97,8 @@ def _repeated(region: Region) -> list[Spot]:
     modes = Modes()
     for node in region.graph.nodes:
         mode = modes.of(node)  # equal calls with and without gradients are no repetition
-        quiet = effects.is_known(node) and not effects.is_random(node) and not effects.keeps_state(node)
+        random = effects.is_random(node) or _drops(node, region)
+        quiet = effects.is_known(node) and not random and not effects.keeps_state(node)
         if quiet and node not in written and written.isdisjoint(node.all_input_nodes):
             key = (mode, node.op, node.target, _frozen(node.args, same), _frozen(node.kwargs, same))
             earlier = first.setdefault(key, node)
@@ -104,6 +106,13 @@ def _repeated(region: Region) -> list[Spot]:
                 same[node] = earlier
     chains = [node for node in same if _computes(node, effects) and not any(user in same for user in node.users)]
     return [_spot(node, region, earlier=_spot(same[node], region).place) for node in chains]
+
+
+def _drops(node: fx.Node, region: Region) -> bool:
+    """Whether a call is random in training, though it is not in evaluation."""
+    if node.op == "call_module":
+        return isinstance(region.submodule(node), _DropoutNd)
+    return "dropout" in getattr(node.target, "__name__", "")
 
 
 def _frozen(value: Any, same: dict[fx.Node, fx.Node]) -> object:

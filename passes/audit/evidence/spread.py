@@ -63,9 +63,10 @@ def spread(tensor: torch.Tensor) -> Spread | None:
     return Spread(values.numel(), float(mean), float(variance), zeros, float(low), float(high), float(between))
 
 
-def flat(name: str, result: torch.Tensor) -> float:
-    """The share of elements where an activation has next to no gradient; of a softmax, of rows."""
+def flat(name: str, result: torch.Tensor, dimension: int = -1) -> float:
+    """The share of elements where an activation has next to no gradient; of a softmax, of rows along `dimension`."""
     low, high, margin = _ENDS[name]
     if name == "softmax":
-        return float((result.amax(-1) > high - margin).float().mean()) if result.shape[-1:] > (1,) else 0.0
+        several = result.dim() and result.shape[dimension] > 1
+        return float((result.amax(dimension) > high - margin).float().mean()) if several else 0.0
     return float(((result < low + margin) | (result > high - margin)).float().mean())

@@ -12,6 +12,14 @@ from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import init_place, place_of
 from passes.audit.rule import Rule
 
+_ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)
+
+
+def _scales(module: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether each number of a weight scales a channel of its own: it has no units that could stay equal."""
+    own = not type(module).__module__.startswith("torch.nn.")
+    return isinstance(module, _ELEMENTWISE) or (own and sum(size > 1 for size in weight.shape) < 2)
+
 
 def _all_equal(weight: torch.Tensor) -> bool:
     corner = weight[:2].flatten()[:64]  # tells most weights without a look at the rest
@@ -43,7 +51,7 @@ class DeadWeights(Rule):
             weight = getattr(module, "weight", None)
             if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or not weight.requires_grad or weight.is_meta:
                 continue
-            if weight.shape[0] < 2 or not _all_equal(weight.detach()):
+            if weight.shape[0] < 2 or _scales(module, weight) or not _all_equal(weight.detach()):
                 continue
             first = float(weight.detach().flatten()[0])
             zero = first == 0

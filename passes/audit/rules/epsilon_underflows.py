@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
 
 from fxopt.findings import Finding, Place
 from passes.audit.evidence import Evidence, code
+from passes.audit.evidence.forward import Step
+from passes.audit.evidence.gains import LAYERS
 from passes.audit.evidence.trail import DANGEROUS, divisor, epsilon, through
 from passes.audit.rule import Rule
+
+_PRODUCTS = (*LAYERS, "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 def _follows_type(place: Place) -> bool:
@@ -21,11 +28,39 @@ def _follows_type(place: Place) -> bool:
     return any(not ast.unparse(kind).startswith("torch.") for kind in asked)
 
 
+def _casts(step: Step) -> bool | None:
+    """Whether a step casts to a wide type, or to another; None where it casts to none."""
+    if step.name in ("float", "double"):
+        return True
+    if step.name not in ("to", "type", "type_as", "half", "bfloat16"):
+        return None
+    return bool({torch.float32, torch.float64}.intersection((*_dtypes(step.args), *_dtypes(step.kwargs.values()))))
+
+
+def _dtypes(values: Iterable[Any]) -> list[torch.dtype]:
+    return [value for value in values if isinstance(value, torch.dtype)]
+
+
+def _is_wide(step: Step, made: dict[int, Step], wide: dict[int, bool]) -> bool:
+    """Whether what a step is given was cast on purpose, with no layer in between."""
+    waiting, seen = [step], set()
+    while waiting:
+        for value in waiting.pop().inputs:
+            if wide.get(value.number):
+                return True
+            maker = made.get(value.number)
+            if maker is not None and value.number not in wide and value.number not in seen:
+                seen.add(value.number)
+                waiting += [] if maker.name in _PRODUCTS else [maker]
+    return False
+
+
 class EpsilonUnderflows(Rule):
     """An epsilon that is zero in float16.
 
     Below 6e-8 a number rounds to zero in float16: the guard against a division by zero is gone. One that is computed
-    from the type of a tensor, `torch.finfo(x.dtype).tiny`, is another one there.
+    from the type of a tensor, `torch.finfo(x.dtype).tiny`, is another one there, and what is cast to float32 first
+    keeps it.
 
     Bad:
         x / (x.norm(dim=-1, keepdim=True) + 1e-8)
@@ -42,16 +77,19 @@ class EpsilonUnderflows(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        seen = evidence.forward
-        made, reported = (seen.made() if seen else {}), set()
-        for step in seen.steps if seen else []:
+        reported = set()
+        wide: dict[int, bool] = {}
+        for step, made in evidence.forward.made() if evidence.forward else ():
+            cast = _casts(step)
+            if cast is not None:
+                wide |= dict.fromkeys(step.outputs, cast)
             operand = divisor(step) if step.name in DANGEROUS else None
             behind = made.get(operand.number) if operand is not None else None
             guard = next((each for each in through(behind, made) if epsilon(each)), None)
             if guard is None or guard.place is None or epsilon(guard) >= 2.9e-8:
                 continue
             key = (guard.place.path, guard.place.line)
-            if key not in reported and not _follows_type(guard.place):
+            if key not in reported and not _follows_type(guard.place) and not _is_wide(guard, made, wide):
                 reported.add(key)
                 message = f"{epsilon(guard):g} is 0 in float16, and '{step.name.strip('_')}' relies on it"
                 yield self.found(message, guard.place, step.module)

@@ -38,7 +38,9 @@ class InitGain(Rule):
             ratio = one.gain / one.wanted
             # A layer of zeros is a matter of its own.
             small = 0 < ratio < _TOO_SMALL and not one.corrected
-            if one.activation and (small or ratio > _TOO_LARGE):
+            # One that keeps gradients in scale, as `mode="fan_out"` does, is meant.
+            large = min(ratio, one.backward / one.wanted) > _TOO_LARGE
+            if one.activation and (small or large):
                 place = init_place(evidence, path) or place_of(evidence, path, "weight")
                 wants = f"'{one.activation.strip('_')}' behind it wants {one.wanted:.1f}"
                 yield self.found(f"the gain of '{path}' is {one.gain:.2g}; {wants}", place, path)

@@ -49,5 +49,8 @@ class MadeInForward(Rule):
                     continue
                 if issubclass(kind, nn.Module) and kind.__module__.startswith(_WITHOUT) and kind not in _WITH:
                     continue
+                # It ran, and all its parameters are those of the model, if it has any.
+                if evidence.forward is not None and evidence.forward.foreign.get(kind) is False:
+                    continue
                 message = f"'{ast.unparse(call.func)}' is made while '{body.kind.__name__}.{body.node.name}' runs"
                 yield self.found(message, code.at(body.path, call), body.module)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from fxopt.findings import Finding, Severity
 from passes.audit.evidence import Evidence
+from passes.audit.evidence.spread import Spread
 from passes.audit.rule import Rule
+
+
+def _is_finite(found: Spread) -> bool:
+    return math.isfinite(found.low) and math.isfinite(found.high)
 
 
 class NotFinite(Rule):
@@ -31,8 +37,11 @@ class NotFinite(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
         seen, back = evidence.forward, evidence.backward
-        for place, path, operator in seen.spoiled if seen else []:
+        # What is left out again, as by `torch.where`, harms at most the gradients.
+        harmless = seen is None or (bool(seen.results) and all(map(_is_finite, seen.results)))
+        spoiled = seen.spoiled if seen is not None and not harmless else []
+        for place, path, operator in spoiled:
             yield self.found(f"'{operator}' makes NaN or infinity of finite numbers", place, path)
-        if back is not None and back.spoiled is not None and not (seen and seen.spoiled):
+        if back is not None and back.spoiled is not None and not spoiled:
             operator, where = back.spoiled
             yield self.found(f"the gradient of '{operator}' is NaN or infinite", where)

@@ -11,6 +11,9 @@ from fxopt.findings import Finding, Precision, Severity
 from passes.audit.evidence import Evidence, code
 from passes.audit.rule import Rule
 
+_ASKED = set("shape size dim ndim numel device dtype stride layout is_cuda requires_grad".split())
+_ASKED |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_ASKS = {"len", "isinstance", "type", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
 
 
@@ -37,7 +40,8 @@ def _is_in_place(module: nn.Module) -> bool:
 def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, name: str) -> ast.Name | None:
     """Where `name` is read after the call, before it is bound anew."""
     end = (call.end_lineno or call.lineno, call.end_col_offset or 0)
-    names = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
+    asked = set(_asked(function))
+    names = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name and n not in asked]
     runs = [n for n in names if (n.lineno, n.col_offset) >= end and not _exclude(function, call, n)]
     later = sorted(runs, key=lambda n: (n.lineno, n.col_offset))
     last = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
@@ -48,6 +52,15 @@ def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, 
             return None
         return None if _binds(node) else node
     return None
+
+
+def _asked(function: ast.FunctionDef) -> Iterator[ast.expr]:
+    """What is asked for its shape or type only."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and node.attr in _ASKED:
+            yield node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in _ASKS:
+            yield from node.args[:1]
 
 
 def _exclude(function: ast.FunctionDef, first: ast.expr, second: ast.expr) -> bool:
@@ -67,7 +80,7 @@ def _holds(arm: Sequence[ast.AST], part: ast.expr) -> bool:
 
 
 def _binds(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store)
+    return not isinstance(node.ctx, ast.Load)
 
 
 class SharedInplace(Rule):

@@ -32,9 +32,8 @@ class UnguardedSqrt(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        seen = evidence.forward
-        made, reported = (seen.made() if seen else {}), set()
-        for step in seen.steps if seen else []:
+        reported = set()
+        for step, made in evidence.forward.made() if evidence.forward else ():
             operand = divisor(step) if step.name in _NAMES else None
             maker = source(operand, made, step.name) if operand is not None else ""
             key = (step.place.path, step.place.line) if step.place else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxopt.findings import Finding, Fix, Severity
@@ -48,6 +49,14 @@ def _can_be(container: type, kind: type, name: str, value: Any) -> bool:
     return all(hasattr(container, attribute) for attribute in used)
 
 
+def _is_plain_function(module: nn.Module) -> bool:
+    """Whether there is nothing to register: torch's own, without state, and the same in training."""
+    parts = list(module.modules())
+    own = all(type(part).__module__.startswith("torch.nn.") for part in parts)
+    differs = any(isinstance(part, (_DropoutNd, nn.RReLU)) for part in parts)
+    return own and not differs and not [*module.parameters(), *module.buffers()]
+
+
 class UnregisteredModule(Rule):
     """Submodules in a plain list, tuple or dict.
 
@@ -77,7 +86,8 @@ class UnregisteredModule(Rule):
                 if not isinstance(value, (list, tuple, dict)):
                     continue
                 leaves = pytree.tree_leaves(list(value.values()) if isinstance(value, dict) else list(value))
-                hidden = [leaf for leaf in leaves if isinstance(leaf, nn.Module) and id(leaf) not in known]
+                modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
+                hidden = [each for each in modules if id(each) not in known and not _is_plain_function(each)]
                 if hidden:
                     kind = type(value).__name__
                     message = f"'self.{name}' is a plain {kind} with {len(hidden)} modules that are not registered"

@@ -97,6 +97,18 @@ class Deep(nn.Module):
         return self.head(self.norm(h))
 
 
+class FanOut(nn.Module):
+    """A layer that narrows, initialised so that gradients keep their scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Linear(8, 256), nn.Linear(256, 4), nn.Linear(4, 3)
+        nn.init.kaiming_normal_(self.narrow.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        return self.head(torch.relu(self.narrow(self.wide(x))))
+
+
 class Small(nn.Module):
     """A last layer that starts small, with an activation behind it."""
 
@@ -115,6 +127,7 @@ class Small(nn.Module):
         (Deep(1e-2), True),
         (Deep(5.0), True),
         (Deep(0.5), False),
+        (FanOut(), False),
         (Deep(1e-2, residual=True), False),
         (Deep(1e-2, norm=True), False),
         (Small(), False),
@@ -139,6 +152,12 @@ class Bounded(nn.Module):
 def test_saturation_is_found_where_it_is(function):
     assert "FX411" in rules(Bounded(function, 1e5))
     assert "FX411" not in rules(Bounded(function, 1.0))
+
+
+@pytest.mark.parametrize(("dimension", "found"), [(-1, True), (0, False)])
+def test_a_softmax_is_judged_along_its_own_dimension(dimension, found):
+    logits = 50 * torch.eye(6, 8)  # two of eight columns are even, and no row is
+    assert ("FX411" in rules(Bounded(lambda x: torch.softmax(0 * x + logits, dimension), 1.0))) is found
 
 
 def test_a_signal_that_explodes_is_found():
@@ -214,6 +233,6 @@ def test_a_branch_that_is_scaled_down_on_purpose_does_not_vanish():
 
         def forward(self, x):
             x = self.stem(x)
-            return x + self.gamma * self.branch(x)
+            return x + self.gamma * (1e-8 * self.branch(x))
 
     assert "FX408" not in rules(Scaled())

@@ -105,6 +105,21 @@ def test_the_finding_says_what_to_change():
     assert "compute this part in float32" in found[0].advice
 
 
+@pytest.mark.parametrize(("seen", "found"), [(0, False), (1, True)])
+def test_nothing_is_said_of_small_numbers_before_batch_norms_have_seen_a_batch(seen, found):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(8)
+            self.bn.num_batches_tracked.fill_(seen)
+
+        def forward(self, x):
+            return variance_of_large(self.bn(x))
+
+    made = Subject("x", Normed(), Inputs((torch.randn(4, 8),)))
+    assert ("FX305" in {finding.rule for finding in Audit().inspect(made).findings}) is found
+
+
 def test_a_model_too_large_for_float64_is_a_note():
     with torch.device("meta"):
         module = nn.Linear(100_000, 6_000)

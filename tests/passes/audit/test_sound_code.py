@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
+from pathlib import Path
+from unittest.mock import patch
 
+import pytest
+import torch
+from torch import nn
+
+from fxopt.findings import Subject
 from fxopt.findings.search import subject_of
+from fxopt.inputs import Inputs
 from passes.audit import Audit
 
 CLASS = """
@@ -32,6 +40,16 @@ NORM = "self.bn = nn.BatchNorm1d(3)"
 TWO_NORMS = "y = self.fc(x)\nreturn self.bn(y) + self.other(y)"
 NO_GRAD = "y = self.fc(x).tanh()\nwith torch.no_grad():\n    z = self.fc(x).tanh()\nreturn y + z"
 AUTOCAST = "y = self.fc(x).tanh()\nwith torch.autocast('cpu', torch.bfloat16):\n    z = self.fc(x).tanh()\nreturn y + z"
+ACT = "self.act = nn.ReLU(inplace=True)"
+ACTED = "x = self.fc(x)\ny = self.act(x)\n"
+SCALE = """class Scale(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(4, 1))
+            def forward(self, x):
+                return self.weight * x[:, None]
+        self.scale = Scale()"""
+NORMED = "return x / (x.norm(dim=-1, keepdim=True) + 1e-8)"
 CODE = {
     "arms that exclude each other": (
         "FX107",
@@ -57,6 +75,31 @@ CODE = {
         "x = self.fc(x)\nif self.pre:\n    y = self.act(x)\nelse:\n    y = self.fc(x)\nreturn y + self.fc(x)",
         True,
     ),
+    "its shape alone": ("FX107", ACT, f"{ACTED}return y.view(x.shape[0], x.size(1)).to(x.dtype)", False),
+    "its length alone": ("FX107", ACT, f"{ACTED}return y.view(len(x), -1) + torch.zeros_like(x)", False),
+    "deleted": ("FX107", ACT, f"{ACTED}del x\nreturn y", False),
+    "a view of it": ("FX107", ACT, f"{ACTED}return y + x.view(x.shape)", True),
+    "a module without parameters": ("FX104", "", "return nn.Identity()(self.fc(x))", False),
+    "a container of known modules": ("FX104", "", "return nn.Sequential(self.fc, nn.ReLU())(x)", False),
+    "a container of new modules": ("FX104", "", "return nn.Sequential(self.fc, nn.Linear(3, 3))(x)", True),
+    "a scale for each element": ("FX402", "self.norm = nn.LayerNorm((2, 3))", "return self.norm(self.fc(x))", False),
+    "a scale for each channel": ("FX402", SCALE, "return self.scale(self.fc(x))", False),
+    "units that are equal": ("FX402", "nn.init.ones_(self.fc.weight)", "return self.fc(x)", True),
+    "an epsilon added in place": ("FX304", "", "n = x.var(-1, keepdim=True)\nn += 1e-5\nreturn self.fc(x) / n", False),
+    "a clamp in place": ("FX302", "", "n = x.var(-1, keepdim=True)\nn.clamp_(1e-5)\nreturn x * n.sqrt()", False),
+    "a root in place": ("FX302", "", "return self.fc(x) * x.var(-1, keepdim=True).sqrt_()", True),
+    "infinity that is left out": (
+        "FX306",
+        "",
+        "n = (x * 0).log()\nreturn self.fc(x) + torch.where(n < 0, 1, n)",
+        False,
+    ),
+    "infinity that stays": ("FX306", "", "return self.fc(x) + (x * 0).log()", True),
+    "an epsilon in float32": ("FX301", "", f"x = self.fc(x).float()\n{NORMED}", False),
+    "an epsilon after float32": ("FX301", "", f"x = self.fc(x).float().tanh().type_as(x)\n{NORMED}", True),
+    "a value beside a condition": ("FX501", "", "s = x.max().item() if not self.training else 2\nreturn s * x", False),
+    "a value in a condition": ("FX501", "", "return self.fc(x) if x.max().item() > 0 else x", True),
+    "a value in a comprehension": ("FX501", "", "s = [x.max().item() for _ in range(2)]\nreturn s[0] * x", False),
     "a clamp by the type": (
         "FX301",
         "",
@@ -75,6 +118,25 @@ CODE = {
     "two norms": ("FX601", f"{NORM}\n        self.other = nn.BatchNorm1d(3)", TWO_NORMS, True),
     "kept on self": ("FX602", "", "self.loss = x.square().mean()\nreturn self.fc(x)", False),
     "kept on self later": ("FX602", "", "loss = x.square().mean()\nself.loss = loss\nreturn self.fc(x)", False),
+    "printed": ("FX602", "", "print(x.square().mean())\nreturn self.fc(x)", False),
+    "printed later": ("FX602", "", "loss = x.square().mean()\nprint(loss)\nreturn self.fc(x)", False),
+    "given to torch alone": ("FX602", "", "torch.sqrt(x.square().mean())\nreturn self.fc(x)", True),
+    "a cache that grows": (
+        "FX505",
+        "self.register_buffer('places', torch.arange(1.0), persistent=False)",
+        "if len(self.places) < len(x):\n    self.places = torch.arange(float(len(x)))\n"
+        "return self.fc(x) + self.places[:, None]",
+        False,
+    ),
+    "a mean that runs": (
+        "FX505",
+        "self.register_buffer('mean', torch.zeros(3), persistent=False)",
+        "if self.training:\n    self.mean += 0.1 * (x.mean(0) - self.mean)\nreturn self.fc(x) - self.mean",
+        True,
+    ),
+    "functions in a list": ("FX102", "self.acts = [nn.ReLU(), nn.Flatten()]", "return self.acts[0](self.fc(x))", False),
+    "a dropout in a list": ("FX102", "self.acts = [nn.Dropout()]", "return self.acts[0](self.fc(x))", True),
+    "from numbers of Python": ("FX204", "", "return self.fc(x) * torch.FloatTensor([1, 2, 3])", False),
     "not kept": ("FX602", "", "self.size = x.shape[0]\nx.square().mean()\nreturn self.fc(x)", True),
     "without gradients": ("FX603", "", NO_GRAD, False),
     "in fewer bits": ("FX603", "", AUTOCAST, False),
@@ -85,3 +147,93 @@ CODE = {
 @pytest.mark.parametrize(("rule", "init", "forward", "found"), CODE.values(), ids=CODE)
 def test_only_the_fault_is_found(rule, init, forward, found, write):
     assert (rule in rules(write, init, forward)) is found
+
+
+def test_nothing_is_said_of_memory_before_it_is_written(write):
+    torch.use_deterministic_algorithms(True)  # fills it with NaN
+    try:
+        found = rules(write, "", "y = x.new_empty(x.shape)\ny.copy_(self.fc(x))\nreturn y")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not found & {"FX305", "FX306"}
+
+
+DROPPED = {
+    "layers": "if self.training and torch.rand(()) < 0.5:\n    return x\nreturn self.fc(x)",
+    "layers by Python": "if self.training and random.random() < 0.5:\n    return x\nreturn self.fc(x)",
+    "samples": "keep = torch.rand(len(x), 1) < 0.3 if self.training else 1.0\nreturn x + keep * self.fc(x)",
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_what_is_dropped_at_random_is_not_unused(name, write):
+    source = CLASS.format(init="", forward=DROPPED[name].replace("\n", "\n        "))
+    deep = "\nimport random\nmodel = nn.Sequential(*(Module() for _ in range(4)))\n"
+    subject, _ = subject_of(f"{write(source + deep)}:model", ["1x3"])
+    assert not {"FX401", "FX407"} & {finding.rule for finding in Audit().inspect(subject).findings}
+
+
+LINES = {
+    "behind parts of unknown number": (
+        "parts = [nn.Linear(3, 3), nn.Linear(3, 3)]\n        nn.init.ones_(parts[1].weight)\n"
+        "        self.seq = nn.Sequential(\n            *parts,\n            nn.ReLU(),\n        )",
+        "FX402",
+        "self.seq = nn.Sequential(",
+        9,
+    ),
+    "behind letters of two bytes": ("", "FX304", "\u03c3 = self.fc(x); return \u03c3 / \u03c3.norm()", 32),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_place_is_that_of_the_fault(name, write):
+    init, rule, line, column = LINES[name]
+    forward = line if "return" in line else "return self.seq(self.fc(x))"
+    path = write(CLASS.format(init=init, forward=forward))
+    subject, _ = subject_of(f"{path}:Module", ["2x3"])
+    (finding,) = (finding for finding in Audit().inspect(subject).findings if finding.rule == rule)
+    assert Path(path).read_text().splitlines()[finding.place.line - 1].strip() == line
+    assert finding.place.column == column
+
+
+def test_a_class_is_not_taken_for_another_of_its_name(write):
+    other = """
+def make():
+    class Module(nn.Module):
+        def forward(self, x):
+            return x.cuda()
+    return Module
+"""
+    path = write(CLASS.format(init="", forward="return self.fc(x)") + other)
+    subject, _ = subject_of(f"{path}:Module", ["2x3"])
+    assert Audit().inspect(subject).findings == ()
+
+
+def test_a_base_class_is_read_where_super_calls_it(write):
+    source = CLASS.format(init="", forward="if x.is_cuda:\n            x = x.cuda()\n        return self.fc(x)")
+    source += "\nclass Other(Module):\n    def forward(self, x):\n        return super().forward(x) + 1\n"
+    subject, _ = subject_of(f"{write(source)}:Other", ["2x3"])
+    assert [finding.rule for finding in Audit().inspect(subject).findings] == ["FX201"]
+
+
+def test_a_file_with_a_byte_order_mark_is_read(write):
+    source = CLASS.format(init="self.scale = torch.ones(3)", forward="return self.scale * self.fc(x)")
+    path = write(source, header="\ufeffimport torch\nfrom torch import nn\n")
+    subject, _ = subject_of(f"{path}:Module", ["2x3"])
+    (finding,) = Audit().inspect(subject).findings
+    assert finding.place is not None and finding.fix is not None
+
+
+def test_a_class_of_no_file_is_left_unread():
+    space = {"__name__": "__main__", "nn": nn}
+    exec("class Module(nn.Linear):\n    pass", space)
+    with patch.object(sys.modules["__main__"], "__file__", None):
+        found = Audit().inspect(Subject("x", space["Module"](3, 3), Inputs((torch.randn(2, 3),))))
+    assert (found.findings, found.notes) == ((), ())
+
+
+def test_what_is_random_in_training_is_no_repetition(write):
+    init, forward = "self.drop = nn.Dropout()", "return self.drop(self.fc(x)) + self.drop(self.fc(x))"
+    subject, _ = subject_of(f"{write(CLASS.format(init=init, forward=forward))}:Module", ["2x3"])
+    (finding,) = Audit().inspect(subject).findings
+    assert (finding.rule, finding.message) == ("FX603", "'fc' computes the same once more")
