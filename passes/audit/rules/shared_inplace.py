@@ -54,6 +54,21 @@ def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, 
     return None
 
 
+def _other_names(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, name: str) -> Iterator[str]:
+    """Further variables of the same tensor: `shortcut = x`, with neither bound anew before the call."""
+    start = (statement.lineno, statement.col_offset)
+    binds = [node for node in ast.walk(function) if isinstance(node, ast.Name) and _binds(node)]
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Name):
+            continue
+        end = (node.end_lineno or node.lineno, node.end_col_offset or 0)
+        pairs = [(target.id, node.value.id) for target in node.targets if isinstance(target, ast.Name)]
+        for pair in pairs if end <= start and not _exclude(function, node.value, call) else ():
+            anew = any(each.id in pair and end <= (each.lineno, each.col_offset) < start for each in binds)
+            if name in pair and not anew:
+                yield from {*pair} - {name}
+
+
 def _asked(function: ast.FunctionDef) -> Iterator[ast.expr]:
     """What is asked for its shape or type only."""
     for node in ast.walk(function):
@@ -112,8 +127,11 @@ class SharedInplace(Rule):
             for statement in (node for node in ast.walk(body.node) if isinstance(node, _STATEMENTS)):
                 for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
                     name = _writes_into(call, module, body)
-                    reader = _read_after(body.node, statement, call, name) if name else None
+                    names = [name, *_other_names(body.node, statement, call, name)] if name else []
+                    readers = (_read_after(body.node, statement, call, each) for each in names)
+                    reader = next((each for each in readers if each is not None), None)
                     if reader is not None:
                         related = (code.at(body.path, reader, "it is read again here"),)
-                        message = f"'{ast.unparse(call)}' writes into '{name}', which is read again afterwards"
+                        same = "which" if reader.id == name else f"which is '{reader.id}' too, and"
+                        message = f"'{ast.unparse(call)}' writes into '{name}', {same} is read again afterwards"
                         yield self.found(message, code.at(body.path, call), body.module, related)
