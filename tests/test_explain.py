@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from fxopt.capture import capture
+from fxopt.capture import Coverage, capture
 from fxopt.explain import FORMS, explain, render
 from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC
@@ -54,6 +57,26 @@ def test_all_forms(name, form):
     if form == "dot":
         assert text.startswith("digraph captured {")
         assert text.count("{") == text.count("}")
+
+
+def test_a_share_reads_as_all_only_where_it_is():
+    case = STATIC["staged_cnn"]
+    explanation = explain(capture(case.build(), case.example()), "net", case.build())
+    mostly = dataclasses.replace(explanation, coverage=Coverage(0.9996, 1.0, 0.0002))
+    assert "99.9% of the calls, 100% of the FLOPs, 0.1% of the parameters" in render(mostly, "text")
+
+
+def test_letters_stay_letters_in_a_drawing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.entrée = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.entrée(x)
+
+    module = Net()
+    assert 'label="entrée' in render(explain(capture(module, torch.ones(1, 3)), "net", module), "dot")
 
 
 def test_the_command(write):

@@ -59,15 +59,15 @@ def _json(explanation: Explanation) -> str:
 def _dot(explanation: Explanation) -> str:
     lines = ["digraph captured {", "  rankdir=TB; node [shape=box, fontname=monospace];"]
     for number, part in enumerate(explanation.parts):
-        lines += [f"  subgraph cluster_{number} {{", f"    label={json.dumps(_title(part))};"]
+        lines += [f"  subgraph cluster_{number} {{", f"    label={_quoted(_title(part))};"]
         shown = [call for call in part.calls if not call.what.startswith("guard")]
         names = {call.node for call in shown}
         for call in shown:
             label = "\n".join(line for line in (call.name, call.what, call.shape, call.source) if line)
-            lines.append(f"    {json.dumps(f'{number}.{call.node}')} [label={json.dumps(label)}];")
+            lines.append(f"    {_quoted(f'{number}.{call.node}')} [label={_quoted(label)}];")
         for call in shown:
             lines += [
-                f"    {json.dumps(f'{number}.{used}')} -> {json.dumps(f'{number}.{call.node}')};"
+                f"    {_quoted(f'{number}.{used}')} -> {_quoted(f'{number}.{call.node}')};"
                 for used in call.uses
                 if used in names
             ]
@@ -75,15 +75,24 @@ def _dot(explanation: Explanation) -> str:
     return "\n".join([*lines, "}"])
 
 
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # Graphviz knows none of JSON's escapes of letters
+
+
 FORMS: dict[str, Callable[[Explanation], str]] = {"text": _text, "json": _json, "markdown": _markdown, "dot": _dot}
 
 
 def _summary(explanation: Explanation) -> str:
     coverage = explanation.coverage
-    shares = f"{coverage.call_sites:.0%} of the calls, {coverage.flops:.0%} of the FLOPs"
-    return (
-        f"{explanation.target} on {explanation.inputs}: {shares}, {coverage.parameters:.0%} of the parameters in graph"
-    )
+    calls, flops, parameters = map(_share, (coverage.call_sites, coverage.flops, coverage.parameters))
+    shares = f"{calls} of the calls, {flops} of the FLOPs, {parameters} of the parameters in graph"
+    return f"{explanation.target} on {explanation.inputs}: {shares}"
+
+
+def _share(part: float) -> str:
+    """A share of 1; only all of it reads as 100%, and only nothing as 0%."""
+    text = f"{part:.0%}"
+    return text if text not in ("0%", "100%") or part in (0, 1) else f"{min(max(part, 0.001), 0.999):.1%}"
 
 
 def _title(part: Part) -> str:
