@@ -51,7 +51,8 @@ def meetings(subject: Subject) -> tuple[list[Meeting], str]:
             with telling_modules(module, stack), watch, _Words(device):
                 torch.func.functional_call(module, state, inputs.args, dict(inputs.kwargs))
         except Exception as raised:  # what was found until then still holds
-            error = "" if watch.found else f"{type(raised).__name__}: {str(raised).splitlines()[:1]}"
+            first = (str(raised).splitlines() or ["no message"])[0]
+            error = "" if watch.found else f"{type(raised).__name__}: {first}"
     return watch.found, error
 
 
