@@ -53,7 +53,7 @@ class Mask(nn.Module):
 def held_weight(module: nn.Module, leaf: str) -> torch.Tensor:
     """The parameter `leaf` of a module, with zeros where it has a mask that says so."""
     mask = module._modules.get(leaf + SUFFIX)
-    weight = module.get_parameter(leaf)
+    weight: torch.Tensor = getattr(module, leaf)  # no parameter where a module around it has put another in its place
     return mask(weight) if isinstance(mask, Mask) else weight
 
 

@@ -219,6 +219,19 @@ class TestComposes:
                 unmerge(module)
         module.train()(x).sum().backward()
 
+    @pytest.mark.parametrize("passes", ["lora{targets=op:attention},qat", "lora{targets=op:attention},ptq"])
+    def test_attention_inside_of_a_layer_is_quantised_with_its_adapters(self, passes: str) -> None:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model, x = nn.Sequential(layer, nn.Linear(8, 8)).eval(), torch.randn(2, 5, 8)
+        module = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
+        with torch.no_grad():
+            before = module(x)
+            randomize(module)
+            adapted = module(x)
+            assert (adapted - before).abs().max() > 1e-2
+            merge(module, x)
+            assert torch.allclose(module(x), adapted, atol=1e-5)
+
     def test_with_a_function_that_is_fused(self) -> None:
         class Residual(nn.Module):
             def __init__(self) -> None:
