@@ -25,8 +25,9 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     Raises:
         PassError: there are no batches, the module does not take one, or a layer sees none of them.
     """
+    reached = set[PrunedMask]()
     hooks = [
-        each.owner.register_forward_pre_hook(_watch(each.mask), with_kwargs=True)
+        each.owner.register_forward_pre_hook(_watch(each.mask, reached), with_kwargs=True)
         for each in found
         if isinstance(each.owner, Fused)
     ]
@@ -34,7 +35,7 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     readers = _readers(module, functional)
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
-    visit = _visit(readers)
+    visit = _visit(readers, reached)
     try:
         with torch.no_grad(), unaffected(module):
             count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
@@ -45,7 +46,7 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
         for child, training in modes:
             if child.training is not training:
                 child.train(training)
-    unseen = [each.name for each, seen in zip(found, squares, strict=True) if not seen.any()]
+    unseen = [each.name for each in found if each.mask not in reached]
     if count == 0:
         raise PassError(
             "sparsify: criterion 'wanda' needs the inputs of the layers and there is no calibration data; give some "
@@ -54,7 +55,8 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     if unseen:
         raise PassError(f"sparsify: no calibration batch reached '{unseen[0]}'; leave it out by exclude=[{unseen[0]}]")
     for each, seen in zip(found, squares, strict=True):
-        _squares(each.mask).copy_(seen.sqrt())
+        # Behind a gate that is still zero all inputs are worth the same.
+        _squares(each.mask).copy_(seen.sqrt() if seen.any() else torch.ones_like(seen))
 
 
 def _squares(mask: PrunedMask) -> torch.Tensor:
@@ -62,9 +64,12 @@ def _squares(mask: PrunedMask) -> torch.Tensor:
     return mask.input_norm
 
 
-def _watch(mask: PrunedMask) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _watch(mask: PrunedMask, reached: set[PrunedMask]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _add(mask, args[0] if args else kwargs["input"], channels_last=isinstance(owner, nn.Linear))
+        value = args[0] if args else kwargs["input"]
+        _add(mask, value, channels_last=isinstance(owner, nn.Linear))
+        if value.numel():
+            reached.add(mask)
 
     return hook
 
@@ -87,11 +92,15 @@ def _readers(module: GraphModule, masks: dict[int, PrunedMask]) -> dict[fx.Node,
     return found
 
 
-def _visit(readers: dict[fx.Node, list[tuple[PrunedMask, bool]]]) -> Callable[[GraphModule, fx.Node, object], None]:
+def _visit(
+    readers: dict[fx.Node, list[tuple[PrunedMask, bool]]], reached: set[PrunedMask]
+) -> Callable[[GraphModule, fx.Node, object], None]:
     def visit(_: GraphModule, node: fx.Node, value: object) -> None:
         for mask, channels_last in readers.get(node, ()):
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 _add(mask, value, channels_last)
+                if value.numel():
+                    reached.add(mask)
 
     return visit
 

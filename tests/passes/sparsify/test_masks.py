@@ -300,6 +300,24 @@ def test_wanda_sees_inputs_that_are_given_by_name() -> None:
     assert torch.equal(found.mask.input_norm[0, 0], x.square().sum(0).sqrt())
 
 
+@pytest.mark.parametrize("form", ["module", "function"])
+def test_wanda_goes_by_magnitude_behind_a_gate_of_zeros(form: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.zeros(8))
+            self.weight = nn.Parameter(torch.randn(4, 8))
+            self.layer = nn.Linear(8, 4) if form == "module" else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x * self.gate, self.weight) if self.layer is None else self.layer(x * self.gate)
+
+    model, x = Gated(), torch.randn(2, 8)
+    (found,) = sparsify.masked_weights(masked(model, (x,), "sparsify{criterion=wanda,amount=0.5}", [(x,)]))
+    sizes = (model.weight if model.layer is None else model.layer.weight).detach().abs()
+    assert torch.equal(found.mask.mask, sizes >= sizes.topk(4).values.amin(1, keepdim=True))
+
+
 def test_bn_scale_removes_the_rows_of_small_scales() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
