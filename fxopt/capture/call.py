@@ -43,11 +43,16 @@ class Call:
         return module(*fresh.args, **fresh.kwargs)
 
     def check(self, module: nn.Module) -> None:
-        """Refuse arguments that can be read once only.
+        """Refuse arguments that can be read once only, and what shows none of its operators at all.
 
         Raises:
-            CaptureError: naming the argument.
+            CaptureError: naming the argument, or the kind of module.
         """
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"'{type(module).__name__}' is TorchScript, whose operators can't be seen: give the module that was "
+                "scripted or traced, or one that calls this, which stays opaque in it"
+            )
         for name, value in (*enumerate(self.args), *self.kwargs.items()):
             for leaf in pytree.tree_leaves(value):
                 if isinstance(leaf, (types.GeneratorType, map, filter, zip)):

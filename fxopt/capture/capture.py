@@ -49,7 +49,7 @@ def capture(
             keep both. What recaptures is for use as it is, not for passes: they would not see later captures.
 
     Raises:
-        CaptureError: an argument is a generator, which can be read only once.
+        CaptureError: an argument is a generator, which can be read only once, or the module is TorchScript.
         Exception: whatever its own forward raises on them, with a note that says so.
     """
     began = time.perf_counter()

@@ -30,7 +30,8 @@ def environment(repository: Repository, commit: str, tree: Path, directory: Path
         BaselineError: where its packages can't be installed.
     """
     then, now = _wanted(tree), _wanted(repository.root)
-    if then == now:
+    asked = [*then["pyproject.toml"], *(["--requirement", "requirements.txt"] if then["requirements.txt"] else [])]
+    if then == now or not asked:  # one that asks for nothing has all from here
         return sys.executable
     tell("install what the base depends on")
     home = directory / "environment"
@@ -44,7 +45,7 @@ def environment(repository: Repository, commit: str, tree: Path, directory: Path
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     if (tree / "constraints.txt").exists():
         install += ["--constraint", "constraints.txt"]
-    _run([*install, *then["pyproject.toml"], *_files(tree)], commit, tree)
+    _run([*install, *asked], commit, tree)
     return str(python)
 
 
@@ -84,10 +85,6 @@ def _text(path: Path) -> str:
     raw = path.read_bytes()
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return raw.decode("utf-16" if wide else "utf-8-sig", errors="replace")
-
-
-def _files(tree: Path) -> list[str]:
-    return ["--requirement", "requirements.txt"] if (tree / "requirements.txt").exists() else []
 
 
 def _run(command: list[str], commit: str, directory: Path | None = None) -> None:

@@ -62,11 +62,10 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
     with same_randomness():
         source = open_source(place)
         found = find(source, name)
-        if not train:
-            found.module.eval()
+        notes = found.notes + (() if train else _in_evaluation(found.module))
         if weights is not None and Path.cwd() != here:  # the file went elsewhere while it was imported
             weights = here / weights
-        notes = found.notes + (load_weights(found.module, weights) if weights is not None else ())
+        notes += load_weights(found.module, weights) if weights is not None else ()
         given, input_notes = find_inputs(source, found.name, found.module, inputs)
         notes += (*input_notes, *_materialized(found.module, given))
     return Target(
@@ -77,6 +76,14 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
         calibration_data=_calibration_data(source),
         notes=notes,
     )
+
+
+def _in_evaluation(module: nn.Module) -> tuple[str, ...]:
+    try:
+        module.eval()
+    except NotImplementedError as error:  # of what torch.export gives, which is in one mode for good
+        return (f"the module stays in the mode that it is in: {error}",)
+    return ()
 
 
 def _materialized(module: nn.Module, inputs: Inputs) -> tuple[str, ...]:

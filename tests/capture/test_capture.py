@@ -469,6 +469,13 @@ def test_a_failure_of_recording_is_no_failure_of_capture(monkeypatch):
     assert isinstance(captured.module.fc, GraphModule)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(1, 4))])
+def test_torchscript_itself_is_refused(made):
+    with pytest.raises(CaptureError, match="is TorchScript, whose operators can't be seen: give the module that was"):
+        capture(made(nn.Linear(4, 4)), (torch.ones(1, 4),))
+
+
 def test_a_generator_is_refused():
     with pytest.raises(CaptureError, match="input 0 of 'Linear' is a generator, which can be read only once"):
         capture(nn.Linear(2, 2), ((row for row in range(3)),))

@@ -452,6 +452,11 @@ def test_an_untracked_file_whose_name_is_no_utf_8_is_a_change(repo: Repo, monkey
     assert Repository.here().changes()
 
 
+def test_a_base_that_depends_on_nothing_has_the_environment_of_the_head(repo: Repo):
+    (repo.path / "requirements.txt").write_text("torch\n")
+    repo.only("model.py", timed=False)
+
+
 def test_a_list_of_packages_may_be_as_powershell_writes_it(repo: Repo):
     (repo.path / "requirements.txt").write_text("torch\n", encoding="utf-16")
     repo.commit()

@@ -199,6 +199,12 @@ def test_random_states_are_as_before(write):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
+def test_an_exported_module_keeps_its_mode(write):
+    write("model = torch.export.export(Net().eval(), (torch.ones(1, 3),)).module()")
+    loaded = load("model.py", inputs=["1x3"])
+    assert loaded.notes[0].startswith("the module stays in the mode that it is in: ")
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_lazy_parameters_get_their_shapes_from_the_inputs(write, train):
     write("model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())")
