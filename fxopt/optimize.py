@@ -12,6 +12,7 @@ from torch import nn
 
 from fxopt import bench, record, spec
 from fxopt.capture import Captured, capture
+from fxopt.capture.state import with_versions
 from fxopt.contract import Pass, Promise
 from fxopt.engines import Executable, climb
 from fxopt.engines.eager import Eager
@@ -52,6 +53,7 @@ class Result:
     executable: Executable | None = None
 
 
+@with_versions()
 def optimize(
     module: nn.Module,
     inputs: Any,

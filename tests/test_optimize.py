@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from fxopt import record
 from fxopt.errors import LoadError, SpecError
 from passes import QAT, Fuse
 from tests import models
+from tests.capture.odd import ODD
 
 CASE = models.STATIC["conv_block"]
 
@@ -135,3 +137,37 @@ def test_a_saved_result_loads_to_equal_outputs(tmp_path: Path) -> None:
         for parameter in module.parameters():
             parameter.add_(1.0)
         assert torch.equal(fxopt.load(tmp_path / "out", module)(*inputs), result.module(*inputs))
+
+
+INSIDE = {
+    "capture": lambda module, x: fxopt.capture(module, x).module,
+    "optimize": lambda module, x: fxopt.optimize(module, x, "clean,fuse", devices=()).module,
+    "lower": lambda module, x: fxopt.lower(module, x),
+    "compare": lambda module, x: fxopt.compare(module, module, x, pairs=1) and module,
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_all_of_it_may_be_called_in_inference_mode(name: str) -> None:
+    module, (x,) = CASE.build(), CASE.example()
+    with torch.inference_mode():
+        own = x * 1
+        found = INSIDE[name](module, own)
+        inside = found(own)
+        assert torch.is_inference_mode_enabled()
+    torch.testing.assert_close(inside, module(x).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), inside)
+
+
+@pytest.mark.parametrize("engine", ["eager", "onednn", "onnxruntime"])
+@pytest.mark.parametrize("case", [CASE, ODD["shape_cache"]])
+def test_a_copy_that_is_made_in_inference_mode_runs(case: models.Case, engine: str) -> None:
+    if case is not CASE and engine == "onnxruntime":
+        pytest.skip("it exports no opaque part")
+    module, (x,) = case.build(), case.example()
+    module(x)
+    executable = fxopt.lower(module, x, engine)
+    with torch.inference_mode():
+        copied = copy.deepcopy(executable)
+    torch.testing.assert_close(copied(x), executable(x))

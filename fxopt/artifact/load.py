@@ -18,6 +18,7 @@ from fxopt.artifact.directory import read_recipe
 from fxopt.artifact.save import INPUTS, SCHEMA, WEIGHTS, fingerprint
 from fxopt.artifact.tree import decode
 from fxopt.artifact.weights import restore
+from fxopt.capture.state import with_versions
 from fxopt.contract import Pass
 from fxopt.engines import Executable
 from fxopt.engines.lower import after_passes, build
@@ -32,6 +33,7 @@ from fxopt.version import __version__
 _RANGE = ".scale"
 
 
+@with_versions()
 def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = None) -> GraphModule | Executable:
     """Make the result in `directory` again: its recipe replayed on the original module, then its weights.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fxopt.capture.state import with_versions
 from fxopt.errors import EngineError
 
 
@@ -40,6 +41,7 @@ def quiet(device: torch.device, threads: int | None = None, cores: Sequence[int]
             if cores is not None:
                 held.enter_context(pinned(cores))
             held.enter_context(torch.random.fork_rng(devices=devices))
+            held.enter_context(with_versions())
             held.enter_context(torch.no_grad())
             yield
     finally:

@@ -15,11 +15,13 @@ from fxopt.capture.fake import without_values
 from fxopt.capture.found import Found
 from fxopt.capture.independent import independent_copy
 from fxopt.capture.recapture import Recapturing
+from fxopt.capture.state import with_versions
 from fxopt.capture.tree import Builder
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 
 
+@with_versions()
 def capture(
     module: nn.Module,
     args: tuple[Any, ...] = (),

@@ -1,4 +1,4 @@
-"""Copies of tensors that take no memory until one of the two is written."""
+"""Copies of tensors that take no memory until one of the two is written, and how often one was."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def lazy_copy(tensor: torch.Tensor) -> torch.Tensor | None:
         return value.clone()
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written; 0 for one that was made in inference mode, where torch does not count that."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from fxopt.capture.attributes import Attribute, is_left, look, old
 from fxopt.capture.chance import random_state_kept
-from fxopt.capture.copy_on_write import lazy_copy
+from fxopt.capture.copy_on_write import lazy_copy, version_of
 
-__all__ = ["State", "apart", "memory_of", "random_state_kept", "state_kept", "tensors_kept"]
+__all__ = ["State", "apart", "memory_of", "random_state_kept", "state_kept", "tensors_kept", "with_versions"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
@@ -37,7 +37,7 @@ class State:
             for child in self._modules
         ]
         tensors = [*module.parameters(), *module.buffers()]
-        self._tensors = [(tensor, tensor._version, lazy_copy(tensor)) for tensor in tensors if not is_lazy(tensor)]
+        self._tensors = [(tensor, version_of(tensor), lazy_copy(tensor)) for tensor in tensors if not is_lazy(tensor)]
         self._leaves = [tensor for tensor, _, _ in self._tensors if tensor.grad_fn is None]
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -130,6 +130,16 @@ def state_kept(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def with_versions() -> Iterator[None]:
+    """Count writes into the tensors that are made within, which torch does not in its inference mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def apart(values: Iterable[Any], *modules: nn.Module) -> list[Any]:
     """What a run gave, without history, and copied where it is the modules' own state, which is then set back.
 
@@ -163,12 +173,12 @@ def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_written(tensor: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:
     # Writes through `.data`, and those of batch norm into its statistics, don't count as a version.
-    if copy is None or (tensor._version == version and _is_untouched(tensor)):
+    if copy is None or (version_of(tensor) == version and _is_untouched(tensor)):
         return False
     try:
         return not torch.equal(tensor, copy)
     except (RuntimeError, NotImplementedError):  # fake, sparse and quantized tensors can't always be compared
-        return tensor._version != version
+        return version_of(tensor) != version
 
 
 def _is_untouched(tensor: torch.Tensor) -> bool:

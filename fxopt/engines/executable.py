@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.state import random_state_kept, state_kept
+from fxopt.capture.state import random_state_kept, state_kept, with_versions
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.gpu import current_among
@@ -82,7 +82,7 @@ class Executable(nn.Module):
             if self._built is None:
                 began = time.perf_counter()
                 place = current_among(tensor.device for tensor in self._inputs.tensors)
-                with torch.no_grad(), state_kept(self.module), random_state_kept(), place:
+                with with_versions(), torch.no_grad(), state_kept(self.module), random_state_kept(), place:
                     built = self.engine.build(self.module, self._inputs, self._choices)
                 self._choices = dict(built.choices)
                 self._one_form = OneForm(self.module.forward)

@@ -10,7 +10,7 @@ from torch import nn
 from fxopt import spec
 from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
-from fxopt.capture.state import random_state_kept, state_kept
+from fxopt.capture.state import random_state_kept, state_kept, with_versions
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
 from fxopt.engines.gpu import rounding_of_torch
@@ -44,12 +44,13 @@ def lower(module: nn.Module, inputs: Any, engine: str = "onednn", **options: Any
             in training mode, or outputs that differ by more than the engine may add.
         CaptureError: see `fxopt.capture`.
     """
-    found, example = find(engine, options), Inputs.of(inputs)
-    prepared = prepare(found, module, example)
-    # Packed weights can take the place of those of a module that nobody else holds, such as the result of a call.
-    del module
-    collect_beside(prepared)
-    return _finished(found, prepared, example)
+    with with_versions():  # as a decorator it would hold the module
+        found, example = find(engine, options), Inputs.of(inputs)
+        prepared = prepare(found, module, example)
+        # Packed weights can take the place of those of a module that nobody else holds, such as the result of a call.
+        del module
+        collect_beside(prepared)
+        return _finished(found, prepared, example)
 
 
 def build(engine: Engine, module: nn.Module, inputs: Inputs, choices: Any = None) -> Executable:

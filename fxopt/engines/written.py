@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fxopt.capture.copy_on_write import version_of
 from fxopt.errors import EngineError
 
 
@@ -20,10 +21,10 @@ def refuse_writes(engine: str, module: nn.Module, inputs: Sequence[torch.Tensor]
     """
     named = [(f"'{name}'", tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
     named += [(f"input {number}", tensor) for number, tensor in enumerate(inputs)]
-    versions = [tensor._version for _, tensor in named]
+    versions = [version_of(tensor) for _, tensor in named]
     yield
     for (name, tensor), version in zip(named, versions, strict=True):
-        if tensor._version != version:
+        if version_of(tensor) != version:
             raise EngineError(
                 f"engine '{engine}' would lose what the module writes into {name}: return the new values in place of "
                 "writing them, or take an engine that runs torch's graph, such as 'eager'"
