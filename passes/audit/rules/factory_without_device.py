@@ -21,6 +21,9 @@ def _tensor(evidence: Evidence, body: code.Body) -> str:
     first = next(iter(given.args[1:]), None)
     if first is None or len(given.defaults) > len(given.args) - 2:  # its default is hardly one
         return ""
+    names = [node for node in ast.walk(body.node) if isinstance(node, ast.Name) and node.id == first.arg]
+    if any(isinstance(name.ctx, ast.Store) for name in names):
+        return ""
     if first.annotation is not None:
         return first.arg if ast.unparse(first.annotation) in ("Tensor", "torch.Tensor") else ""
     if body.node.name != "forward" or seen is None:

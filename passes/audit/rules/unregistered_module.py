@@ -32,6 +32,9 @@ def _fix(kind: type, name: str, value: Any) -> Fix | None:
     return code.with_value(path, statement, lambda v: f"self.{name} = {called}({v})", f"use {called}")
 
 
+_READERS = {"len", "list", "tuple", "iter", "enumerate", "zip", "reversed", "dict", "sorted", "set"}
+
+
 def _can_be(container: type, kind: type, name: str, value: Any) -> bool:
     """Whether a container of modules can stand for `value`: all are modules, and all uses of it are known there."""
     items = value.values() if isinstance(value, dict) else value
@@ -40,13 +43,29 @@ def _can_be(container: type, kind: type, name: str, value: Any) -> bool:
     keys = value if isinstance(value, dict) else ()
     if not all(isinstance(key, str) and key and "." not in key and not hasattr(container, key) for key in keys):
         return False
-    used = {
-        part.attr
-        for _, _, node in code.bases(kind)
-        for part in ast.walk(node)
-        if isinstance(part, ast.Attribute) and code.self_attribute(part.value) == name
-    }
-    return all(hasattr(container, attribute) for attribute in used)
+    return all(_fits(container, use, around) for use, around in _uses(kind, name))
+
+
+def _uses(kind: type, name: str) -> Iterator[tuple[ast.Attribute, ast.AST]]:
+    """Every `self.name` in the text of a class, and what it stands in."""
+    for _, _, node in code.bases(kind):
+        for around in ast.walk(node):
+            for part in ast.iter_child_nodes(around):
+                if isinstance(part, ast.Attribute) and code.self_attribute(part) == name:
+                    yield part, around
+
+
+def _fits(container: type, use: ast.Attribute, around: ast.AST) -> bool:
+    """Whether that use does the same with a container of modules."""
+    if isinstance(around, ast.Attribute):
+        return around.attr != "pop" and hasattr(container, around.attr)  # theirs takes no default
+    if isinstance(around, ast.Call):
+        return ast.unparse(around.func) in _READERS
+    if isinstance(around, ast.Compare):
+        return all(isinstance(operator, (ast.In, ast.NotIn)) for operator in around.ops)
+    return isinstance(around, (ast.Subscript, ast.For, ast.comprehension, ast.Starred, ast.Assign)) and (
+        not isinstance(around, ast.Assign) or use in around.targets
+    )
 
 
 def _is_plain_function(module: nn.Module) -> bool:

@@ -37,6 +37,8 @@ def _fix(evidence: Evidence, kind: type, name: str, value: Any) -> Fix | None:
     path, statement = places[0]
     if not isinstance(statement, ast.Assign) or [ast.unparse(each) for each in statement.targets] != [f"self.{name}"]:
         return None
+    if _is_early(kind, statement):
+        return None
     # The line may set numbers or parameters in other modules.
     others = [module for _, module in evidence.users if places[0] in code.assignments(type(module), name)]
     if not all(isinstance(vars(module).get(name), (torch.Tensor, NoneType)) for module in others):
@@ -44,6 +46,14 @@ def _fix(evidence: Evidence, kind: type, name: str, value: Any) -> Fix | None:
     if any(name in module._parameters for module in others):
         return None
     return code.with_value(path, statement, lambda v: f'self.register_buffer("{name}", {v})', "register the buffer")
+
+
+def _is_early(kind: type, statement: ast.stmt) -> bool:
+    """Whether the base class is initialised behind it: until then there are no buffers."""
+    functions = [item for _, _, node in code.bases(kind) for item in node.body if isinstance(item, ast.FunctionDef)]
+    around = [function for function in functions if any(part is statement for part in ast.walk(function))]
+    calls = [part for function in around for part in ast.walk(function) if isinstance(part, ast.Call)]
+    return any(ast.unparse(call.func).endswith(".__init__") and call.lineno > statement.lineno for call in calls)
 
 
 class UnregisteredTensor(Rule):

@@ -119,6 +119,23 @@ LEFT = {
         "FX102",
         of("self.layers = {'a': nn.Linear(4, 4)}\n        self.layers.setdefault('b', nn.Linear(4, 4))"),
     ),
+    "pop with a default": ("FX102", of("self.layers = {'a': nn.Linear(4, 4)}\n        self.layers.pop('b', None)")),
+    "a list that is repeated": (
+        "FX102",
+        of("self.layers = [nn.Linear(4, 4)]\n        self.twice = len(self.layers * 2)"),
+    ),
+    "a list by another name": (
+        "FX102",
+        of("self.layers = [nn.Linear(4, 4)]\n        a = self.layers\n        a.reverse()"),
+    ),
+    "a list that is asked for": (
+        "FX102",
+        of("self.layers = [nn.Linear(4, 4)]\n        assert type(self.layers) is list"),
+    ),
+    "a tensor before there are buffers": (
+        "FX101",
+        of("pass").replace("        super()", "        self.scale = torch.ones(4)\n        super()"),
+    ),
     "two tensors at once": ("FX101", of("self.mean, self.scale = torch.zeros(4), torch.ones(4)")),
     "a tensor with a gradient": ("FX101", of("self.scale = torch.ones(4, requires_grad=True)")),
     "an attribute of the class": ("FX101", of("self.scale = torch.ones(4)") + "    scale = None\n"),
@@ -136,6 +153,10 @@ LEFT = {
     ),
     "a device that is given": ("FX202", of("", "return self.fc(x) + torch.ones(4, device='cpu')")),
     "an argument that is a number": ("FX202", of("", "return self.fc(x) + self.mask(4)") + MASKS),
+    "an argument that is bound anew": (
+        "FX202",
+        of("", "y, x = self.fc(x), [x]\n        return y + torch.ones(4)"),
+    ),
     "an argument that is a list": ("FX202", SHIFTS + of("self.add = Shifts()", "return self.add([self.fc(x)])")),
 }
 
