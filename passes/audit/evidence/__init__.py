@@ -26,12 +26,22 @@ _GPU_ERROR = 1e-3
 """Kernels of two devices sum in other orders, which stays well below this."""
 
 
+def _is_written(kind: type) -> bool:
+    """Whether a class is not torch's or fxopt's, which make some while they run."""
+    return not kind.__module__.startswith(("torch.", "fxopt."))
+
+
 class Evidence:
     """What is known of one subject. Nothing here changes its module."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
         self.notes: list[str] = []
+        kinds = {type(module) for _, module in self.modules}
+        hidden = sorted(kind.__name__ for kind in kinds if code.class_node(kind) is None and _is_written(kind))
+        if hidden:
+            names = ", ".join(f"'{name}'" for name in hidden)
+            self.notes.append(f"{subject.name}: no file has the source of {names}: rules that read it said nothing")
         # It takes a process of its own, so it may as well begin before the other runs.
         self._fake_device = self._tried("the fake-device run", FakeDeviceRun)
 

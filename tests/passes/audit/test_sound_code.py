@@ -233,12 +233,13 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
     assert finding.place is not None and finding.fix is not None
 
 
-def test_a_class_of_no_file_is_left_unread():
+def test_a_class_of_no_file_is_left_unread_and_told():
     space = {"__name__": "__main__", "nn": nn}
     exec("class Module(nn.Linear):\n    pass", space)
     with patch.object(sys.modules["__main__"], "__file__", None):
         found = Audit().inspect(Subject("x", space["Module"](3, 3), Inputs((torch.randn(2, 3),))))
-    assert (found.findings, found.notes) == ((), ())
+    assert found.findings == ()
+    assert found.notes == ("x: no file has the source of 'Module': rules that read it said nothing",)
 
 
 def test_what_is_random_in_training_is_no_repetition(write):
