@@ -212,7 +212,7 @@ class Region:
         return self.qualified(node) in self.program.spared
 
     def add_module(self, hint: str, module: nn.Module) -> str:
-        """Register `module` under `hint`, or the first free name like it, and return that name."""
+        """Register `module` under `hint`, or the first free name like it, in the mode at hand; return that name."""
         module.train(self.module.training)
         name = self._free(hint)
         owner, _, leaf = name.rpartition(".")

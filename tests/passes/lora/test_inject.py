@@ -337,15 +337,17 @@ def test_one_module_has_one_adapter() -> None:
     assert sum(isinstance(child, Adapter) for child in module.modules()) == 1
 
 
-def test_a_graph_for_each_mode_has_the_same_adapters() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_for_each_mode_has_the_same_adapters(training: bool) -> None:
     class TwoModes(MLP):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x * 2 if self.training else x)
 
     x = torch.randn(4, 10)
-    module = capture(TwoModes().eval(), (x,)).module
+    module = capture(TwoModes().train(training), (x,)).module
     inject(module, LoRA(targets=("*",)))
     assert len(module.graphs) == 2
+    assert all(child.training is training for child in module.modules())
     assert sum(isinstance(child, Adapter) for child in module.modules()) == 2
     randomize(module)
     merge(module)
