@@ -124,7 +124,9 @@ def _of_device(
     tell(f"memory on {device}")
     size = measure_size(module, inputs, device)
     tell(f"profile on {device}")
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    # Floats of 8 bits are widened before they are multiplied; their own product takes minutes on a CPU.
+    dtypes = [p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
+    dtype = dtypes[0] if dtypes else torch.float32
     roofline = measure_roofline(place, dtype, threads)
     profiled: Profile | str
     try:

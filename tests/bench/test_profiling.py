@@ -11,7 +11,10 @@ from fxopt.bench import Roofline, measure_latency, measure_roofline, measure_thr
 from fxopt.bench.latency import percentile
 from fxopt.bench.operators import operators_of
 from fxopt.bench.surroundings import pinned
+from fxopt.bench.survey import survey
 from fxopt.errors import EngineError
+from fxopt.inputs import Inputs
+from fxopt.target import Target
 
 CEILINGS = Roofline(1e9, 1e9, "float32")
 
@@ -141,3 +144,23 @@ def test_threads_are_held_to_cores_and_let_go() -> None:
     assert {task: os.sched_getaffinity(task) for task in tasks} == had
     with pytest.raises(EngineError, match="this process may run on"), pinned([4096]):
         pass
+
+
+def test_the_ceiling_of_floats_of_8_bits_is_that_of_what_they_are_widened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.float()
+
+    asked: list[torch.dtype] = []
+
+    def ceilings(device: torch.device, dtype: torch.dtype, threads: int | None) -> Roofline:
+        asked.append(dtype)
+        return Roofline(1.0, 1.0, "")
+
+    monkeypatch.setattr("fxopt.bench.survey.measure_roofline", ceilings)
+    survey(Target("narrow", Narrow(), Inputs.of(torch.ones(2, 3))), batches=(1,), budget_seconds=0.05)
+    assert asked == [torch.float32]
