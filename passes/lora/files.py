@@ -60,8 +60,8 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
     entries = nested(root, [to_entry(root, adapter, name) for adapter in found.values()])
     beside = saved_with(module, name)
     lows = [adapter[name] for adapter in found.values()]
-    # PEFT takes none for weights that are adapted as a whole, and there is none.
-    whole = any(isinstance(adapter, WeightAdapter) for adapter in found.values())
+    # PEFT takes no dropout where it adapts a weight as a whole, which it does with all parameters of no layer.
+    whole = any(isinstance(adapter, WeightAdapter) for adapter in found.values()) or any(e.parameter for e in entries)
     dropout = 0.0 if whole else max(low.dropout for low in lows)
     config = from_settings(root, entries, beside, lows[0].rslora, dropout)
     tensors = write_entries(entries) | write_beside(root, beside, entries)
