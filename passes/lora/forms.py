@@ -63,8 +63,7 @@ class Form:
 
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """Length of the weight of each output (out,)."""
-        length: torch.Tensor = torch.linalg.norm(weight.flatten(1), dim=1)
-        return length
+        return _lengths(weight.flatten(1))
 
     def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
         """`scale`, a value an output, in a shape that multiplies the weight."""
@@ -115,8 +114,7 @@ class Matmul(Linear):
 
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """Of each column."""
-        length: torch.Tensor = torch.linalg.norm(weight.T, dim=1)
-        return length
+        return _lengths(weight.T)
 
     def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
         """A value a column."""
@@ -143,8 +141,7 @@ class Embedding(Form):
 
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """Of each column: DoRA's outputs are the dimensions of the embedding."""
-        length: torch.Tensor = torch.linalg.norm(weight.T, dim=1)
-        return length
+        return _lengths(weight.T)
 
     def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
         """A value a column."""
@@ -248,8 +245,7 @@ class ConvTranspose(Conv):
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """Of each output channel of each group."""
         by_group = weight.reshape(self.groups, -1, *self.shape[1:]).transpose(1, 2)
-        length: torch.Tensor = torch.linalg.norm(by_group.flatten(2), dim=2)
-        return length.flatten()
+        return _lengths(by_group.flatten(2)).flatten()
 
     def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
         """Each group of inputs has its own outputs."""
@@ -262,3 +258,9 @@ def form_of(kind: str, shape: torch.Size, options: dict[str, Any]) -> Form:
     classes: dict[str, type[Form]] = {"linear": Linear, "matmul": Matmul, "embedding": Embedding}
     made = ConvTranspose if kind.startswith("conv_transpose") else Conv if kind.startswith("conv") else Form
     return classes.get(kind, made)(kind, tuple(shape), options)
+
+
+def _lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Along the last axis; never zero, since DoRA divides by it, and some layers start at zero."""
+    length: torch.Tensor = torch.linalg.norm(rows, dim=-1)
+    return length.clamp_min(torch.finfo(rows.dtype).tiny)

@@ -256,6 +256,33 @@ def test_what_stands_for_padding_does_not_move(model: Callable[[], nn.Module], d
     assert not torch.equal(module(ids), plain(ids))
 
 
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 3), torch.randn(2, 4)),
+        (nn.Conv2d(4, 3, 3), torch.randn(2, 4, 5, 5)),
+        (nn.ConvTranspose2d(4, 3, 3), torch.randn(2, 4, 5, 5)),
+        (nn.Embedding(10, 4), torch.tensor([[1, 2]])),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_dora_trains_a_layer_that_starts_at_zero(layer: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        next(layer.parameters()).zero_()
+    module = capture(nn.Sequential(layer), (x,)).module
+    before = module(x).detach()
+    inject(module, LoRA(targets=("*",), dora=True))
+    assert torch.equal(module(x), before)
+    optimizer = torch.optim.Adam(trainable_parameters(module), 0.1)
+    for _ in range(3):
+        module(x).sum().backward()
+        optimizer.step()
+    found = module(x).detach()
+    assert found.isfinite().all() and not torch.equal(found, before)
+    merge(module)
+    assert torch.allclose(module(x), found, atol=1e-5)
+
+
 def test_training_and_inference_agree() -> None:
     for name in CASES:
         _, module, x, _ = with_adapters(name)
