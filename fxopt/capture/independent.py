@@ -64,7 +64,7 @@ def _is_plain(module: nn.Module) -> bool:
     # A class that says what its state is keeps what can't be copied out of it: what `torch.compile` gives is bound to
     # the weights it was made with, and makes its forward anew.
     kind = type(module)
-    return not hasattr(kind, "__deepcopy__") and kind.__getstate__ is object.__getstate__
+    return not hasattr(kind, "__deepcopy__") and kind.__getstate__ is nn.Module.__getstate__
 
 
 def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
