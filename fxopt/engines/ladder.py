@@ -207,6 +207,8 @@ def _built(
         resident_bytes=None if before is None or after is None else max(after - before, 0),
     )
     bound = allowed if max_error is None else max_error
+    if rung.in_floats:  # it is shown, and never chosen
+        bound = max(bound, engine.tolerance(torch.float32))
     if not error <= bound:
         return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
     if not engine.integers or not is_quantized(rewritten):
