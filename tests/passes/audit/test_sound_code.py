@@ -236,7 +236,7 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
 def test_a_class_of_no_file_is_left_unread_and_told():
     space = {"__name__": "__main__", "nn": nn}
     exec("class Module(nn.Linear):\n    pass", space)
-    with patch.object(sys.modules["__main__"], "__file__", None):
+    with patch.object(sys.modules["__main__"], "__file__", None, create=True):
         found = Audit().inspect(Subject("x", space["Module"](3, 3), Inputs((torch.randn(2, 3),))))
     assert found.findings == ()
     assert found.notes == ("x: no file has the source of 'Module': rules that read it said nothing",)
