@@ -8,10 +8,11 @@ outputs. What a mask is filled with, such as -1e9 beside logits, is no scale for
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,8 @@ class Oracle:
     def _try(self, module: nn.Module, inputs: Inputs) -> Outcome | None:
         """None where the original can't take such an input: then nothing is asked of the others."""
         try:
-            return self._run(module, inputs)
+            with redirect_stderr(io.StringIO()):  # torch.fx prints an error before it raises it
+                return self._run(module, inputs)
         except Exception:  # whatever a user's forward raises
             return None
 

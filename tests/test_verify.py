@@ -380,3 +380,26 @@ def test_a_float32_output_of_layers_in_fewer_bits_is_held_to_what_these_allow(
         ]
         difference = compare_outcomes(expected, found, Promise.CLOSE)
         assert difference.allowed == allowed and difference.is_broken is (factor == 1.2)
+
+
+class Mixed(nn.Module):
+    """Its product has no float64 form: its dtype is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4).bfloat16())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.bfloat16() @ self.weight).float()
+
+
+def test_a_run_that_may_fail_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(2, 4)
+    module = capture(Mixed().eval(), (x,)).module
+    with pytest.raises(RuntimeError, match="dtype"):
+        module.double()(x.double())
+    assert "Call using an FX-traced Module" in capsys.readouterr().err
+    module = capture(Mixed().eval(), (x,)).module
+    oracle = Oracle(module, Inputs((x,)))
+    assert oracle.error(oracle.outcomes(module), Promise.EXACT) == 0
+    assert capsys.readouterr().err == ""
