@@ -7,13 +7,13 @@ from typing import Any
 from fxopt.engines.onnx_weights import constant_like, holds_integers
 
 _DEQUANTISE = "DequantizeLinear"
-_CLAMPS = ("Relu", "Clip")
 
 
 def part_sums(model: Any) -> None:
-    """Write Gemm of integers as MatMul and Add where floats come of it.
+    """Write Gemm of integers as MatMul and Add.
 
-    What onnxruntime has for Gemm gives integers: one whose output nobody quantises runs in floats.
+    What onnxruntime has for Gemm gives integers, and takes a bias of integers: one whose output nobody quantises runs
+    in floats, and in front of a quantiser the rounded bias moves values to the next step.
 
     Args:
         model: of `onnx_ir`; changed in place.
@@ -22,7 +22,7 @@ def part_sums(model: Any) -> None:
 
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     for node in list(model.graph):
-        if node.op_type != "Gemm" or len(node.inputs) < 3 or _is_quantised(node.outputs[0]):
+        if node.op_type != "Gemm" or len(node.inputs) < 3:
             continue
         given, factor, bias = node.inputs
         weight: Any = factor.producer()
@@ -74,12 +74,3 @@ def _transpose(model: Any, weight: Any, order: list[int]) -> None:
     weight.outputs[0].shape = ir.Shape(places.shape)
     if "axis" in weight.attributes:
         weight.attributes.add(ir.AttrInt64("axis", order.index(weight.attributes.get_int("axis"))))
-
-
-def _is_quantised(output: Any) -> bool:
-    """Whether integers alone are read of it; a clamp before them is part of their range."""
-    readers = [node for node, _ in output.uses()]
-    if output.is_graph_output() or len(readers) != 1:
-        return False
-    (reader,) = readers
-    return reader.op_type == "QuantizeLinear" or (reader.op_type in _CLAMPS and _is_quantised(reader.outputs[0]))
