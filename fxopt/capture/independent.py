@@ -52,7 +52,7 @@ def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     modules = [child for child in module.modules() if _is_plain(child)]
     for child in modules:
         memo[id(child)] = type(child).__new__(type(child))
-    for child in modules:
+    for child in reversed(modules):  # what is not plain may look into those within it when it is copied
         _fill(memo[id(child)], child, memo)
     result: nn.Module = copy.deepcopy(module, memo)
     return result
