@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from fxopt.capture.state import modes_kept
 from fxopt.errors import FxoptError, LoadError
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -18,18 +19,12 @@ def evaluated(evaluate: Evaluate, module: nn.Module) -> dict[str, float]:
     Raises:
         LoadError: where it raises, or gives something else.
     """
-    modes = [(child, child.training) for child in module.modules()]
     try:
-        with torch.no_grad():
-            found = {str(name): float(value) for name, value in evaluate(module).items()}
+        with modes_kept(module), torch.no_grad():
+            return {str(name): float(value) for name, value in evaluate(module).items()}
     except FxoptError:
         raise
     except Exception as error:
         raise LoadError(
             f"evaluate(module) raises {type(error).__name__}: {error}; it takes a module and returns a dict of floats"
         ) from error
-    finally:
-        for child, training in modes:
-            child.train(training)  # a captured module takes the graph of that mode
-            child.training = training
-    return found

@@ -15,7 +15,16 @@ from fxopt.capture.attributes import Attribute, is_left, look, old
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.copy_on_write import lazy_copy, version_of
 
-__all__ = ["State", "apart", "memory_of", "random_state_kept", "state_kept", "tensors_kept", "with_versions"]
+__all__ = [
+    "State",
+    "apart",
+    "memory_of",
+    "modes_kept",
+    "random_state_kept",
+    "state_kept",
+    "tensors_kept",
+    "with_versions",
+]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
@@ -128,6 +137,18 @@ def state_kept(*modules: nn.Module) -> Iterator[None]:
         for module in modules:
             held.callback(State(module).restore)
         yield
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Leave a module and those in it in training or evaluation, as each of them was."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            if child.training is not training:
+                child.train(training)  # a captured module takes the graph of that mode
 
 
 @contextmanager

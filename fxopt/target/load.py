@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxopt.capture.state import modes_kept
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
 from fxopt.target.find import find
@@ -91,16 +92,11 @@ def _materialized(module: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if not lazy:
         return ()
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
     try:
-        with torch.no_grad():
-            inputs.call(module)
+        with modes_kept(module), torch.no_grad():
+            inputs.call(module.eval())
     except Exception:  # whatever the user's forward raises
         return ()
-    finally:
-        for child, training in modes:
-            child.training = training
     return (f"lazy parameters got the shapes that the inputs ask for: {', '.join(lazy)}",)
 
 

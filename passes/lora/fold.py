@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.state import random_state_kept, tensors_kept
+from fxopt.capture.state import modes_kept, random_state_kept, tensors_kept
 from fxopt.errors import PassError, VerifyError
 from fxopt.graph import Program
 from fxopt.inputs import Inputs
@@ -162,11 +162,5 @@ def _outputs(module: nn.Module, inputs: Any) -> list[torch.Tensor] | None:
     if inputs is None:
         return None
     given = Inputs.of(inputs).map(lambda tensor: tensor.detach().clone())
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        with tensors_kept(module), random_state_kept():
-            return list(tensors_in(given.call(module.eval())))
-    finally:
-        for child, training in modes:
-            child.train(training)  # a captured module takes the graph of that mode
-            child.training = training
+    with modes_kept(module), tensors_kept(module), random_state_kept():
+        return list(tensors_in(given.call(module.eval())))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.batches import ADVICE, run_batches, unaffected
+from fxopt.capture.state import modes_kept
 from fxopt.contract import Skip
 from fxopt.errors import PassError
 from fxopt.modules import FakeQuantize, State
@@ -39,14 +40,13 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
     if isinstance(data, torch.Tensor):
         raise PassError(f"calibrate: the data is one tensor; {ADVICE}")
     before = {name: (_copied(quantizer), quantizer.state) for name, quantizer in quantizers.items()}
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
     try:
         for quantizer in quantizers.values():
             quantizer.reset()
             quantizer.state = State.OBSERVE
             quantizer.calibrating = True
-        with torch.no_grad(), unaffected(module):
+        with torch.no_grad(), modes_kept(module), unaffected(module):
+            module.eval()
             count = run_batches("calibrate", data, lambda inputs: inputs.call(module))
             seen = {name: _copied(quantizer) for name, quantizer in quantizers.items()}
         if count == 0:
@@ -62,9 +62,6 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
     finally:
         for quantizer in quantizers.values():
             quantizer.calibrating = False
-        for child, training in modes:
-            if child.training is not training:
-                child.train(training)
     return tuple(name for name, quantizer in quantizers.items() if not quantizer.ready)
 
 

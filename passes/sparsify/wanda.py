@@ -10,6 +10,7 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.batches import run_batches, unaffected
+from fxopt.capture.state import modes_kept
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Program, observe
 from fxopt.inputs import Inputs
@@ -33,19 +34,15 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     ]
     functional = {id(each.mask): each.mask for each in found if not isinstance(each.owner, Fused)}
     readers = _readers(module, functional)
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
     visit = _visit(readers, reached)
     try:
-        with torch.no_grad(), unaffected(module):
+        with torch.no_grad(), modes_kept(module), unaffected(module):
+            module.eval()
             count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
             squares = [_squares(each.mask).clone() for each in found]
     finally:
         for hook in hooks:
             hook.remove()
-        for child, training in modes:
-            if child.training is not training:
-                child.train(training)
     unseen = [each.name for each in found if each.mask not in reached]
     if count == 0:
         raise PassError(
