@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,9 +20,7 @@ from fxopt.modules import Mask, rebuild
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FAST = {"bf16": {"amx_bf16", "avx512_bf16", "bf16"}, "fp16": {"amx_fp16", "avx512_fp16", "fphp"}}
-_PRODUCTS: frozenset[Any] = frozenset(
-    {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", F.scaled_dot_product_attention}
-)
+_PRODUCTS: frozenset[Any] = frozenset({operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"})
 _FOLLOWING_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten,
 )  # fmt: skip
@@ -61,7 +59,7 @@ class Cast(Pass):
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise SpecError(f"cast: 'dtype' is bf16 or fp16, not {self.dtype!r}")
-        if self.max_error < 0:
+        if not self.max_error >= 0:
             raise SpecError(f"cast: 'max_error' is 0 or more, not {self.max_error}")
 
     @property
@@ -85,7 +83,9 @@ class Cast(Pass):
             elif product is not None and product.kind == "matmul":
                 outcome = casting.function(node, product.input, [product.weight_node, product.bias_node])
             elif node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
-                outcome = casting.product(node)
+                outcome = casting.product(node, node.all_input_nodes)
+            elif node.target is F.scaled_dot_product_attention:
+                outcome = casting.attention(node)
             elif affine is None:
                 casting.follow(node)
             changed = changed or isinstance(outcome, Change)
@@ -100,13 +100,14 @@ class Cast(Pass):
 class _Casting:
     """Casts in one graph.
 
-    `_low` maps a float32 value to the same in fewer bits.
+    `_low` maps a float32 value to the same in fewer bits, `_masks` one that is added to scores.
     """
 
     def __init__(self, region: Region, dtype: torch.dtype):
         self._region = region
         self._dtype = dtype
         self._low: dict[fx.Node, fx.Node] = {}
+        self._masks: dict[fx.Node, fx.Node] = {}
 
     def layer(self, affine: Affine) -> Change | Skip | None:
         """Let a layer compute in fewer bits."""
@@ -143,14 +144,32 @@ class _Casting:
             each.meta["tensor_meta"] = each.meta["tensor_meta"]._replace(dtype=self._dtype)
         return self._low_now(node)
 
-    def product(self, node: fx.Node) -> Change | None:
+    def product(self, node: fx.Node, operands: Sequence[fx.Node]) -> Change | None:
         """Let a product of values, none of them a parameter, compute in fewer bits."""
-        region = self._region
-        if region.training or not all(map(_is_float32, [node, *node.all_input_nodes])):
+        if self._region.training or not all(map(_is_float32, [node, *operands])):
             return None
-        if all(operand.op == "get_attr" for operand in node.all_input_nodes):
+        if all(operand.op == "get_attr" for operand in operands):
             return None
-        return self._low_now(node)
+        return self._low_now(node, operands)
+
+    def attention(self, node: fx.Node) -> Change | None:
+        """Let queries, keys and values be multiplied in fewer bits; a mask is of booleans, or in as many bits as they.
+
+        Its smallest number stays one: as infinity it would leave nothing where all keys of a query are masked.
+        """
+        names = ("query", "key", "value", "attn_mask")
+        *operands, mask = ({**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name) for name in names)
+        found = self.product(node, [value for value in operands if isinstance(value, fx.Node)])
+        if found is None or not isinstance(mask, fx.Node) or not _is_float32(mask):
+            return found
+        if not self._is_current(mask, node, self._masks):
+            limits, graph = torch.finfo(self._dtype), self._region.graph
+            with graph.inserting_before(node):
+                held = graph.call_method("clamp", (mask, limits.min, limits.max))
+                held = graph.call_function(torch.where, (graph.call_method("isinf", (mask,)), mask, held))
+                self._masks[mask] = inherit(graph.call_method("to", (held, self._dtype)), mask)
+        node.replace_input_with(mask, self._masks[mask])
+        return found
 
     def follow(self, node: fx.Node) -> None:
         """Let an operator that loses nothing take values as they are, where all of them have few bits already."""
@@ -162,7 +181,7 @@ class _Casting:
         tensors = [operand for operand in operands if "tensor_meta" in operand.meta]
         if not follows or not tensors or Effects(self._region).writes(node) or not _is_float32(node):
             return
-        if all(self._is_current(operand, node) for operand in tensors):
+        if all(self._is_current(operand, node, self._low) for operand in tensors):
             for operand in tensors:
                 node.replace_input_with(operand, self._low[operand])
             self._cast_back(node)
@@ -180,24 +199,24 @@ class _Casting:
             return "in training mode parameters stay in float32: torch.autocast is for that"
         return None if _is_float32(source) else "its input is not float32"
 
-    def _low_now(self, node: fx.Node) -> Change:
-        self._replace_inputs(node)
+    def _low_now(self, node: fx.Node, operands: Sequence[fx.Node] | None = None) -> Change:
+        self._replace_inputs(node, node.all_input_nodes if operands is None else operands)
         self._cast_back(node)
         return Change(f"computed in {_name(self._dtype)}", self._region.qualified(node), source_of(node))
 
-    def _replace_inputs(self, node: fx.Node) -> None:
-        for operand in node.all_input_nodes:
+    def _replace_inputs(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
+        for operand in operands:
             if not _is_float32(operand):
                 continue
-            if not self._is_current(operand, node):
+            if not self._is_current(operand, node, self._low):
                 with self._region.graph.inserting_before(node):
                     low = self._region.graph.call_method("to", (operand, self._dtype))
                 self._low[operand] = inherit(low, operand)
             node.replace_input_with(operand, self._low[operand])
 
-    def _is_current(self, operand: fx.Node, user: fx.Node) -> bool:
+    def _is_current(self, operand: fx.Node, user: fx.Node, casts: Mapping[fx.Node, fx.Node]) -> bool:
         """Whether there is a cast of `operand` that nothing has been written into since."""
-        low = self._low.get(operand)
+        low = casts.get(operand)
         if low is None:
             return False
         return Effects(self._region).written_between(operand, min(low, operand), user) is None

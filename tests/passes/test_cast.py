@@ -129,6 +129,36 @@ def test_products_are_computed_in_fewer_bits() -> None:
     assert relative_error(Attends()(*inputs), outcome.module(*inputs)) < 3e-2
 
 
+MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "booleans": lambda seen: seen,
+    "the smallest number": lambda seen: (~seen).float() * torch.finfo(WIDE).min,
+    "infinity": lambda seen: torch.zeros(seen.shape).masked_fill(~seen, -torch.inf),
+}
+
+
+class AttendsMasked(nn.Module):
+    def __init__(self, mask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        x, mask = self.project(x), self.mask(seen)
+        return F.scaled_dot_product_attention(F.scaled_dot_product_attention(x, x, x, mask), x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_hide_what_they_hid(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = AttendsMasked(MASKS[name]).eval(), torch.randn(2, 3, 5, 8)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    outcome = rewrite(Cast(), capture(model, (x, seen)).module)
+    assert len(outcome.changes) == 3
+    seen[2] = False  # a query all of whose keys are masked, as of padding
+    with torch.no_grad():
+        assert 0 < relative_error(model(x, seen), outcome.module(x, seen)) < 2e-2
+
+
 class Tied(nn.Module):
     """A table that is the weight of the last layer too."""
 
@@ -212,7 +242,14 @@ def test_a_slow_cpu_is_told(flags: tuple[str, ...], said: bool, monkeypatch: pyt
     assert any("no instructions for bf16" in skip.reason for skip in outcome.skips) is said
 
 
-@pytest.mark.parametrize(("options", "said"), [({"dtype": "int8"}, "bf16 or fp16"), ({"max_error": -1.0}, "0 or more")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "int8"}, "bf16 or fp16"),
+        ({"max_error": -1.0}, "0 or more"),
+        ({"max_error": float("nan")}, "0 or more"),
+    ],
+)
 def test_bad_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         Cast(**options)
