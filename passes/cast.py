@@ -100,7 +100,8 @@ class Cast(Pass):
 class _Casting:
     """Casts in one graph.
 
-    `_low` maps a float32 value to the same in fewer bits, `_masks` one that is added to scores.
+    `_low` maps a float32 value to the same in fewer bits, `_masks` one that is added to scores. `_written` are the
+    values whose memory something writes into.
     """
 
     def __init__(self, region: Region, dtype: torch.dtype):
@@ -108,6 +109,10 @@ class _Casting:
         self._dtype = dtype
         self._low: dict[fx.Node, fx.Node] = {}
         self._masks: dict[fx.Node, fx.Node] = {}
+        effects = Effects(region)
+        aliases = effects.aliases()
+        written = {value for node in region.graph.nodes for value in effects.writes(node)}
+        self._written = frozenset[fx.Node]().union(*map(aliases, written))
 
     def layer(self, affine: Affine) -> Change | Skip | None:
         """Let a layer compute in fewer bits."""
@@ -179,7 +184,10 @@ class _Casting:
             follows = node.op in ("call_function", "call_method") and node.target in _FOLLOWING
         operands = node.all_input_nodes
         tensors = [operand for operand in operands if "tensor_meta" in operand.meta]
-        if not follows or not tensors or Effects(self._region).writes(node) or not _is_float32(node):
+        effects = Effects(self._region)
+        if not follows or not tensors or effects.writes(node) or not _is_float32(node):
+            return
+        if node in self._written and effects.may_alias(node):  # what is written into a view has to reach what it views
             return
         if all(self._is_current(operand, node, self._low) for operand in tensors):
             for operand in tensors:

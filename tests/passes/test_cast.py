@@ -121,6 +121,30 @@ def test_a_value_that_is_written_is_cast_anew() -> None:
         assert 0 < relative_error(model(x), outcome.module(x)) < 2e-2
 
 
+class WrittenThroughViews(nn.Module):
+    """What is written into a view shows in what it views, and the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, z = self.one(x), self.two(x)
+        y.view(-1).add_(1)
+        turned = z.transpose(0, 1)
+        z.mul_(3)
+        return y, turned
+
+
+def test_views_of_what_is_written_share_its_memory() -> None:
+    torch.manual_seed(0)
+    model, x = WrittenThroughViews().eval(), torch.randn(3, 8)
+    outcome = rewrite(Cast(), capture(model, (x,)).module)
+    with torch.no_grad():
+        for expected, found in zip(model(x), outcome.module(x), strict=True):
+            assert 0 < relative_error(expected, found) < 2e-2
+
+
 def test_products_are_computed_in_fewer_bits() -> None:
     torch.manual_seed(0)
     inputs = tuple(torch.randn(2, 3, 5, 8) for _ in range(3))
