@@ -41,6 +41,8 @@ class Built:
         write: writes the engine's own form of the model into a directory; None where it has none.
         recorded: whether autograd would record what `run` does, and has to be kept from it.
         sizes: which may differ from those of the example, where that is less than the engine says; `reasons` tell why.
+        asks: whether something that was decided while building may hold for some batch sizes alone, so that the module
+            is run beside it at each new one.
         holds: copies of the module that `run` calls, where Python code may set attributes.
     """
 
@@ -50,6 +52,7 @@ class Built:
     write: Callable[[Path], None] | None = None
     recorded: bool = True
     sizes: Sizes | None = None
+    asks: bool = False
     holds: tuple[nn.Module, ...] = ()
 
 

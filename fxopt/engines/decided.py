@@ -16,8 +16,6 @@ import torch
 import torch.fx as fx
 
 from fxopt.capture.guards import guard, guard_tensor
-from fxopt.contract import Skip
-from fxopt.engines.contract import Run
 from fxopt.errors import GuardError
 from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead, observe
 from fxopt.inputs import Inputs
@@ -26,18 +24,12 @@ _OF_SHAPE = ("size", "dim", "numel")
 _ATTRIBUTES = ("shape", "ndim", "device", "dtype")
 _OUT_OF_TENSORS = ("item", "tolist")
 
-ASKED = Skip(
-    "", "guards on the batch size are asked of the module at each new one; a saved file by itself asks nothing"
-)
-"""Told of an engine that runs behind `asking`."""
-
 
 def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tuple[GraphModule, bool]:
     """`module`, or a copy without the guards that only sizes decide, where they hold in all `tries`.
 
     Returns:
-        The module, and whether a guard depends on sizes in which `tries` differ, which an exported model lacks: see
-        `asking`.
+        The module, and whether a guard depends on sizes in which `tries` differ, which an exported model lacks.
     """
     if not _guards(module):
         return module, False
@@ -68,25 +60,6 @@ def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tupl
             eliminate_dead(region)
             region.module.recompile()
     return module, depends
-
-
-def asking(module: GraphModule, inputs: Inputs, run: Run) -> Run:
-    """`run`, behind a call of `module` for each batch size but that of `inputs` when it first comes: its guards tell.
-
-    Raises:
-        GuardError: when called with a batch size that `module` does not hold for.
-    """
-    held = {inputs.batch_size}
-
-    def asked(*args: Any, **kwargs: Any) -> Any:
-        batch = Inputs(args, kwargs).batch_size
-        if batch not in held:
-            with torch.no_grad():
-                module(*args, **kwargs)
-            held.add(batch)
-        return run(*args, **kwargs)
-
-    return asked
 
 
 def _guards(module: GraphModule) -> list[fx.Node]:

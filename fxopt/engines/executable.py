@@ -16,6 +16,7 @@ from torch import nn
 
 from fxopt.capture.state import random_state_kept, state_kept, with_versions
 from fxopt.contract import Skip
+from fxopt.engines.checked import checked
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.gpu import current_among
 from fxopt.engines.once import once
@@ -59,6 +60,8 @@ class Executable(nn.Module):
     """Of what was built."""
     _one_form: OneForm
     """Of its calls."""
+    _batches: set[int | None]
+    """The batch sizes that it is known to hold for."""
 
     def __init__(self, engine: Engine, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any] | None = None):
         super().__init__()
@@ -87,6 +90,7 @@ class Executable(nn.Module):
                 self._choices = dict(built.choices)
                 self._one_form = OneForm(self.module.forward)
                 self._signature = Signature(self.engine.name, self._inputs, built.sizes or self.engine.sizes)
+                self._batches = {self._inputs.batch_size}
                 self._build_seconds = time.perf_counter() - began
                 self._built = built  # last, since calls of other threads look for it
             return self._built
@@ -145,27 +149,51 @@ class Executable(nn.Module):
             EngineError: for a call that the module does not take, for inputs of another structure, device or dtype, of
                 sizes that it was not built for, that require a gradient, or under autocast.
         """
-        built = self._built or self.built
+        if self._built is None:
+            _ = self.built
         if kwargs or len(args) != len(self._inputs.args):
             try:
                 args, kwargs = self._one_form(args, kwargs)
             except TypeError as error:
                 raise EngineError(f"engine '{self.engine.name}': the module takes no such call: {error}") from error
-        self._signature.check(args, kwargs)
+        batch = self._signature.check(args, kwargs)
         if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(
                 f"engine '{self.engine.name}' has its precision built in, and autocast would change nothing: call it "
                 "outside of autocast, and cast by a pass before lowering"
             )
         try:
-            if not built.recorded:
-                return built.run(*args, **kwargs)
-            with torch.no_grad():
-                return built.run(*args, **kwargs)
+            if batch is not None and batch not in self._batches:
+                self._hold(batch)
+            return self.run(*args, **kwargs)
         except GuardError as error:
             raise EngineError(
                 f"engine '{self.engine.name}': {error}; lower the module again with such inputs"
             ) from error
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that is known to be in the form of the example."""
+        built = self._built or self.built
+        if not built.recorded:
+            return built.run(*args, **kwargs)
+        with torch.no_grad():
+            return built.run(*args, **kwargs)
+
+    def _hold(self, batch: int) -> None:
+        """Make sure that what was built for one batch size holds for another: on rows of the example.
+
+        Exporters take a free size for one of two or more, whatever the module makes of one row or of none.
+        """
+        inputs = self._inputs.with_batch(batch) if self.built.asks or batch < 2 else None
+        if inputs is not None:
+            try:
+                checked(self, self.run, inputs)
+            except EngineError as error:
+                raise EngineError(
+                    f"engine '{self.engine.name}' does not give what the module gives for a batch size of {batch}: "
+                    "lower the module again with such inputs"
+                ) from error
+        self._batches.add(batch)
 
     def train(self, mode: bool = True) -> Executable:
         """Evaluation mode is the only one.
@@ -221,7 +249,7 @@ class Executable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_built": None, "_choices": dict(self.choices)}
-        return {name: value for name, value in state.items() if name not in ("_signature", "_one_form")}
+        return {name: value for name, value in state.items() if name not in ("_signature", "_one_form", "_batches")}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Executable:
         """What `to`, `half`, `cuda` and their kin call: fine where it changes nothing."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxopt.capture.leaves import is_leaf
 from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
@@ -34,6 +35,9 @@ from fxopt.nested import is_object, tensors_in, with_tensors
 
 _BATCH = "batch"
 _NO_NUMPY = frozenset({torch.bfloat16})
+_KNOWN = ("torch", "_operator", "operator", "math", "builtins", "fxopt")
+ASKED = Skip("", "whether it holds for a batch size is asked of the module at each new one; a saved file asks nothing")
+"""Told of a model whose export `asks`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Export:
     Attributes:
         program: the model.
         reasons: why its batch size is fixed; empty where it is free.
-        asks: whether it holds only for batch sizes that guards of the module allow, which it has not: see `asking`.
+        asks: whether it may hold for some batch sizes only: guards of the module decide by them, which it has not, or
+            code may that no graph holds.
     """
 
     program: torch.onnx.ONNXProgram
@@ -93,7 +98,7 @@ def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
             if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
                 reason = f"the module does not hold for another one than that of the example, {batch}"
             else:
-                return Export(program, asks=asks)
+                return Export(program, asks=asks or _runs_unseen(module))
         except Exception as error:  # the exporter raises anything
             reason = f"the exporter says: {_first_line(error)}"
     try:
@@ -239,6 +244,24 @@ def _by_parameter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     return dict(bound.arguments)
+
+
+def _runs_unseen(module: GraphModule) -> bool:
+    """Whether anything but functions and layers of torch runs, that no graph shows."""
+    for region in Program(module).regions:
+        for node in region.graph.nodes:
+            if node.target is run_shell:
+                return True
+            if node.op == "call_module":
+                child = region.submodule(node)
+                if isinstance(child, torch.jit.ScriptModule) or not (isinstance(child, GraphModule) or is_leaf(child)):
+                    return True
+            elif node.op == "call_function":
+                owner = getattr(node.target, "__self__", None)  # of the `apply` of an autograd function, its class
+                home = (owner if isinstance(owner, type) else node.target).__module__ or "torch"
+                if home.partition(".")[0] not in _KNOWN:
+                    return True
+    return False
 
 
 def _opaque(module: GraphModule) -> str:

@@ -15,10 +15,9 @@ import torch
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
-from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
-from fxopt.engines.onnx import export, nested, outputs_of
+from fxopt.engines.onnx import ASKED, export, nested, outputs_of
 from fxopt.engines.onnx_parted import part_weights
 from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
@@ -72,10 +71,8 @@ class OnnxRuntime(Engine):
         def write(directory: Path) -> None:
             export(module, inputs, outputs).program.save(directory / "model.onnx")
 
-        run = nested(outputs, call)
-        if file.asks:
-            run, reasons = asking(module, inputs, run), (*reasons, ASKED)
-        return Built(run, reasons, write=write, recorded=False, sizes=file.sizes)
+        reasons += (ASKED,) if file.asks else ()
+        return Built(nested(outputs, call), reasons, write=write, recorded=False, sizes=file.sizes, asks=file.asks)
 
 
 def _opened(path: Path, optimized: Path | None, overflows: bool) -> tuple[Any, tuple[Skip, ...]]:

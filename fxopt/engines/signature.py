@@ -37,8 +37,11 @@ class Signature:
             not inputs.kwargs and len(leaves) == len(inputs.args) and all(map(operator.is_, leaves, inputs.args))
         )
 
-    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """Refuse a call that lies outside.
+
+        Returns:
+            The batch size, where that is what may differ; None also where all sizes are those of the example.
 
         Raises:
             EngineError: naming the input, what was expected, and what to do.
@@ -49,7 +52,7 @@ class Signature:
             if structure != self._structure:
                 raise self._refused("the arguments are nested otherwise than those of the example")
         elif all(map(_is_alike, args, self._leaves)):
-            return  # the common case, without the cost of a closer look
+            return None  # the common case, without the cost of a closer look
         batch: int | None = None
         for index, (value, expected) in enumerate(zip(given, self._leaves, strict=True)):
             if not isinstance(expected, _Tensor):
@@ -67,6 +70,7 @@ class Signature:
                     f"engine '{self._engine}': input {index} requires a gradient, and this engine has none: call it "
                     "under torch.no_grad(), or use the module that it was lowered from"
                 )
+        return batch
 
     def _check_shape(self, index: int, value: torch.Tensor, expected: _Tensor, batch: int | None) -> int | None:
         same = value.shape == expected.shape

@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 import fxopt
 from fxopt import Inputs
 from fxopt.engines import ENGINES
-from fxopt.engines.decided import ASKED
+from fxopt.engines.onnx import ASKED
 from fxopt.errors import EngineError
 from fxopt.modules import without_rounding
 from fxopt.relative_error import relative_error
@@ -100,6 +100,67 @@ def test_what_the_number_of_rows_decides_is_asked_for_each(
         torch.testing.assert_close(executable(torch.ones(rows, 5)), torch.full((rows, 5), 2.0))
     with pytest.raises(EngineError, match=r"the captured graph holds for .*; lower the module again"):
         executable(torch.ones(broken, 5))
+
+
+class DoubledIfMany(torch.autograd.Function):
+    """Decides by the number of rows where no graph shows it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] > 2 else x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class Handed(nn.Module):
+    """Hands its input to a function."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+class Catching(nn.Module):
+    """Decides by the number of rows in Python code that stays opaque."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            shift = float(x.mean())
+        except ValueError:
+            return x
+        return x * 2 + shift if x.shape[0] > 2 else x
+
+
+UNSEEN: dict[str, Callable[[], nn.Module]] = {
+    "an autograd function": lambda: Handed(lambda x: DoubledIfMany.apply(x)),
+    "an opaque module": Catching,
+}
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_unseen_code_decides_by_the_number_of_rows_is_asked(name: str, engine: str) -> None:
+    needs(engine)
+    model = UNSEEN[name]().eval()
+    executable = fxopt.lower(model, torch.ones(4, 5), engine)
+    assert [skip.reason for skip in executable.reasons] == [ASKED.reason]
+    torch.testing.assert_close(executable(torch.ones(3, 5)), model(torch.ones(3, 5)))
+    with pytest.raises(EngineError, match="for a batch size of 2: lower the module again with such inputs"):
+        executable(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_one_row_is_no_batch_where_the_module_takes_it_for_none(engine: str) -> None:
+    needs(engine)
+    executable = fxopt.lower(Handed(lambda x: x.unsqueeze(-1).squeeze() * 2).eval(), torch.ones(4, 5), engine)
+    assert executable(torch.ones(3, 5)).shape == (3, 5)
+    with pytest.raises(EngineError, match="2 dimensions after 'squeeze'"):
+        executable(torch.ones(1, 5))
 
 
 @pytest.mark.parametrize("engine", EXPORTING)

@@ -13,10 +13,9 @@ import torch
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
-from fxopt.engines.decided import ASKED, asking
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
-from fxopt.engines.onnx import nested, outputs_of, quiet
+from fxopt.engines.onnx import ASKED, nested, outputs_of, quiet
 from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
@@ -112,7 +111,7 @@ class OpenVINO(Engine):
         run = nested(outputs, call)
         run(*inputs.args, **inputs.kwargs)
         if file.asks:
-            run, reasons = asking(module, inputs, run), (*reasons, ASKED)
+            reasons += (ASKED,)
         if is_quantized(module):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
         missing = self.in_vain(module)
@@ -120,7 +119,15 @@ class OpenVINO(Engine):
             reasons += (Skip("", missing),)
         if saturates(module):
             reasons += (SATURATES,)
-        return Built(run, reasons, {**decided, "rows": model.rows}, write=write, recorded=False, sizes=file.sizes)
+        return Built(
+            run,
+            reasons,
+            {**decided, "rows": model.rows},
+            write=write,
+            recorded=False,
+            sizes=file.sizes,
+            asks=file.asks,
+        )
 
     def _settle_precision(self, model: Model, inputs: Inputs, choices: Mapping[str, Any]) -> dict[str, Any]:
         """Let a model compute in the precision that is asked for; returns what was decided, as `choices` have it."""
