@@ -193,7 +193,7 @@ def _built(
         if missing is not None:
             return dataclasses.replace(rung, dropped=f"not built: {missing}")
         executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)
-        error, allowed = _error(executable, place, oracle)
+        errors = _errors(executable, place, oracle)
     except EngineError as error_:
         return dataclasses.replace(rung, dropped=str(error_))
     except Exception as error_:  # whatever the insides of another project raise
@@ -203,14 +203,15 @@ def _built(
         rung,
         executable=executable,
         build_seconds=seconds + executable.build_seconds,
-        relative_error=error,
+        relative_error=max((error for error, _ in errors), default=0.0),
         resident_bytes=None if before is None or after is None else max(after - before, 0),
     )
-    bound = allowed if max_error is None else max_error
-    if rung.in_floats:  # it is shown, and never chosen
-        bound = max(bound, engine.tolerance(torch.float32))
-    if not error <= bound:
-        return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
+    for error, allowed in errors:
+        bound = allowed if max_error is None else max_error
+        if rung.in_floats:  # it is shown, and never chosen
+            bound = max(bound, engine.tolerance(torch.float32))
+        if not error <= bound:
+            return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
     if not engine.integers or not is_quantized(rewritten):
         return found
     size = None if executable.built.write is None else exports.size(rung.beforehand)
@@ -222,19 +223,17 @@ def _built(
     return dataclasses.replace(found, parity=(agreement(pairs, size),))
 
 
-def _error(executable: Executable, place: torch.device, oracle: Oracle) -> tuple[float, float]:
-    """The largest relative error over the trials that it takes, and what the dtype of that output allows."""
-    worst, allowed = 0.0, 0.0
+def _errors(executable: Executable, place: torch.device, oracle: Oracle) -> list[tuple[float, float]]:
+    """The relative error of each output over the trials that it takes, the largest first, and what its dtype allows."""
+    rounding = max(executable.rounding, rounding_of_torch(place))
+    found = []
     for trial, values in _outputs(executable, place, oracle):
-        for expected, found in zip(trial.reference.values, values, strict=True):
+        for expected, value in zip(trial.reference.values, values, strict=True):
             if isinstance(expected, torch.Tensor):
-                error = relative_error(expected, found.to(expected.device))
-                if error >= worst:
-                    dtypes = {found.dtype, *executable.dtypes}
-                    worst = error
-                    rounding = max(executable.rounding, rounding_of_torch(place))
-                    allowed = max(rounding, *(TOLERANCE.get(dtype, 0.0) for dtype in dtypes))
-    return worst, allowed
+                error = relative_error(expected, value.to(expected.device))
+                allowed = (TOLERANCE.get(dtype, 0.0) for dtype in {value.dtype, *executable.dtypes})
+                found.append((error, max(rounding, *allowed)))
+    return sorted(found, reverse=True)
 
 
 def _outputs(executable: Executable, place: torch.device, oracle: Oracle) -> Iterator[tuple[Trial, list[Any]]]:

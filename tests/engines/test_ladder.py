@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import pytest
@@ -20,7 +20,7 @@ from fxopt.artifact import save
 from fxopt.bench import Times, Verdict
 from fxopt.engines import Executable, candidates, exports, ladder, onednn, openvino
 from fxopt.engines.candidates import Rung
-from fxopt.engines.contract import Engine
+from fxopt.engines.contract import Built, Engine
 from fxopt.engines.ladder import Ladder, climb
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.openvino import OpenVINO
@@ -164,7 +164,7 @@ def test_a_name_takes_options_in_braces(measured: dict[Any, float]) -> None:
 
 def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_error", lambda e, *_: (3e-3 if e.engine.name == "onednn" else 0.0, 1e-4))
+    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(3e-3 if e.engine.name == "onednn" else 0.0, 1e-4)])
     found = run("auto")
     assert found.chosen is not None
     assert found.chosen.engine == "eager"
@@ -175,6 +175,35 @@ def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch:
     assert loose.engine == "onednn"
     with pytest.raises(EngineError, match="its outputs differ"):
         run("onednn")
+
+
+class OfTwoDtypes(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.bfloat16(), x * 2
+
+
+@dataclass(frozen=True)
+class RoundsLater(Engine):
+    """Gives what the module gives, but for inputs that are not the example."""
+
+    name: ClassVar[str] = "rounds later"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def build(self, module: Any, inputs: Any, choices: Any) -> Built:
+        def run(x: torch.Tensor) -> Any:
+            narrow, wide = module(x)
+            return (narrow, wide) if bool((x == 1).all()) else (narrow * 1.02, wide * 1.001)
+
+        return Built(run)
+
+
+def test_each_output_is_held_to_its_own_dtype(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "find", lambda *_: RoundsLater())
+    model, x = OfTwoDtypes().eval(), torch.ones(2, 4)
+    with pytest.raises(EngineError, match=r"its outputs differ by 1.00e-03 \(allowed 0.0001\)"):
+        climb("eager", model, fxopt.capture(model, (x,)).module, Inputs((x,)))
 
 
 def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +336,7 @@ def test_what_rounds_less_is_built_only_where_the_error_of_what_rounds_more_is_t
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (Rung("onednn"), Rung("eager", closer_than="onednn")))
-    monkeypatch.setattr(ladder, "_error", lambda e, *_: (error if e.engine.name == "onednn" else 0.0, 1e-4))
+    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(error if e.engine.name == "onednn" else 0.0, 1e-4)])
     assert run("auto").rungs[1].dropped == said
 
 
@@ -364,7 +393,8 @@ def test_builds_stop_when_the_budget_is_short_and_there_is_something_to_choose(
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onednn", {"tune_seconds": 0.0}), Rung("onednn")))
-    monkeypatch.setattr(ladder, "_error", lambda e, *_: (0.0 if holds or e.engine != OneDNN(0.0) else 1.0, 1e-4))
+    wrong = OneDNN(0.0)
+    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(0.0 if holds or e.engine != wrong else 1.0, 1e-4)])
     _, first, second = run("auto", budget_seconds=1e-9).rungs
     assert bool(first.dropped) is not holds
     assert second.dropped == ("not built: the budget of 1e-09 s was short" if holds else "")
