@@ -187,7 +187,7 @@ def _verified(
         outcomes = []
     if not difference.is_broken or (each.promise is Promise.CHANGES and outcomes and difference.error != float("inf")):
         return outcomes
-    culprit = _first_broken(each, before, len(done.changes), oracle, expected)
+    culprit = _first_broken(each, before, done, oracle, expected)
     after = f" after: {culprit.what} '{culprit.where}'" if culprit else ""
     source = f" ({culprit.source})" if culprit and culprit.source else ""
     raise VerifyError(f"{each.name}: {_in_words(difference)}{after}{source}; nothing was saved")
@@ -201,17 +201,17 @@ def _in_words(difference: Difference) -> str:
 
 
 def _first_broken(
-    each: Pass, before: nn.Module, count: int, oracle: Oracle, expected: list[Outcome | None]
+    each: Pass, before: nn.Module, done: Proven, oracle: Oracle, expected: list[Outcome | None]
 ) -> Change | None:
     """Bisect: the last change of the shortest run of the pass that breaks its promise."""
-    low, high, culprit = 1, count, None
+    low, high, culprit = 1, len(done.changes), None
     while low <= high:
         middle = (low + high) // 2
         changes: tuple[Change, ...] = ()
         trial = independent_copy(before)
         assert isinstance(trial, GraphModule)
         try:
-            changes, _ = run_pass(each, trial, (), limit=middle)
+            changes, _ = run_pass(each, trial, (), limit=middle, spared=done.spared)
             broken = compare_outcomes(expected, oracle.outcomes(trial), each.promise).is_broken
         except Exception:  # a graph that can't run is a broken one
             broken = True
