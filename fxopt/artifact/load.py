@@ -74,7 +74,10 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
         return replayed
     if engine.get("passes"):
         replayed = after_passes(replayed, engine["passes"])
-    return build(find(engine["name"], engine["options"]), replayed, example, engine["choices"])
+    found = find(engine["name"], engine["options"])
+    if engine.get("max_error") is not None:
+        found = found.within(engine["max_error"])
+    return build(found, replayed, example, engine["choices"])
 
 
 def _replay(

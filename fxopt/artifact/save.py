@@ -156,7 +156,8 @@ def _engine(result: Result) -> dict[str, Any] | None:
         return None
     rung = engines["rungs"][engines["chosen"]]
     name, options = rung["engine"], rung["options"]
-    return {"name": name, "options": options, "passes": rung["passes"], "choices": rung["choices"]}
+    chosen = {"name": name, "options": options, "passes": rung["passes"], "choices": rung["choices"]}
+    return {**chosen, "max_error": engines["max_error"]}
 
 
 def _modes(module: GraphModule) -> dict[str, Any]:

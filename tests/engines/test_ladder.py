@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,6 +428,19 @@ def test_the_choice_is_kept_and_made_again_without_measuring(
     assert isinstance(loaded, Executable)
     assert loaded.choices == result.executable.choices
     agree(loaded(x), result.executable(x), 0)
+
+
+def test_the_error_that_was_allowed_is_kept(
+    tmp_path: Path, measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6}
+    model, x = CASE.build(), CASE.example()[0]
+    save(fxopt.optimize(model, x, "fuse", engine="onednn", max_error=0.2, devices=()), tmp_path / "out", {})
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    recipe["engine"] |= {"name": "openvino", "options": {"precision": "mixed"}}
+    (tmp_path / "out" / "recipe.json").write_text(json.dumps(recipe))
+    monkeypatch.setattr(sys.modules["fxopt.artifact.load"], "build", lambda engine, *_: engine)
+    assert fxopt.load(tmp_path / "out", model) == OpenVINO(precision="mixed", max_error=0.2)
 
 
 def test_the_record_tells_all_of_it(measured: dict[Any, float]) -> None:
