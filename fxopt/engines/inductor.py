@@ -100,7 +100,17 @@ class Inductor(Engine):
             ) from error
         if integers and saturates(module):
             reasons.append(SATURATES)
-        return Built(run, tuple(reasons), holds=(copy,))
+
+        def run_others(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except (AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
+                raise EngineError(
+                    f"engine 'inductor' fails for inputs of these sizes: {type(error).__name__}: {_first_line(error)}; "
+                    "lower the module again with such inputs"
+                ) from error
+
+        return Built(run_others, tuple(reasons), holds=(copy,))
 
 
 def _config() -> Any:

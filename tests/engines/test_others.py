@@ -422,6 +422,24 @@ def test_inductor_compiles() -> None:
         executable(x.clone().requires_grad_())
 
 
+def test_inductor_says_which_sizes_it_fails_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("inductor")
+
+    def compiled(module: nn.Module, backend: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[0] == 2, "expected size 3==2"
+            return module(x)  # type: ignore[no-any-return]
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    executable = fxopt.lower(nn.Linear(4, 4).eval(), torch.ones(2, 4), "inductor")
+    with pytest.raises(
+        EngineError, match=r"AssertionError: expected size 3==2; lower the module again with such inputs"
+    ):
+        executable(torch.ones(3, 4))
+
+
 @pytest.mark.parametrize(
     ("engine", "package", "command"),
     [
