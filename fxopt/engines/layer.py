@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
-from fxopt.graph import Affine, Effects, Region, read_affine, read_parameter, read_product, source_of
+from fxopt.graph import Affine, Effects, Region, is_written, read_affine, read_parameter, read_product, source_of
 from fxopt.modules import Activation, Fused, fused_call
 
 _ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
@@ -99,6 +99,8 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
         return affine
     meta = affine.input.meta.get("tensor_meta")
     reason = _why_not(affine, meta, supported)
+    if any(is_written(each, region.program) for each in (affine.weight, affine.bias) if each is not None):
+        reason = "the graph writes into its parameters"
     if meta is None or reason is not None:
         return Skip(region.qualified(node), reason or "", source_of(node))
     activation, other = _tail(affine)

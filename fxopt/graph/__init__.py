@@ -1,7 +1,7 @@
 """Typed questions and edits of a captured graph: regions, call sites, aliases, effects, shapes."""
 
 from fxopt.graph.affine import Affine, read_affine, why_not_plain
-from fxopt.graph.effects import Effects, eliminate_dead
+from fxopt.graph.effects import Effects, eliminate_dead, is_written
 from fxopt.graph.modes import Modes, why_other_mode
 from fxopt.graph.module import GraphModule
 from fxopt.graph.norm import BatchNorm, Norm, is_norm, rank_of, read_norm
@@ -30,6 +30,7 @@ __all__ = [
     "hide_strides",
     "inherit",
     "is_norm",
+    "is_written",
     "observe",
     "rank_of",
     "read_affine",

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph.region import Region
+from fxopt.graph.region import Program, Region
 from fxopt.modules import FakeQuantize, Fused, Mask, fused_call
 
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
@@ -207,6 +207,22 @@ class Effects:
                 return module.training
             return not self.is_known(node)
         return False
+
+
+def is_written(tensor: torch.Tensor, program: Program) -> bool:
+    """Whether a graph writes into `tensor`, a parameter or buffer: what is computed of it once does not last.
+
+    What layers and batch norms do to their own is left to those who read them.
+    """
+    for reader in program.readers(tensor):
+        if reader.op == "get_attr":
+            region = program.region_of(reader)
+            effects = Effects(region)
+            writers = (node for node in region.graph.nodes if _operator_name(node) != "batch_norm")
+            written = {value for node in writers for value in effects.writes(node)}
+            if written and not written.isdisjoint(effects.aliases()(reader)):
+                return True
+    return False
 
 
 def eliminate_dead(region: Region) -> list[fx.Node]:

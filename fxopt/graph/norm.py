@@ -16,6 +16,7 @@ from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.graph.affine import why_not_plain
+from fxopt.graph.effects import is_written
 from fxopt.graph.region import Region
 from fxopt.graph.source import source_of
 
@@ -77,6 +78,10 @@ def is_norm(node: fx.Node, region: Region) -> bool:
 def read_norm(node: fx.Node, region: Region) -> Norm | Skip:
     """The batch norm that `node` calls, or why it is not the same scale and shift for every input."""
     found = _read_module(node, region) if node.op == "call_module" else _read_function(node, region)
+    if isinstance(found, Norm):
+        tensors = (found.mean, found.var, found.gamma, found.beta)
+        if any(is_written(tensor, region.program) for tensor in tensors if tensor is not None):
+            found = "the graph writes into its statistics or parameters"
     return Skip(region.qualified(node), found, source_of(node)) if isinstance(found, str) else found
 
 

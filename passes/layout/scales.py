@@ -18,6 +18,7 @@ from fxopt.graph import (
     Affine,
     Effects,
     Region,
+    is_written,
     rank_of,
     read_affine,
     replace_values,
@@ -110,10 +111,10 @@ def _why_not(found: Scale, constant: Any, region: Region) -> str | None:
     if region.training:
         return "in training mode it and the layer learn by themselves"
     affine = found.affine
-    effects, source = Effects(region), constant
+    source = constant
     while isinstance(source, fx.Node) and source.op != "get_attr":
         source = source.args[0]
-    if isinstance(source, fx.Node) and any(source in effects.writes(node) for node in region.graph.nodes):
+    if isinstance(source, fx.Node) and is_written(region.attribute(source), region.program):
         return "the graph writes into what it scales or shifts by"
     if _dtype(found.node) != _dtype(found.value):
         return f"it gives {_dtype(found.node)} for {_dtype(found.value)}"
@@ -122,6 +123,7 @@ def _why_not(found: Scale, constant: Any, region: Region) -> str | None:
     if not found.behind:
         if (reason := why_shift_stays(affine, found.shift)) is not None:
             return reason
+        effects = Effects(region)
         writer = effects.written_between(found.value, found.node, affine.node)
         if writer is not None or effects.writes(found.node):
             return "it, or its input, is written in place before it is used"

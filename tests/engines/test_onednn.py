@@ -233,6 +233,30 @@ def test_a_sum_that_is_no_bias_stays_as_it_is(shape: tuple[int, ...]) -> None:
     check(executable, model, x)
 
 
+class Adapting(nn.Module):
+    """Moves the weights of a layer and of a function once it has called them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(self.layer(x), self.weight)
+        self.layer.weight.data.add_(0.5)
+        with torch.no_grad():
+            self.weight.mul_(2)
+        return y
+
+
+def test_a_weight_that_the_graph_writes_is_not_packed() -> None:
+    model, x = Adapting().eval(), torch.randn(4, 8)
+    executable = fxopt.lower(model, x, "onednn", tune_seconds=0.0)
+    assert [skip.reason for skip in executable.reasons] == ["the graph writes into its parameters"] * 2
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(executable(x), model(x))
+
+
 class Meeting(nn.Module):
     """Two layers that meet in an addition without an activation, whose sum is used twice."""
 

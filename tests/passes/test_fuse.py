@@ -258,6 +258,17 @@ class BatchStatistics(Functional):
         return F.batch_norm(y, self.mean, self.var, training=True)
 
 
+class WrittenStatistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        self.bn.running_mean.lerp_(y.mean((0, 2, 3)), 0.1)
+        return y
+
+
 def overflowing() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).eval()
     model[1].weight.data.fill_(3e38)
@@ -280,6 +291,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "written between": (WrittenBetween, IMAGE, "its input is written in place by 'mul_' meanwhile"),
     "computed weight": (ComputedWeight, IMAGE, "its weight or bias is computed, not a parameter"),
     "batch statistics": (BatchStatistics, IMAGE, "it is called in training mode"),
+    "written statistics": (WrittenStatistics, IMAGE, "the graph writes into its statistics or parameters"),
     "overflows": (overflowing, IMAGE, "the folded values do not fit float32"),
     "zero padding": (
         sequence(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)),
