@@ -8,6 +8,7 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -60,6 +61,15 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     if items is None or not isinstance(value, dict):
         for item in (attributes_of(value) or {}).values():
             yield from _tensors(item, seen)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two plain values are of one type and equal: NaN to NaN, and an array to another in all it holds."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, np.ndarray):
+        return bool(one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes())
+    return bool(one == other) or bool(one != one and other != other)
 
 
 def flatten(value: Any) -> tuple[list[Any], Any]:

@@ -13,6 +13,7 @@ import torch.fx as fx
 
 from fxopt.capture.traced import RELATIONS
 from fxopt.errors import GuardError
+from fxopt.nested import is_same
 
 NOT_GIVEN = ...
 """Default of a parameter whose own is no literal: what is not given is left to the user's forward."""
@@ -50,7 +51,7 @@ def guard_input(actual: Any, expected: Any, name: str) -> None:
     """
     if _traced(guard_input, actual, expected, name):
         return
-    if actual is not expected and (type(actual) is not type(expected) or actual != expected):
+    if not is_same(actual, expected):
         what = "not given" if expected is NOT_GIVEN else repr(expected)
         raise _broken(f"{name} is {what}", "an input", f"{actual!r} here")
 

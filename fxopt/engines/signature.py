@@ -11,7 +11,7 @@ import torch
 from fxopt.engines.contract import Sizes
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
-from fxopt.nested import flatten
+from fxopt.nested import flatten, is_same
 
 
 class Signature:
@@ -56,7 +56,7 @@ class Signature:
         batch: int | None = None
         for index, (value, expected) in enumerate(zip(given, self._leaves, strict=True)):
             if not isinstance(expected, _Tensor):
-                if value is not expected and (type(value) is not type(expected) or value != expected):
+                if not is_same(value, expected):
                     found = _Tensor(value) if isinstance(value, torch.Tensor) else repr(value)
                     raise self._refused(f"input {index} is {found}, it was built for {expected!r}")
             elif not isinstance(value, torch.Tensor):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -339,6 +340,26 @@ class Sparse(nn.Module):
 def test_state_of_other_layouts_stands_beside_outputs_that_are_no_tensors() -> None:
     model, x = Sparse().eval(), torch.randn(4, 2)
     agree(fxopt.lower(model, x, "eager")(x), model(x))
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor, shift: Any) -> torch.Tensor:
+        return x if np.isnan(shift).any() else x + float(np.sum(shift))
+
+
+@pytest.mark.parametrize(
+    ("shift", "same", "other"),
+    [
+        (float("nan"), float("nan"), 1.0),
+        (np.array([1.0, np.nan]), np.array([1.0, np.nan]), np.array([2.0, 2.0])),
+    ],
+)
+def test_values_that_are_no_tensors_are_held_to_those_of_the_example(shift: Any, same: Any, other: Any) -> None:
+    x = torch.ones(2)
+    executable = fxopt.lower(Shifted().eval(), (x, shift), "onednn")
+    agree(executable(x, same), x)
+    with pytest.raises(EngineError, match=r"input 1 is .*, it was built for"):
+        executable(x, other)
 
 
 def test_sizes_that_an_engine_fixes_are_held(cnn: tuple[nn.Module, torch.Tensor]) -> None:
