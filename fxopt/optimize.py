@@ -18,7 +18,7 @@ from fxopt.engines import Executable, climb
 from fxopt.engines.eager import Eager
 from fxopt.engines.ladder import check as check_engine
 from fxopt.engines.place import place_for
-from fxopt.errors import FxoptError, LoadError
+from fxopt.errors import FxoptError, LoadError, SpecError
 from fxopt.evaluation import Evaluate, evaluated
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -109,8 +109,14 @@ def optimize(
     tell = progress or (lambda stage: None)
     example = Inputs.of(inputs)
     pipeline = spec.parse(passes) if isinstance(passes, str) else tuple(passes)
+    if max_error is not None and not max_error >= 0:
+        raise SpecError(f"max_error: expected 0 or more, not {max_error}")
     if engine is not None:
         check_engine(engine)
+    elif max_error is not None:
+        raise SpecError(
+            "max_error: it is for engines, and none is asked for; give one, such as `auto`, or leave it out"
+        )
     if prove is not None:
         check_proof(prove)
     tell("run the original")

@@ -31,7 +31,7 @@ class OnnxRuntime(Engine):
     """Exports the graph to ONNX, with a free batch size, and runs it by ONNX Runtime with torch's number of threads.
 
     Its threads spin from one operator to the next, and stop where a call ends: as fast as those that spin on, which
-    would disturb whatever else the process computes.
+    would disturb whatever else the process computes. Negative indices count from the end, also where torch raises.
     """
 
     name: ClassVar[str] = "onnxruntime"

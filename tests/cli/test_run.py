@@ -307,6 +307,7 @@ def test_passes_are_proven(write, option, places):
     [
         (["--engine", "onedn"], "unknown engine 'onedn'; did you mean 'onednn'?"),
         (["--engine", "onednn", "--train"], "in training mode; call .eval()"),
+        (["--max-error", "1e-2"], "max_error: it is for engines, and none is asked for"),
         (["--prove=each"], "prove: expected 'pass' to measure each pass, or 'match' each change, not 'each'"),
         (["--budget", "soon"], "'soon' is no time of at least 0.1 s; write 60s, or 2m"),
     ],

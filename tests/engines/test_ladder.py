@@ -26,7 +26,7 @@ from fxopt.engines.contract import Built, Engine
 from fxopt.engines.ladder import Ladder, climb
 from fxopt.engines.onednn import OneDNN
 from fxopt.engines.openvino import OpenVINO
-from fxopt.errors import EngineError
+from fxopt.errors import EngineError, SpecError
 from fxopt.relative_error import TOLERANCE, relative_error
 from fxopt.verify import Oracle
 from passes import QAT
@@ -408,6 +408,12 @@ def test_an_unknown_engine_is_refused_before_anything_runs() -> None:
 
     with pytest.raises(EngineError, match="did you mean 'onednn'"):
         fxopt.optimize(CASE.build(), CASE.example(), "fuse", engine="onedn", evaluate=evaluate)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_a_bound_that_nothing_can_hold_is_refused(bad: float) -> None:
+    with pytest.raises(SpecError, match="max_error: expected 0 or more, not"):
+        fxopt.optimize(CASE.build(), CASE.example(), "fuse", engine="auto", max_error=bad)
 
 
 def test_a_module_that_trains_has_no_engine(measured: dict[Any, float]) -> None:

@@ -357,7 +357,9 @@ def test_a_model_without_weights_is_taken(options: dict[str, object]) -> None:
     assert torch.equal(fxopt.lower(nn.ReLU().eval(), x, "openvino", **options)(x), x.relu())
 
 
-@pytest.mark.parametrize("options", [{"max_error": 1e-2}, {"precision": "mixed", "max_error": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"max_error": 1e-2}, *({"precision": "mixed", "max_error": bad} for bad in (0.0, float("nan")))]
+)
 def test_a_bound_is_positive_and_for_mixed_precision_alone(options: dict[str, object]) -> None:
     with pytest.raises(EngineError, match="max_error is a positive number, and for precision=mixed alone"):
         fxopt.lower(nn.Linear(3, 2).eval(), torch.randn(2, 3), "openvino", **options)

@@ -36,7 +36,8 @@ class OpenVINO(Engine):
     Where rows are computed by themselves, a batch runs in pieces side by side, one on each thread, if that is measured
     to be faster. By itself OpenVINO computes in bfloat16 where the CPU has matrix units; here only if `precision` asks
     for it, with weights rounded so that no mean moves on the example. "mixed" keeps sums, normalisations and resizes in
-    float32, and as many of the first layers as `max_error` asks for.
+    float32, and as many of the first layers as `max_error` asks for. Indices that lie outside of what they index, for
+    which torch raises, give zeros or other values.
     """
 
     name: ClassVar[str] = "openvino"
@@ -54,7 +55,7 @@ class OpenVINO(Engine):
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16", "mixed"):
             raise EngineError(f"engine 'openvino': precision is 'f32', 'bf16' or 'mixed', not {self.precision!r}")
-        if self.max_error is not None and (self.precision != "mixed" or self.max_error <= 0):
+        if self.max_error is not None and (self.precision != "mixed" or not self.max_error > 0):
             raise EngineError("engine 'openvino': max_error is a positive number, and for precision=mixed alone")
 
     def unavailable(self) -> str | None:
