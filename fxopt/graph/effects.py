@@ -270,7 +270,9 @@ def _is_root(node: fx.Node, effects: Effects) -> bool:
 def _operator_name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
-    return getattr(node.target, "__name__", "")
+    name: str = getattr(node.target, "__name__", "")
+    # These two are written so since Python has the words, and change nothing in place.
+    return name.rstrip("_") if node.target in (operator.and_, operator.or_) else name
 
 
 def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:

@@ -109,6 +109,15 @@ def test_what_may_return_its_argument_shares_memory_with_it(name: str) -> None:
     assert Effects(region).may_alias(node) == (x,)
 
 
+@pytest.mark.parametrize("function", [operator.and_, operator.or_])
+def test_operators_whose_names_are_words_of_python_write_into_nothing(function: object) -> None:
+    region = region_of(lambda graph, x: call(graph, function, x, x))
+    _, node, _ = region.graph.nodes
+    effects = Effects(region)
+    assert effects.writes(node) == effects.may_alias(node) == ()
+    assert effects.is_known(node)
+
+
 def test_reads_of_one_memory_alias() -> None:
     def build(graph: fx.Graph, x: fx.Node) -> object:
         return graph.create_node("get_attr", "state"), graph.create_node("get_attr", "state")
