@@ -75,7 +75,7 @@ def _why_not(conv: Affine, pad: tuple[int, ...], region: Region) -> str | None:
         return "it pads channels or samples"
     if any(left != right for left, right in zip(pad[::2], pad[1::2], strict=True)):
         return f"it pads by {pad}; a convolution pads as much on either side"
-    if min(pad) < 0:
+    if any(size < 0 for size in pad):
         return f"it pads by {pad}: it crops"
     if conv.options.get("padding_mode", "zeros") != "zeros":
         return f"'{region.qualified(conv.node)}' pads by {conv.options['padding_mode']} itself"

@@ -61,6 +61,7 @@ def repvgg(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 Row = tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]
 PADS: dict[str, Row] = {
+    "by nothing": (parts(lambda self, x: self.conv(F.pad(x, ()))), IMAGE, ["pad: folded into the padding of 'conv'"]),
     "module": (sequence(nn.ZeroPad2d(1), nn.Conv2d(4, 6, 3)), IMAGE, ["0: folded into the padding of '1'"]),
     "on top of its own": (
         sequence(nn.ZeroPad2d((2, 2, 1, 1)), nn.Conv2d(4, 6, 3, padding=(0, 1), stride=2)),
