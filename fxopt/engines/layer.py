@@ -123,7 +123,8 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
         return layer
     if Effects(region).written_between(layer.input, node, user):  # it would be read at the place of `user`
         return layer
-    return _with_addition(layer, user, region) or _with_hardsigmoid(layer, user, region) or layer
+    follows = (_with_bias, _with_addition, _with_hardsigmoid)
+    return next(filter(None, (found(layer, user, region) for found in follows)), layer)
 
 
 def _read_sum(node: fx.Node, region: Region) -> Affine | Skip | None:
@@ -199,6 +200,19 @@ def _tail(affine: Affine) -> tuple[Activation | None, fx.Node | None]:
         other = given.get("other", affine.node.args[3] if len(affine.node.args) > 3 else None)
         return Activation(str(given["activation"]), given.get("arguments", ())), other  # type: ignore[arg-type, return-value]
     return None, None
+
+
+def _with_bias(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
+    """With the addition behind it of a parameter that has a number for each output: x W + b of matrices."""
+    operands = [*user.args, *user.kwargs.values()]
+    if user.target not in _ADDS or user.op == "call_module" or len(operands) != 2:
+        return None
+    bias = read_parameter(operands[1] if operands[0] is layer.node else operands[0], region)
+    if layer.kind != "linear" or layer.bias is not None or bias is None or is_written(bias, region.program):
+        return None
+    if bias.shape != layer.weight.shape[:1] or bias.dtype is not layer.weight.dtype:
+        return None
+    return replace(layer, last=user, bias=bias.detach())
 
 
 def _with_addition(layer: Layer, user: fx.Node, region: Region) -> Layer | None:

@@ -15,6 +15,7 @@ import fxopt
 from fxopt import Inputs, spec
 from fxopt.engines import onednn
 from fxopt.engines.layer import Layer
+from fxopt.engines.layers import Layers
 from fxopt.engines.onednn import OneDNN, kernels, tune
 from fxopt.engines.onednn.kernels import KERNELS, Kernel
 from fxopt.errors import EngineError
@@ -36,11 +37,28 @@ class Columns(nn.Module):
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
+class ByHand(Columns):
+    """The same with an addition of its own, and that in place."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__(bias=True)
+        self.in_place = in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight
+        if not self.in_place:
+            return self.bias + y
+        y += self.bias
+        return y
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (3, 12)),
     "linear without bias": (lambda: nn.Linear(12, 8, bias=False), (3, 12)),
     "linear on sequences": (lambda: nn.Linear(12, 8), (2, 5, 12)),
     "addmm": (lambda: Columns(bias=True), (3, 12)),
+    "matmul and bias on sequences": (lambda: ByHand(in_place=False), (2, 5, 12)),
+    "matmul and bias in place": (lambda: ByHand(in_place=True), (3, 12)),
     "matmul on sequences": (lambda: Columns(bias=False), (2, 5, 12)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
     "conv1d, strided and grouped": (lambda: nn.Conv1d(4, 6, 3, 2, 2, 2, groups=2), (2, 4, 9)),
@@ -544,6 +562,13 @@ def test_choices_of_another_module_are_refused() -> None:
     other._choices, other._built = dict(executable.choices), None
     with pytest.raises(EngineError, match="the choices are those of another module"):
         other(x)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_bias_that_is_added_to_a_product_is_a_part_of_it(in_place: bool) -> None:
+    model, x = ByHand(in_place).eval(), torch.randn(3, 12)
+    found = Layers(fxopt.capture(model, (x,)).module, lambda _: None).layers
+    assert [layer.bias is not None and layer.last is not layer.node for layer in found] == [True]
 
 
 def test_functions_are_taken_too() -> None:
