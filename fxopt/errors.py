@@ -1,7 +1,7 @@
 """Everything that fxopt raises on purpose.
 
     FxoptError
-    ├── LoadError        a target, its inputs or its weights cannot be read
+    ├── LoadError        a target, its inputs or its weights, or a list of known findings, cannot be read
     │   └── MissingError the target is not there
     ├── CaptureError     a module cannot be captured at all
     ├── GuardError       a captured module was called outside what capture assumed
@@ -32,7 +32,7 @@ class FxoptError(Exception):
 
 
 class LoadError(FxoptError):
-    """A target, its inputs or its weights cannot be read."""
+    """A target, its inputs or its weights, or a list of known findings, cannot be read."""
 
 
 class MissingError(LoadError):

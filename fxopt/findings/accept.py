@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fxopt.errors import BaselineError
+from fxopt.errors import LoadError
 from fxopt.findings.finding import Finding
 from fxopt.findings.inspection import Inspection
 
@@ -78,13 +78,14 @@ class Baseline:
         """Read a file that `written` made.
 
         Raises:
-            BaselineError: where it is something else.
+            LoadError: where there is none, or it is something else.
         """
         try:
             return cls(frozenset(json.loads(path.read_text(encoding="utf-8"))["fingerprints"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaselineError(
-                f"cannot read the baseline '{path}': {type(error).__name__}: {error}; write one by `--write-baseline`"
+            why = error.strerror if isinstance(error, OSError) else "it is no list that `fxopt audit` wrote"
+            raise LoadError(
+                f"--baseline: cannot read '{path}': {why}; `fxopt audit TARGET --write-baseline {path}` writes one"
             ) from error
 
     def without_known(self, found: Inspection) -> Inspection:

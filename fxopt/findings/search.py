@@ -24,8 +24,7 @@ def search(
     """What all inspectors find in all targets, without what comments and the baseline accept.
 
     Raises:
-        LoadError: a target does not exist, or an input can't be read.
-        BaselineError: the baseline cannot be read.
+        LoadError: a target does not exist, or an input or the baseline can't be read.
     """
     tell = progress or (lambda stage: None)
     accepted = Baseline.read(baseline) if baseline is not None else None

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from fxopt.cli.app import app
-from fxopt.errors import BaselineError, LoadError, SpecError
+from fxopt.errors import LoadError, SpecError
 from fxopt.findings import Baseline, Inspection, Place, catalog, patch, render
 from fxopt.findings.accept import suppress
 from passes.audit import Audit
@@ -86,7 +86,7 @@ def test_a_baseline_accepts_what_is_known(found, tmp_path):
     path.write_text(Baseline.written(found))
     assert Baseline.read(path).without_known(found).findings == ()
     path.write_text("{}")
-    with pytest.raises(BaselineError, match="write one by"):
+    with pytest.raises(LoadError, match="is no list that `fxopt audit` wrote"):
         Baseline.read(path)
 
 
@@ -187,10 +187,14 @@ def test_every_form_tells_what_was_chosen_and_what_was_not_looked_at(style, writ
     assert "only the source of" in audited("broken.py", "--format", style).stdout
 
 
-@pytest.mark.parametrize("arguments", [("model.py:Fault",), ("model.py:Faulty", "--input", "2by3")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("model.py:Fault",), ("model.py:Faulty", "--input", "2by3"), ("model.py:Faulty", "--baseline", "missing.json")],
+)
 def test_a_wrong_call_is_no_clean_report(arguments, write):
     write(FAULTY)
-    assert isinstance(audited(*arguments).exception, LoadError)
+    error = audited(*arguments).exception
+    assert isinstance(error, LoadError) and error.exit_code == 2
 
 
 def test_a_rule_that_is_unknown_and_like_none_is_told():
