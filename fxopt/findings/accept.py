@@ -4,7 +4,7 @@ A comment on the line of a finding, or alone on the line above it, names the rul
 
     self.scale = torch.ones(3)  # fxopt: ignore[FX101] moved by hand in `to_device`
 
-A comment without a reason accepts nothing, and says so.
+A comment that names no rule, or gives no reason, accepts nothing, and says so.
 """
 
 from __future__ import annotations
@@ -22,34 +22,40 @@ from fxopt.errors import LoadError
 from fxopt.findings.finding import Finding
 from fxopt.findings.inspection import Inspection
 
-_COMMENT = re.compile(r"#\s*fxopt:\s*ignore\[([A-Z0-9,\s]+)\]\s*(.*)")
+_COMMENT = re.compile(r"#\s*fxopt:\s*ignore\b(?:\[([\w,\s]*)\])?\s*(.*)", re.IGNORECASE)
 
 
 def suppress(found: Inspection) -> Inspection:
     """Take out what comments in the source accept."""
     kept, accepted, notes = [], list(found.suppressed), list(found.notes)
     for finding in found.findings:
-        reason = _reason(finding)
-        if reason:
+        lacks = _lacks(finding)
+        if lacks == "":
             accepted.append(finding)
             continue
-        if reason == "":
-            notes.append(f"{finding.place}: the comment that ignores {finding.rule} gives no reason: it has no effect")
+        if lacks:
+            notes.append(
+                f"{finding.place}: the comment there has no effect, since it {lacks}: write "
+                f"`# fxopt: ignore[{finding.rule}] the reason`"
+            )
         kept.append(finding)
     return dataclasses.replace(
         found, findings=tuple(kept), suppressed=tuple(accepted), notes=tuple(dict.fromkeys(notes))
     )
 
 
-def _reason(finding: Finding) -> str | None:
+def _lacks(finding: Finding) -> str | None:
+    """What keeps a comment from accepting a finding, "" where nothing does; None where there is no comment on it."""
     if finding.place is None:
         return None
     own = linecache.getline(finding.place.path, finding.place.line)
     above = linecache.getline(finding.place.path, finding.place.line - 1) if finding.place.line > 1 else ""
     for line in (own, above if above.lstrip().startswith("#") else ""):
         match = _COMMENT.search(line)
-        if match and finding.rule in re.split(r"[,\s]+", match.group(1)):
-            return match.group(2).strip()
+        if match and not match[1]:
+            return "names no rule"
+        if match and finding.rule in re.split(r"[,\s]+", match[1].upper()):
+            return "" if match[2].strip() else "gives no reason"
     return None
 
 

@@ -71,14 +71,23 @@ def test_other_forms(found):
     assert "| FX101 |" in render(found, Audit.rules(), "markdown")
 
 
-def test_a_comment_with_a_reason_accepts(found, tmp_path):
-    for comment, kept in (("# fxopt: ignore[FX101] moved by hand", 0), ("# fxopt: ignore[FX101]", 1)):
-        path = tmp_path / f"model{kept}.py"
-        path.write_text(f"x = 1  {comment}\n")
-        finding = dataclasses.replace(found.findings[0], place=Place(str(path), 1))
-        result = suppress(Inspection((finding,)))
-        assert len(result.findings) == kept
-        assert bool(result.notes) is bool(kept)
+COMMENTS = [
+    ("# fxopt: ignore[FX101] moved by hand", ""),
+    ("# fxopt: ignore[fx102, fx101] moved by hand", ""),
+    ("# fxopt: ignore[FX102] moved by hand", None),
+    ("# fxopt: ignore[FX101]", "gives no reason"),
+    ("# fxopt: ignore moved by hand", "names no rule"),
+]
+
+
+@pytest.mark.parametrize(("comment", "said"), COMMENTS)
+def test_a_comment_with_a_rule_and_a_reason_accepts(comment, said, found, tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(f"x = 1  {comment}\n")
+    finding = dataclasses.replace(found.findings[0], place=Place(str(path), 1))
+    result = suppress(Inspection((finding,)))
+    assert len(result.findings) == (said != "")
+    assert [said in note for note in result.notes] == ([True] if said else [])
 
 
 def test_a_baseline_accepts_what_is_known(found, tmp_path):
