@@ -18,6 +18,8 @@ from fxopt.findings import Subject
 
 UNWRITTEN = {"aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::resize_"}
 """These return whatever the memory held before."""
+REGISTERED = {"_parameters", "_buffers", "_modules"}
+"""Where a module keeps what is registered."""
 
 
 def copied(subject: Subject, training: bool) -> nn.Module:

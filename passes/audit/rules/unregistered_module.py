@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.findings import Finding, Fix, Severity
 from passes.audit.evidence import Evidence, code
+from passes.audit.evidence.driver import REGISTERED
 from passes.audit.rule import Rule
 
 
@@ -100,9 +101,7 @@ class UnregisteredModule(Rule):
         known = {id(module) for _, module in evidence.modules}
         for path, module in evidence.users:
             for name, value in vars(module).items():
-                if name.startswith("_") and name in ("_modules", "_parameters", "_buffers"):
-                    continue
-                if not isinstance(value, (list, tuple, dict)):
+                if name in REGISTERED or not isinstance(value, (list, tuple, dict)):
                     continue
                 leaves = pytree.tree_leaves(list(value.values()) if isinstance(value, dict) else list(value))
                 modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.findings import Finding, Severity
 from passes.audit.evidence import Evidence, code
+from passes.audit.evidence.driver import REGISTERED
 from passes.audit.rule import Rule
 
 
@@ -36,7 +37,7 @@ class UnregisteredParameter(Rule):
         known = {id(each) for _, module in evidence.modules for each in module._parameters.values()}
         for path, module in evidence.users:
             for name, value in vars(module).items():
-                if name in ("_parameters", "_buffers", "_modules"):
+                if name in REGISTERED:
                     continue
                 leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Parameter)]
                 hidden = [leaf for leaf in leaves if id(leaf) not in known]

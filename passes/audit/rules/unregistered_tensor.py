@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from fxopt.findings import Finding, Fix, Severity
 from passes.audit.evidence import Evidence, code
+from passes.audit.evidence.driver import REGISTERED
 from passes.audit.rule import Rule
 
-_OWN = {"_parameters", "_buffers", "_modules", "_flat_weights"}
+_OWN = {*REGISTERED, "_flat_weights"}
 
 
 def _registered(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -168,6 +168,18 @@ def test_what_would_not_run_afterwards_is_left_alone(name, write):
     assert {(finding.rule, finding.fix) for finding in found} == {(rule, None)}
 
 
+@pytest.mark.parametrize(
+    ("rule", "init", "forward"),
+    [
+        ("FX102", "self.layers = [nn.Linear(3, 3)]", "return self.fc(self.layers[0](x))"),
+        ("FX102", "self._layers = {'a': nn.BatchNorm1d(3)}", "return self.fc(self._layers['a'](x))"),
+        ("FX101", "self._scale = torch.ones(4)", "return self.fc(x) * self._scale"),
+    ],
+)
+def test_what_is_not_registered_is_one_finding_though_it_meets_another_device_too(rule, init, forward, write):
+    assert [finding.rule for finding in audited(write(of(init, forward)))] == [rule]
+
+
 def test_what_is_installed_is_left_alone(write, monkeypatch):
     write(of("self.scale = torch.ones(4)"), name="site-packages/installed.py")
     monkeypatch.syspath_prepend("site-packages")
