@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from fxopt.findings import Finding, Fix, Place, Precision, RuleCard, Severity
-from passes.audit.evidence import Evidence
+from passes.audit.evidence import Evidence, code
 
 _SECTIONS = re.compile(r"^(.*?)\n\n(.*?)\n\nBad:\n(.*?)\n\nGood:\n(.*?)\n\nFix: (.*)$", re.DOTALL)
 
@@ -45,8 +45,8 @@ class Rule(ABC):
         """A finding of this rule; `advice` stands for that of its card."""
         card = card_of(type(self))
         severity = severity or self.severity
-        if fix is not None and "-packages" in fix.path:
-            fix = None  # what is installed is not the user's to edit
+        if fix is not None and code.is_installed(fix.path):
+            fix = None
         return Finding(self.id, severity, self.precision, message, place, module, related, advice or card.advice, fix)
 
 

@@ -31,7 +31,12 @@ def is_users_file(path: str) -> bool:
     """Whether a file belongs neither to torch, Python, fxopt nor to this pass."""
     if path.startswith((_TORCH, _FXOPT, _AUDIT, "<")):
         return False
-    return not path.startswith(_STANDARD) or "-packages" in path
+    return not path.startswith(_STANDARD) or is_installed(path)
+
+
+def is_installed(path: str) -> bool:
+    """Whether a file is of an installed package, and so not the user's to edit."""
+    return "-packages" in path
 
 
 def is_users(kind: type) -> bool:

@@ -16,6 +16,7 @@ import fxopt
 from fxopt.capture.guards import guard
 from fxopt.findings import Place, Subject
 from fxopt.graph import Effects, Modes, Program, Region, eliminate_dead
+from passes.audit.evidence.code import is_installed
 from passes.audit.evidence.driver import copied
 from passes.audit.evidence.places import line_of
 
@@ -28,7 +29,7 @@ class Spot:
 
     Attributes:
         what: a name, or a reason.
-        place: the user's line.
+        place: the user's line; None where there is none, as in an installed package.
         module: qualified name.
         earlier: another line that matters.
     """
@@ -137,7 +138,8 @@ def _computes(node: fx.Node, effects: Effects) -> bool:
 
 def _spot(node: fx.Node, region: Region, what: str = "", earlier: Place | None = None) -> Spot:
     source = node.meta.get("source")
-    place = line_of(source.file, source.line) if source is not None else None
+    # What a library decides, or computes for nothing, is not the user's to change.
+    place = None if source is None or is_installed(source.file) else line_of(source.file, source.line)
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     inside = ".".join(filter(None, [region.path, str(node.meta.get("module_path", ""))]))
     return Spot(what or target, place, inside, earlier)

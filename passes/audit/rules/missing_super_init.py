@@ -12,7 +12,7 @@ from passes.audit.rule import Rule
 
 def _files(evidence: Evidence) -> set[str]:
     found = {code.class_node(kind) for _, kind in evidence.classes}
-    own = {item[0] for item in found if item is not None and "-packages" not in item[0]}
+    own = {item[0] for item in found if item is not None and not code.is_installed(item[0])}
     return own | set(evidence.subject.files)
 
 

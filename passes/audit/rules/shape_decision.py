@@ -33,8 +33,7 @@ class ShapeDecision(Rule):
         """All places that have the fault."""
         reported = set()
         for guard in evidence.graph.guards:
-            # Libraries decide on shapes all over, on purpose, and nobody can change them.
-            if guard.place is None or "-packages" in guard.place.path or guard.place in reported:
+            if guard.place is None or guard.place in reported:
                 continue
             reported.add(guard.place)
             yield self.found(f"a graph holds only where `{guard.what}`", guard.place, guard.module)

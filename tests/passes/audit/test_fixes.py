@@ -187,6 +187,16 @@ def test_what_is_installed_is_left_alone(write, monkeypatch):
     assert [(finding.rule, finding.fix) for finding in found] == [("FX101", None)]
 
 
+@pytest.mark.parametrize("forward", ["torch.sigmoid(x)\n        return self.fc(x)", "return self.fc(x) + self.fc(x)"])
+def test_what_installed_code_computes_for_nothing_is_no_finding(forward, write, monkeypatch):
+    source = of("", forward)
+    (finding,) = audited(write(source))
+    assert finding.rule in ("FX602", "FX603")
+    write(source, name="site-packages/wasteful.py")
+    monkeypatch.syspath_prepend("site-packages")
+    assert audited(write("from wasteful import Faulty\n")) == ()
+
+
 def test_a_file_that_calls_torch_nn_otherwise_is_fixed_in_its_words(write):
     body = "class Faulty(layers.Module):\n    def __init__(self):\n        super().__init__()\n"
     body += "        self.parts = [layers.Linear(3, 3)]\n    def forward(self, x):\n        return self.parts[0](x)\n"
