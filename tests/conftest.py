@@ -37,6 +37,7 @@ class Net(nn.Module):
 def write(tmp_path, monkeypatch):
     """Writes `NET` and further lines to a file, and goes to its directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
 
     def write(source: str, name: str = "model.py", header: str = NET) -> str:

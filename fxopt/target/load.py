@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Target:
 def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None, train: bool = False) -> Target:
     """Load `model.py`, `model.py:Name`, `package.module` or `package.module:name`.
 
-    The random state of the process is as before afterwards.
+    The random state of the process is as before afterwards; what lies beside the file stays importable.
 
     Args:
         target: where the model is; `fxopt.target.find` says which one is taken where it is not named.
@@ -62,6 +63,8 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
     here = Path.cwd()
     with same_randomness():
         source = open_source(place)
+        if str(source.directory) not in sys.path:
+            sys.path.append(str(source.directory))  # for what a forward imports while it runs, behind all else
         found = find(source, name)
         notes = found.notes + (() if train else _in_evaluation(found.module))
         if weights is not None and Path.cwd() != here:  # the file went elsewhere while it was imported

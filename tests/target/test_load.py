@@ -118,12 +118,20 @@ def test_what_is_wrong_is_said(write, source, target, message):
     assert message in fails(target)
 
 
+def test_a_forward_may_import_what_lies_beside_its_file(write, monkeypatch, tmp_path):
+    write("SCALE = 2.0", "beside_the_net.py")
+    write("Net.forward = lambda self, x: self.fc(x) * __import__('beside_the_net').SCALE")
+    monkeypatch.chdir(tmp_path.parent)
+    module = load(str(tmp_path / "model.py"), inputs=["1x3"]).module
+    assert torch.equal(module(torch.ones(1, 3)), 2 * module.fc(torch.ones(1, 3)))
+
+
 def test_weights_in_place_of_a_model_are_said(write, tmp_path):
     (tmp_path / "net.pt").write_bytes(b"")
     assert "weights are given beside it, by `fxopt run model.py --weights net.pt`" in fails("net.pt")
 
 
-def test_the_directory_is_importable_only_while_code_of_the_file_runs(write):
+def test_the_directory_is_the_first_to_import_from_while_code_of_the_file_runs_and_then_the_last(write, tmp_path):
     write("def width(): return 6", "sizes_of_net.py")
     write(
         """
@@ -143,7 +151,7 @@ def test_the_directory_is_importable_only_while_code_of_the_file_runs(write):
     assert target.module.fc.out_features == 6
     assert target.evaluate is not None
     assert target.evaluate(target.module) == {"size": 3.0, "width": 6.0}
-    assert sys.path == before
+    assert sys.path == [*before, str(tmp_path)]
     assert sys.argv is arguments
 
 
