@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import typer
 
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
+from fxopt.cli.stdout import kept_for_the_report
 
 
 class Style(enum.StrEnum):
@@ -63,19 +62,17 @@ def audit(
         raise typer.BadParameter("goes with --fix", param_hint="--write")
     if not targets and not rules and explain is None:
         raise typer.BadParameter("name a model, or ask for --rules or --explain RULE", param_hint="TARGET")
-    kept: Output | None = None
-    with progress(quiet or rules or explain is not None) as stage, contextlib.redirect_stdout(sys.stderr):
-        from fxopt.findings import catalog, patch, render, search
-        from fxopt.findings.render import layers as table
+    from fxopt.findings import catalog, patch, render, search
+    from fxopt.findings.render import layers as table
 
-        cards = catalog.cards()
-        if rules or explain is not None:
-            text = catalog.listed(cards) if rules else catalog.explained(cards, explain or "")
-            print(text, file=sys.__stdout__)
-            return
-        if write_baseline is not None:
-            kept = Output("--write-baseline", write_baseline, search.baseline_text)
-            kept.check()
+    cards = catalog.cards()
+    if rules or explain is not None:
+        typer.echo(catalog.listed(cards) if rules else catalog.explained(cards, explain or ""))
+        return
+    kept = None if write_baseline is None else Output("--write-baseline", write_baseline, search.baseline_text)
+    if kept is not None:
+        kept.check()
+    with progress(quiet) as stage, kept_for_the_report():
         found = search.search(targets or [], inputs or [], baseline, stage)
     texts = patch.patched(found.findings) if fix else {}
     # A format for machines stays whole on stdout; the diff goes beside it.

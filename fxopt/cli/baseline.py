@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +13,7 @@ import typer
 from fxopt.cli.formats import Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
+from fxopt.cli.stdout import kept_for_the_report
 
 app = typer.Typer(
     help="Keep measurements, hold a new one against them, and show them over time.",
@@ -134,7 +133,7 @@ def history(
 def _measured(
     target: str, inputs: list[str] | None, device: str, threads: int, budget: float, commit: str, quiet: bool
 ) -> dict[str, Any]:
-    with progress(quiet) as stage, contextlib.redirect_stdout(sys.stderr):
+    with progress(quiet) as stage, kept_for_the_report():
         stage("load")
         import torch
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ import typer
 from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
+from fxopt.cli.stdout import kept_for_the_report
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
@@ -58,7 +57,7 @@ def bench(
     with progress(quiet) as stage:
         stage("load")
         # What the user's code prints is not part of the report.
-        with contextlib.redirect_stdout(sys.stderr):
+        with kept_for_the_report():
             import torch
 
             from fxopt import report

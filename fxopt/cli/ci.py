@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +13,7 @@ from fxopt.cli.formats import Format
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
+from fxopt.cli.stdout import kept_for_the_report
 
 
 def ci(
@@ -128,7 +127,7 @@ def ci(
         gate.stopping_cleanly(),
         gate.Launcher(fork=fork) as launcher,
         progress(quiet) as stage,
-        contextlib.redirect_stdout(sys.stderr),
+        kept_for_the_report(),
     ):
         for job in jobs:
             if job.passes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fxopt.cli.stdout import kept_for_the_report
 
 
 class Form(enum.StrEnum):
@@ -38,7 +38,7 @@ def explain(
 ) -> None:
     """Show the graph of a model by module, what is not in it and why, and what it assumes of the inputs."""
     # What the user's code prints is no part of the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with kept_for_the_report():
         from fxopt.capture import capture
         from fxopt.explain import explain as explained
         from fxopt.explain import render

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fxopt.cli.stdout import kept_for_the_report
 
 app = typer.Typer(help="Show, export and merge adapters.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -51,7 +51,7 @@ def show(
 @app.command()
 def export(directory: Directory, target: TargetName, out: Out, adapter: Name = "default", debug: Debug = False) -> None:
     """Write the adapter of a result, made by `fxopt run --out DIR`, in the format of PEFT."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with kept_for_the_report():
         from fxopt import artifact
         from fxopt.target import load
 
@@ -69,7 +69,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into the weights of its model, compare the outputs, and write the weights as safetensors."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with kept_for_the_report():
         from safetensors.torch import save_file
 
         from fxopt.capture import capture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ from fxopt.cli.formats import Device, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.share import share
+from fxopt.cli.stdout import kept_for_the_report
 
 DEFAULT_PASSES = "clean,fuse"
 
@@ -93,7 +92,7 @@ def run(
     with progress(quiet) as stage:
         stage("load")
         # What the user's code prints is not part of the report.
-        with contextlib.redirect_stdout(sys.stderr):
+        with kept_for_the_report():
             import torch
 
             from fxopt import artifact, report, spec

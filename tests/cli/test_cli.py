@@ -95,6 +95,25 @@ def test_a_list_of_findings_that_cannot_be_written_is_refused_first(write):
     )
 
 
+def test_stdout_holds_the_report_alone_whatever_the_model_prints(write):
+    write(
+        """
+        import ctypes, os
+        def forward(self, x):
+            print("by Python")
+            os.system("echo by a process")
+            ctypes.CDLL(None).puts(b"by C")
+            return self.fc(x)
+        Net.forward = forward
+        """
+    )
+    for arguments in (["explain"], ["audit", "--fail-on", "never"]):
+        done = fxopt(*arguments, "model.py", "--input", "2x3", "--format", "json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)
+        assert all(text in done.stderr for text in ("by Python", "by a process", "by C"))
+
+
 def test_the_readme_has_the_table_of_passes():
     begin, end = "<!-- passes: begin -->\n", "<!-- passes: end -->"
     table = README.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
