@@ -68,7 +68,6 @@ def measure_latency(
     *,
     budget_seconds: float = 5.0,
     threads: int | None = None,
-    cores: Sequence[int] | None = None,
     timer: Timer | None = None,
 ) -> Latency:
     """Measure one module, on a copy of it.
@@ -79,15 +78,14 @@ def measure_latency(
         device: "cpu", "cuda" or "cuda:1".
         budget_seconds: time to spend. A few calls are made even if they take longer.
         threads: that torch runs meanwhile; None leaves them.
-        cores: that they are held to meanwhile; None leaves them.
         timer: the clock; None takes that of the device.
 
     Raises:
-        EngineError: where the device or the cores are not there, or the module raises.
+        EngineError: where the device is not there, or the module raises.
     """
     place = measurable(device)
     given = Inputs.of(inputs)
-    with quiet(place, threads, cores):
+    with quiet(place, threads):
         clock = timer or (CudaTimer(place) if place.type == "cuda" else CpuTimer())
         start = clock.now()
         arm = Arm("module", module, given, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from fxopt.bench.latency import Latency, measure_latency
 from fxopt.bench.profiling import Profile, profile
 from fxopt.bench.roofline import Roofline, measure_roofline
 from fxopt.bench.size import Size, measure_size
+from fxopt.bench.surroundings import pinned
 from fxopt.bench.throughput import BATCHES, Throughput, measure_throughput
 from fxopt.errors import EngineError
 from fxopt.target import Target
@@ -80,7 +82,7 @@ def survey(
         batches: sizes to measure the throughput at.
         budget_seconds: about how long to measure on each device.
         threads: that torch runs on the CPU; None leaves them.
-        cores: that they are held to; None leaves them.
+        cores: that all of it is held to, the process of the cold start included; None leaves them.
         cold: measures a cold start; None where nobody asks for it.
         progress: told what begins.
 
@@ -88,18 +90,20 @@ def survey(
         EngineError: where the module raises, or there are no such cores.
     """
     tell = progress or (lambda stage: None)
-    started: ColdStart | str = "not asked for"
-    if cold is not None:
-        tell("cold start")
-        try:
-            started = cold()
-        except EngineError as error:
-            started = str(error)
-    found: dict[str, DeviceSurvey | str] = {}
-    for device in devices:
-        reason = unavailable(device)
-        found[device] = reason or _of_device(target, device, batches, budget_seconds, threads, cores, tell)
-    return Survey(target.name, target.inputs.describe(), fingerprint(), found, started, target.notes)
+    machine = fingerprint()
+    with contextlib.nullcontext() if cores is None else pinned(cores):
+        started: ColdStart | str = "not asked for"
+        if cold is not None:
+            tell("cold start")
+            try:
+                started = cold()
+            except EngineError as error:
+                started = str(error)
+        found: dict[str, DeviceSurvey | str] = {}
+        for device in devices:
+            reason = unavailable(device)
+            found[device] = reason or _of_device(target, device, batches, budget_seconds, threads, tell)
+    return Survey(target.name, target.inputs.describe(), machine, found, started, target.notes)
 
 
 def _of_device(
@@ -108,19 +112,16 @@ def _of_device(
     batches: Sequence[int],
     budget: float,
     threads: int | None,
-    cores: Sequence[int] | None,
     tell: Callable[[str], None],
 ) -> DeviceSurvey:
     module, inputs, place = target.module, target.inputs, measurable(device)
     tell(f"latency on {device}")
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-    latency = measure_latency(module, inputs, device, budget_seconds=budget / 2, threads=threads, cores=cores)
+    latency = measure_latency(module, inputs, device, budget_seconds=budget / 2, threads=threads)
     reserved = int(torch.cuda.max_memory_reserved(place)) if place.type == "cuda" else None
     tell(f"throughput on {device}")
-    throughput = measure_throughput(
-        module, inputs, device, batches=batches, budget_seconds=budget / 2, threads=threads, cores=cores
-    )
+    throughput = measure_throughput(module, inputs, device, batches=batches, budget_seconds=budget / 2, threads=threads)
     tell(f"memory on {device}")
     size = measure_size(module, inputs, device)
     tell(f"profile on {device}")

@@ -44,7 +44,6 @@ def measure_throughput(
     batches: Sequence[int] = BATCHES,
     budget_seconds: float = 5.0,
     threads: int | None = None,
-    cores: Sequence[int] | None = None,
 ) -> dict[int, Throughput | str]:
     """Measure a module at several batch sizes, made by repeating the rows of its inputs.
 
@@ -55,7 +54,6 @@ def measure_throughput(
         batches: the sizes.
         budget_seconds: time to spend on all of them.
         threads: that torch runs meanwhile; None leaves them.
-        cores: that they are held to meanwhile; None leaves them.
 
     Returns:
         What was found for each size, or why there is nothing.
@@ -68,7 +66,7 @@ def measure_throughput(
             continue
         try:
             latency = measure_latency(
-                module, resized, device, budget_seconds=budget_seconds / len(batches), threads=threads, cores=cores
+                module, resized, device, budget_seconds=budget_seconds / len(batches), threads=threads
             )
         except EngineError as error:
             found[batch] = str(error.__cause__ or error).partition("\n")[0]

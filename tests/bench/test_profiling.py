@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxopt.bench import Roofline, measure_latency, measure_roofline, measure_throughput, profile
+from fxopt.bench.cold import ColdStart
 from fxopt.bench.latency import percentile
 from fxopt.bench.operators import operators_of
 from fxopt.bench.surroundings import pinned
@@ -144,6 +145,31 @@ def test_threads_are_held_to_cores_and_let_go() -> None:
     assert {task: os.sched_getaffinity(task) for task in tasks} == had
     with pytest.raises(EngineError, match="this process may run on"), pinned([4096]):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot hold threads to cores")
+def test_all_of_a_survey_is_held_to_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = max(os.sched_getaffinity(0))
+    ran_on: list[set[int]] = []
+
+    class Tells(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran_on.append(os.sched_getaffinity(0))
+            return x + 1
+
+    def on_cores(*_: object) -> Roofline:
+        ran_on.append(os.sched_getaffinity(0))
+        return CEILINGS
+
+    def cold() -> ColdStart:
+        ran_on.append(os.sched_getaffinity(0))
+        return ColdStart(0.0, 0.0, 0.0, 0.0, None, None)
+
+    monkeypatch.setattr("fxopt.bench.survey.measure_roofline", on_cores)
+    target = Target("tells", Tells(), Inputs.of(torch.ones(2, 3)))
+    found = survey(target, batches=(1,), budget_seconds=0.05, cores=[core], cold=cold)
+    assert set(map(frozenset, ran_on)) == {frozenset({core})}
+    assert found.machine.cores == len(os.sched_getaffinity(0))
 
 
 def test_the_ceiling_of_floats_of_8_bits_is_that_of_what_they_are_widened_to(monkeypatch: pytest.MonkeyPatch) -> None:
