@@ -82,6 +82,9 @@ def ci(
     Exit codes: 0 fine, 1 the tool failed, 2 wrong call, 3 regression, 4 inconclusive (with --strict), 5 nothing to
     compare with. In a GitHub workflow the report goes to the step summary and the failures become annotations.
     """
+    for flag, given_for_page in (("--history", history), ("--source-url", source_url)):
+        if given_for_page is not None and html_file is None:
+            raise typer.BadParameter("goes with --html", param_hint=flag)
     from fxopt import gate, report, spec
     from fxopt.engines.table import find as find_engine
     from fxopt.errors import GateError

@@ -89,6 +89,8 @@ def run(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Capture a model, rewrite it by passes, verify each, measure the latency before and after, and report."""
+    if max_error is not None and engine is None:
+        raise typer.BadParameter("goes with --engine, such as `--engine auto`", param_hint="--max-error")
     with progress(quiet) as stage:
         stage("load")
         # What the user's code prints is not part of the report.
@@ -96,10 +98,17 @@ def run(
             import torch
 
             from fxopt import artifact, report, spec
+            from fxopt.contract import Promise
             from fxopt.optimize import optimize
             from fxopt.target import load
 
             pipeline = spec.parse(passes)
+            # What quantises changes outputs.
+            if (sensitivity or max_drop is not None) and all(each.promise is not Promise.CHANGES for each in pipeline):
+                raise typer.BadParameter(
+                    f"goes with a pass that quantises, such as `--passes {DEFAULT_PASSES},ptq`",
+                    param_hint="--sensitivity" if sensitivity else "--max-drop",
+                )
             if out is not None:
                 artifact.check(out)
                 out = out.absolute()  # a file may go to another directory while it is imported

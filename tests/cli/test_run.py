@@ -310,9 +310,12 @@ def test_passes_are_proven(write, option, places):
         (["--max-error", "1e-2"], "max_error: it is for engines, and none is asked for"),
         (["--prove=each"], "prove: expected 'pass' to measure each pass, or 'match' each change, not 'each'"),
         (["--budget", "soon"], "'soon' is no time of at least 0.1 s; write 60s, or 2m"),
+        (["--max-error", "0.01"], "--max-error: goes with --engine, such as `--engine auto`"),
+        (["--sensitivity"], "--sensitivity: goes with a pass that quantises, such as `--passes clean,fuse,ptq`"),
+        (["--max-drop", "1%"], "--max-drop: goes with a pass that quantises"),
     ],
 )
-def test_wrong_engines_and_budgets(write, arguments, said):
+def test_wrong_engines_budgets_and_bounds(write, arguments, said):
     write("model.train()", header=CONV)
     done = run("model.py", "--device", "cpu", *arguments)
     assert said in " ".join(done.stderr.replace("│", " ").split())

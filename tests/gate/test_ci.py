@@ -545,6 +545,7 @@ def test_of_worktrees_whose_directory_is_not_there_only_its_own_are_forgotten(re
         (["model.py", "--json", "out/record.json"], 2, "--json: there is no directory 'out'"),
         (["model.py", "--json", "."], 2, "--json: '.' is a directory: expected a file to write"),
         (["model.py", "--html", "page.html", "--history", "h.jsonl"], 2, "there is no file of baselines 'h.jsonl'"),
+        (["model.py", "--source-url", "https://a/{file}#{line}"], 2, "--source-url: goes with --html"),
         (["model.py", "--base-python", "/nothing"], 2, "'/nothing' does not start"),
     ],
 )
