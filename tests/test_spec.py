@@ -145,6 +145,7 @@ def test_values_take_the_type_of_their_field(text, option, value):
         ("qat{zzz=4}", "pass 'qat' has no option 'zzz'; its options are 'bits', 'per_channel'", (4, 7)),
         ("fuse{a=1}", "pass 'fuse' has no option 'a', nor any other", (5, 6)),
         ("qat{bits=four}", "option 'bits' of pass 'qat' is int, not four", (9, 13)),
+        ("qat{bits=9223372036854775808}", "option 'bits' of pass 'qat' is int of 64 bits, not 92", (9, 28)),
         ('qat{bits="4"}', "option 'bits' of pass 'qat' is int, not \"4\"", (9, 12)),
         ("qat{bits=4.5}", "option 'bits' of pass 'qat' is int, not 4.5", (9, 12)),
         ("qat{bits=[4]}", "option 'bits' of pass 'qat' is int, not [4]", (9, 12)),
@@ -179,25 +180,26 @@ texts = st.text(max_size=12) | st.sampled_from(
     ["true", "none", "12", "1e3", "nan", "", "*.attn.*", "a{1,2}", "[x]", "'"]
 )
 numbers = st.floats(allow_nan=False)
+integers = st.integers(1 - 2**63, 2**63 - 1)
 manies = st.builds(
     Many,
-    bits=st.integers(),
+    bits=integers,
     per_channel=st.booleans(),
     scale=numbers,
     targets=st.lists(texts).map(tuple),
     label=texts,
-    limit=st.none() | st.integers(),
+    limit=st.none() | integers,
     dtype=st.sampled_from(["int8", "int4"]),
     corner=st.sampled_from(Corner),
-    size=st.tuples(st.integers(), numbers),
-    ranks=st.dictionaries(texts, st.integers(), max_size=3),
-    either=texts | st.none() | st.booleans() | st.integers() | numbers,
+    size=st.tuples(integers, numbers),
+    ranks=st.dictionaries(texts, integers, max_size=3),
+    either=texts | st.none() | st.booleans() | integers | numbers,
     nested=st.lists(st.lists(texts, max_size=3).map(tuple), max_size=3).map(tuple),
     one_or_many=texts | st.lists(texts, max_size=3).map(tuple),
 )
 
 
-@given(st.lists(manies | st.just(Plain()) | st.builds(Needy, rank=st.integers(1)), max_size=3).map(tuple))
+@given(st.lists(manies | st.just(Plain()) | st.builds(Needy, rank=st.integers(1, 2**63 - 1)), max_size=3).map(tuple))
 def test_text_reads_back_as_the_same_passes(passes):
     text = spec.render(passes)
     again = spec.parse(text, KNOWN)

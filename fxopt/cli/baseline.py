@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxopt.cli.formats import Format
+from fxopt.cli.formats import MOST_THREADS, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
@@ -28,7 +28,7 @@ InputTexts = Annotated[
     list[str] | None, typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.")
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
-Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU.", min=1)]
+Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU.", min=1, max=MOST_THREADS)]
 Budget = Annotated[float, typer.Option(help="Time to measure: `10s`.", parser=seconds, metavar="SECONDS")]
 StoreFile = Annotated[Path, typer.Option("--file", help="The file of baselines.", metavar="FILE")]
 Branch = Annotated[

@@ -8,15 +8,18 @@ from typing import Annotated
 
 import typer
 
-from fxopt.cli.formats import Device, Format
+from fxopt.cli.formats import MOST_SEED, MOST_THREADS, Device, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
 
+_MOST = 2**31
+"""What torch takes is smaller."""
+
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) >= least for part in parts):
+    if not all(part.strip().isascii() and part.strip().isdigit() and least <= int(part) < _MOST for part in parts):
         raise typer.BadParameter(f"'{text}' is no list of numbers from {least}, such as 1,4,16", param_hint=option)
     return [int(part) for part in parts]
 
@@ -36,8 +39,12 @@ def bench(
     batches: Annotated[
         str, typer.Option("--batch", help="Batch sizes to measure the throughput at.", metavar="N,N")
     ] = "1,2,4,8,16,32",
-    threads: Annotated[int | None, typer.Option(help="Threads of torch within an operator.", min=1)] = None,
-    interop: Annotated[int | None, typer.Option(help="Operators that torch may run at once.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch within an operator.", min=1, max=MOST_THREADS)
+    ] = None,
+    interop: Annotated[
+        int | None, typer.Option(help="Operators that torch may run at once.", min=1, max=MOST_THREADS)
+    ] = None,
     pin: Annotated[
         str | None, typer.Option(help="Hold all threads to these cores while measuring.", metavar="CORE,CORE")
     ] = None,
@@ -46,7 +53,7 @@ def bench(
     ] = 10.0,
     cold: Annotated[bool, typer.Option(help="Measure the start of a fresh process too.")] = True,
     style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)] = 0,
     train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,

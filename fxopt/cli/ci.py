@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxopt.cli.formats import Format
+from fxopt.cli.formats import MOST_THREADS, Format
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
@@ -50,7 +50,9 @@ def ci(
         str | None, typer.Option("--max-output-error", help="Of the outputs with equal weights.", metavar="SHARE")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="cpu")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1, show_default="1")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch on the CPU.", min=1, max=MOST_THREADS, show_default="1")
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Time to measure a target: `20s`.", parser=seconds, metavar="SECONDS", show_default="20"),

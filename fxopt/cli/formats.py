@@ -2,6 +2,11 @@
 
 import enum
 
+MOST_SEED = 2**32 - 1
+"""NumPy takes no larger one."""
+MOST_THREADS = 2**12
+"""More than any machine has cores; torch does not refuse what the system can't start."""
+
 
 class Format(enum.StrEnum):
     """A table to read, Markdown to paste, or JSON to read by machine."""

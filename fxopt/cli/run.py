@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fxopt.cli.formats import Device, Format
+from fxopt.cli.formats import MOST_SEED, MOST_THREADS, Device, Format
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.share import share
@@ -45,8 +45,8 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Keep the result there: report, weights, recipe and code.", metavar="DIR")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1, max=MOST_THREADS)] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)] = 0,
     engine: Annotated[
         str | None,
         typer.Option(

@@ -54,9 +54,12 @@ def coerce(value: Value, annotation: Any) -> Any:
     if not isinstance(value, Word) or (value.quoted and origin is not str):
         raise Mismatch(value, type_name(annotation))
     try:
-        return read(value.value)
+        found = read(value.value)
     except (ValueError, KeyError):
         raise Mismatch(value, type_name(annotation)) from None
+    if isinstance(found, int) and abs(found) >= 2**63:
+        raise Mismatch(value, f"{type_name(annotation)} of 64 bits")
+    return found
 
 
 def text_of(value: Any) -> str:

@@ -132,7 +132,8 @@ def _tensor(module: nn.Module, flag: Flag, generator: torch.Generator) -> tuple[
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         # Out of memory, or a range that the dtype does not hold.
         shape = "x".join(map(str, flag.shape))
-        raise LoadError(f"--input {shape}: cannot make this tensor: {error}") from error
+        first = str(error).partition("\n")[0]
+        raise LoadError(f"--input {shape}: cannot make this tensor: {first}") from error
 
 
 def _indices(module: nn.Module) -> int:

@@ -57,6 +57,9 @@ def test_a_cold_start_begins_where_the_command_did(write, tmp_path):
     ("arguments", "said"),
     [
         (["model.py", "--batch", "1,zero"], "no list of numbers from 1"),
+        (["model.py", "--batch", f"1,{10**20}"], "no list of numbers from 1"),
+        (["model.py", "--seed", str(10**20)], "should be less than or equal to 4294967295"),
+        (["model.py", "--threads", str(10**20)], "should be less than or equal to 4096"),
         (["model.py", "--pin", "4096"], "this process may run on"),
         (["nothing.py"], "there is no file 'nothing.py'"),
     ],
