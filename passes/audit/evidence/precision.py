@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +54,7 @@ class _Shadow(TorchDispatchMode):
         given = [leaf for leaf in pytree.tree_leaves(both) if _is_floating(leaf)]
         # An operator that writes into an operand changes what the twin has to be made of.
         known = [{id(leaf): twins.of(leaf) for leaf in given} for twins in self.twins] if given else []
-        result = func(*both[0], **both[1])
+        result = _computed(func, both)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not given or not any(map(_is_floating, made)):
             return result
@@ -94,6 +96,30 @@ def run_in_half(subject: Subject) -> list[Loss]:
         Loss(loss.dtype, loss.slip, loss.operator, loss.place, loss.module, loss.dtype in reached)
         for loss in shadow.losses.values()
     ]
+
+
+def _computed(func: Any, both: Any) -> Any:
+    """What an operator gives; of operands in one type where it refuses several, or float64.
+
+    In a model of one type `x.float()` changes nothing, and some operators know fewer types.
+    """
+    try:
+        return func(*both[0], **both[1])
+    except RuntimeError:
+        if func._schema.is_mutable:
+            raise
+        for dtype in (torch.float64, torch.float32):
+            args, kwargs = pytree.tree_map_only(torch.Tensor, functools.partial(_in, dtype), both)
+            with contextlib.suppress(RuntimeError):
+                return pytree.tree_map_only(torch.Tensor, functools.partial(_in, torch.float64), func(*args, **kwargs))
+        raise
+
+
+def _in(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of numbers in a type; integers stay."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _is_floating(leaf: Any) -> bool:

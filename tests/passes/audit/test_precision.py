@@ -89,6 +89,30 @@ def test_nothing_is_said_of_what_low_precision_holds(name):
     assert run_in_half(subject(KEPT[name])) == []
 
 
+class Mixes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.spectrum = nn.Parameter(torch.randn(9, 9, dtype=torch.complex64))
+        self.experts = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x):
+        x = self.norm(self.fc(x.float()).float())
+        x = torch.fft.irfft(torch.fft.rfft(x) @ self.spectrum, n=16)
+        x = F.grouped_mm(x, self.experts, offs=torch.tensor([3, 8], dtype=torch.int32))
+        return variance_of_large(self.norm(x))
+
+
+def test_a_model_of_several_types_is_followed_to_its_end():
+    torch.manual_seed(0)
+    losses = run_in_half(Subject("x", Mixes(), Inputs((torch.randn(8, 16),))))
+    assert {(loss.dtype, loss.slip.kind, loss.operator) for loss in losses} == {
+        (torch.float16, "error", "sub"),
+        (torch.bfloat16, "error", "sub"),
+    }
+
+
 def test_an_error_tells_what_came_in_and_whether_it_reaches_the_outputs():
     loss = first(variance_of_large, torch.float16)
     assert loss is not None
