@@ -63,19 +63,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Fix:
-    """An edit that is safe to make: text put in the place of a span of lines.
+    """An edit that is safe to make: text put in the place of a span.
 
     Attributes:
         path: of the file.
-        line: the first line to replace.
-        end_line: the last one.
-        text: what to put there, without the last line break.
+        line: where the span begins.
+        column: of that line, from 1.
+        end_line: where it ends.
+        end_column: one past its last column.
+        text: what to put there.
         what: in a few words.
     """
 
     path: str
     line: int
+    column: int
     end_line: int
+    end_column: int
     text: str
     what: str
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,15 +40,16 @@ def _applied(path: str, fixes: list[Fix]) -> tuple[str, str]:
     with Path(path).open(encoding="utf-8", newline="") as file:
         before = file.read()
     lines = _lines(before)
-    taken = len(lines) + 1
-    for fix in sorted(fixes, key=lambda each: (each.line, each.end_line), reverse=True):
-        if fix.end_line >= taken:
+    begins = [0, *itertools.accumulate(map(len, lines))]
+    parts, done = list[str](), 0
+    for fix in sorted(fixes, key=lambda each: (each.line, each.column)):
+        start, end = begins[fix.line - 1] + fix.column - 1, begins[fix.end_line - 1] + fix.end_column - 1
+        if start < done:
             continue
-        last = lines[fix.end_line - 1]
-        ending = last[len(last.rstrip("\r\n")) :]
-        lines[fix.line - 1 : fix.end_line] = [fix.text.replace("\n", ending or "\n") + ending]
-        taken = fix.line
-    return before, "".join(lines)
+        line = lines[fix.line - 1]
+        parts += [before[done:start], fix.text.replace("\n", line[len(line.rstrip("\r\n")) :] or "\n")]
+        done = end
+    return before, "".join(parts) + before[done:]
 
 
 def _lines(text: str) -> list[str]:

@@ -52,7 +52,9 @@ def _plain(finding: Finding) -> dict[str, Any]:
         if finding.fix is None
         else {
             "line": finding.fix.line,
+            "column": finding.fix.column,
             "end_line": finding.fix.end_line,
+            "end_column": finding.fix.end_column,
             "text": finding.fix.text,
             "what": finding.fix.what,
         },

@@ -227,7 +227,7 @@ def _registers(call: ast.Call) -> set[str]:
 
 
 def with_value(path: str, statement: ast.Assign, change: Callable[[str], str], what: str) -> Fix:
-    """The edit that puts something else in the place of an assignment; what stands around it on its lines stays.
+    """The edit that puts something else in the place of an assignment.
 
     Args:
         path: of the file.
@@ -238,13 +238,12 @@ def with_value(path: str, statement: ast.Assign, change: Callable[[str], str], w
     lines = Path(path).read_text(encoding="utf-8").split("\n")  # as Python counts them, form feeds or not
     first, last = statement.lineno, statement.end_lineno or statement.lineno
     target = statement.targets[0]
-    before = lines[first - 1].encode()[: statement.col_offset].decode()
-    after = lines[last - 1].encode()[statement.end_col_offset :].decode()
     inside = lines[first - 1 : last]
-    inside[-1] = inside[-1][: len(inside[-1]) - len(after)]
+    inside[-1] = inside[-1].encode()[: statement.end_col_offset].decode()
     inside[0] = inside[0].encode()[target.end_col_offset :].decode()
     value = "\n".join(inside).partition("=")[2].strip()
-    return Fix(path, first, last, before + change(value) + after, what)
+    start, end = column(path, first, statement.col_offset), column(path, last, statement.end_col_offset or 0)
+    return Fix(path, first, start, last, end, change(value), what)
 
 
 def imported(path: str) -> dict[str, str]:

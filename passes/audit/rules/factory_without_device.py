@@ -42,10 +42,10 @@ def _fix(evidence: Evidence, place: Place) -> Fix | None:
             given = {item.arg for item in call.keywords}
             free = name.startswith("torch.") and not given & {"device", None}
             if free and name.removeprefix("torch.") in _FACTORIES and call.end_col_offset:
-                line = linecache.getline(place.path, place.line).rstrip()
-                end = len(line.encode()[: call.end_col_offset].decode()) - 1
-                text = f"{line[:end].rstrip(' ,')}, device={tensor}.device{line[end:]}"
-                return Fix(place.path, place.line, place.line, text, "make it on the device of the input")
+                close = code.column(place.path, place.line, call.end_col_offset) - 1
+                start = len(linecache.getline(place.path, place.line)[: close - 1].rstrip(" ,")) + 1
+                text = f", device={tensor}.device"
+                return Fix(place.path, place.line, start, place.line, close, text, "make it on the device of the input")
     return None
 
 
@@ -72,13 +72,12 @@ class FactoryWithoutDevice(Rule):
         """All places that have the fault."""
         reported = set()
         for meeting in evidence.meetings:
-            made = meeting.made
-            if made is None or meeting.maker in _MOVES or (made.path, made.line) in reported:
+            place = dataclasses.replace(meeting.made, note="") if meeting.made is not None else None
+            if place is None or meeting.maker in _MOVES or place in reported:
                 continue
-            reported.add((made.path, made.line))
+            reported.add(place)
             related = (dataclasses.replace(meeting.place, note="it meets the GPU here"),) if meeting.place else ()
             message = (
                 f"this tensor of shape {meeting.shape} is made on the CPU, and '{meeting.operator}' needs it elsewhere"
             )
-            place = dataclasses.replace(made, note="")
             yield self.found(message, place, meeting.module, related, fix=_fix(evidence, place))

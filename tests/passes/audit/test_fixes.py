@@ -62,6 +62,18 @@ FIXED = {
         "return self.fc(x) + (torch.zeros(4, device=x.device) + torch.ones(4))",
         "return self.fc(x) + (torch.zeros(4, device=x.device) + torch.ones(4, device=x.device))",
     ),
+    "two devices of a line": (
+        "FX202",
+        "",
+        "return self.fc(x) + torch.ones(4) + (x[:, :1] + torch.zeros(4, ))",
+        "return self.fc(x) + torch.ones(4, device=x.device) + (x[:, :1] + torch.zeros(4, device=x.device))",
+    ),
+    "two buffers of a line": (
+        "FX101",
+        "self.\u03c3 = torch.ones(4); self.\u03bc = torch.zeros(4)",
+        "return self.fc(x) * self.\u03c3 + self.\u03bc",
+        'self.register_buffer("\u03c3", torch.ones(4)); self.register_buffer("\u03bc", torch.zeros(4))',
+    ),
     "behind a form feed": (
         "FX101",
         "\f\n        self.scale = torch.ones(4)",
