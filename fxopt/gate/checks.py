@@ -89,7 +89,7 @@ def _output_error(found: float | str | None, limit: float | None) -> Check:
 def _growth(name: str, before: int | None, after: int | None, limit: float) -> Check:
     texts = (_bytes(before), _bytes(after))
     if before is None or after is None:
-        return Check(name, "not checked", *texts, "it can't be measured for this module")
+        return Check(name, "not checked", *texts, "it can't be measured for what runs here")
     if after > before * (1 + limit) and after - before > 1024:
         growth = f"{100 * (after / before - 1):.1f} % more" if before else "from nothing"
         return Check(name, "failed", *texts, f"{growth}, allowed are {100 * limit:.1f} %")

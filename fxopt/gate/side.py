@@ -29,10 +29,10 @@ from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
 from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
+from fxopt.engines.once import once
 from fxopt.errors import BaselineError, FxoptError
 from fxopt.evaluation import evaluated
 from fxopt.inputs import Inputs
-from fxopt.nested import tensors_in
 from fxopt.pipeline import run_passes
 from fxopt.record import plain
 from fxopt.rewriting import run_pass
@@ -167,7 +167,9 @@ class Side:
             facts["graph"] = _graph(captured.module)
         facts["metrics"] = None if target.evaluate is None else plain(evaluated(target.evaluate, result))
         facts["size"] = asdict(measure_size(result, self._inputs, self._device))
-        self._outputs = _outputs(result, self._inputs)
+        if self._order["engine"]:
+            facts["size"]["peak_memory"] = None  # which the operators of torch tell, and not an engine
+        self._outputs = self._outputs_of(result)
         torch.save({"state": _tensors(target.module), "outputs": self._outputs}, keep)
         return facts
 
@@ -189,7 +191,7 @@ class Side:
             twin = independent_copy(self._target.module)
             twin.load_state_dict(theirs, strict=False)
             try:
-                outputs = _outputs(self._after(twin, self._passes), self._inputs)
+                outputs = self._outputs_of(self._after(twin, self._passes))
             except FxoptError as error:
                 return f"the passes fail with the weights of the base: {error}"
         if [one.shape for one in outputs] != [one.shape for one in other["outputs"]]:
@@ -219,6 +221,17 @@ class Side:
             inputs = self._inputs.map(lambda tensor: tensor.detach().to(self._device, copy=True))
             return lower(independent_copy(module).to(self._device), inputs, self._order["engine"])
 
+    def _outputs_of(self, module: nn.Module) -> list[torch.Tensor]:
+        """What is given by what would be timed: the module, or the engine that runs it."""
+        inputs, run, holds = self._inputs, module, [module]
+        if self._order["engine"]:
+            run = executable = self._lowered(module)
+            inputs, holds = inputs.to(self._device), [*executable.holds]
+        with torch.no_grad():
+            values, _ = once(run, holds, inputs)
+        found = [value for value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided]
+        return [tensor.detach().cpu() for tensor in found]
+
     def _batches(self) -> list[Inputs]:
         return [Inputs.of(batch) for batch in self._target.calibration_data or ()]
 
@@ -232,14 +245,6 @@ def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     scale = float(two.abs().max()) if two.numel() else 0.0
     gap = float((one - two).abs().max()) if two.numel() else 0.0
     return gap / scale if scale else gap
-
-
-def _outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        given = inputs.map(torch.clone)
-        found = tensors_in(independent_copy(module)(*given.args, **given.kwargs))
-    return [tensor.detach().clone() for tensor in found if tensor.layout is torch.strided]
 
 
 def _graph(module: Any) -> list[dict[str, str]]:

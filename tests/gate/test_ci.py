@@ -110,6 +110,15 @@ def test_equal_code_is_no_regression_on_a_gpu(repo: Repo, engine: str):
     assert target["device"] == "cuda" and target["latency"]["base_ms"] > 0
 
 
+def test_what_is_held_to_limits_is_what_the_engine_runs(repo: Repo):
+    repo.write(model=MODEL + "\nmodel.fc.weight.data += 0.1\n")
+    target = repo.only(engine="onednn", timed=False, output_error=1e-4)
+    checks = {check["name"]: check for check in target["checks"]}
+    assert checks["output error"]["status"] == "ok" and checks["peak memory"]["status"] == "not checked"
+    target = repo.only(engine="cudnn", timed=False, code=5)
+    assert "engine 'cudnn'" in target["notes"][0]
+
+
 def test_an_unknown_engine_is_a_wrong_call(repo: Repo):
     done = repo.ci("model.py", "--engine", "onednm", *QUICK)
     assert done.returncode == 2 and "unknown engine 'onednm'; did you mean 'onednn'?" in done.stderr
