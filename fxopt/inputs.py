@@ -88,9 +88,9 @@ class Inputs:
     def fresh(self, seed: int) -> Inputs:
         """Random inputs of the same shapes, dtypes and value ranges.
 
-        Floats are normal with the mean and deviation of the example; what is not finite in it, as in a mask, stays
-        where it is. Integers lie within the example's own smallest and largest value, since they mostly index
-        something; booleans keep the share of True.
+        Floats, and either part of complex numbers, are normal with the mean and deviation of the example; what is not
+        finite in it, as in a mask, stays where it is. Integers lie within the example's own smallest and largest value,
+        since they mostly index something; booleans keep the share of True.
         """
         generator = torch.Generator().manual_seed(seed)
         return self.map(lambda tensor: _fresh(tensor, generator))
@@ -132,9 +132,11 @@ def _fresh(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.dtype is torch.bool:
         share = tensor.double().mean().item()
         return (torch.rand(tensor.shape, generator=generator) < share).to(tensor.device)
-    if tensor.is_floating_point() or tensor.is_complex():
+    if tensor.is_complex():
+        return torch.complex(_fresh(tensor.real, generator), _fresh(tensor.imag, generator))
+    if tensor.is_floating_point():
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        wide = tensor.detach().double().cpu() if not tensor.is_complex() else tensor.detach().cpu().real.double()
+        wide = tensor.detach().double().cpu()
         known = wide.isfinite()
         if not known.any():
             return tensor.clone()

@@ -34,6 +34,14 @@ def test_what_is_said_of_them_is_the_same_in_each_process(value: object, text: s
     assert Inputs.of(value).describe() == text
 
 
+def test_fresh_complex_numbers_have_both_parts() -> None:
+    example = torch.complex(torch.randn(64), torch.zeros(64)) * torch.tensor(1 + 1j)
+    for given in (example, example.conj()):
+        (fresh,) = Inputs.of(given).fresh(0).args
+        assert fresh.dtype is torch.complex64 and fresh.shape == (64,)
+        assert fresh.real.std() > 0.5 and fresh.imag.std() > 0.5
+
+
 def test_fresh_floats_keep_what_is_not_finite_where_it_is() -> None:
     mask = nn.Transformer.generate_square_subsequent_mask(4)
     fresh = Inputs.of((mask, torch.full((2,), torch.inf), torch.tensor([1.0, torch.nan]))).fresh(0).args
