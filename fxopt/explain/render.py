@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from tabulate import tabulate
 
 from fxopt.explain.explanation import Explanation, Part
+from fxopt.markdown import escaped
 
 _HIDDEN = (
     "getitem",
@@ -42,13 +43,15 @@ def _text(explanation: Explanation) -> str:
 
 
 def _markdown(explanation: Explanation) -> str:
-    blocks = [f"## {_summary(explanation)}"]
+    blocks = [f"## {escaped(_summary(explanation))}"]
     for part in explanation.parts:
         heading = ["", "call", "result", "source"]
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in _rows(part, explanation)]
-        blocks.append(f"### {_title(part)}\n\n{tabulate(rows, heading, tablefmt='pipe', disable_numparse=True)}")
+        rows = [list(map(escaped, row)) for row in _rows(part, explanation)]
+        blocks.append(
+            f"### {escaped(_title(part))}\n\n{tabulate(rows, heading, tablefmt='pipe', disable_numparse=True)}"
+        )
     for title, lines in _lists(explanation):
-        blocks.append(f"### {title}\n\n" + "\n".join(f"- {line}" for line in lines))
+        blocks.append(f"### {title}\n\n" + "\n".join(f"- {escaped(line)}" for line in lines))
     return "\n\n".join(blocks)
 
 

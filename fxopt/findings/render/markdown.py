@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fxopt.findings.inspection import Inspection
 from fxopt.findings.render.text import counted
 from fxopt.findings.rule import RuleCard
+from fxopt.markdown import escaped
 
 
 def markdown(found: Inspection, rules: Sequence[RuleCard]) -> str:
@@ -15,7 +16,8 @@ def markdown(found: Inspection, rules: Sequence[RuleCard]) -> str:
     if found.findings:
         lines += ["| place | rule | severity | what | fix |", "|---|---|---|---|---|"]
     for finding in found.findings:
-        cells = [str(finding.place or ""), finding.rule, finding.severity.value, finding.message, finding.advice]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    lines += ["", *(f"- {note}" for note in found.notes)] if found.notes else []
+        cells = [str(finding.place or ""), finding.rule, finding.severity.value, finding.message]
+        advice = finding.advice.replace("|", "\\|").replace("\n", " ")  # which is Markdown itself
+        lines.append("| " + " | ".join([*map(escaped, cells), advice]) + " |")
+    lines += ["", *(f"- {escaped(note)}" for note in found.notes)] if found.notes else []
     return "\n".join(lines) + "\n"

@@ -71,6 +71,13 @@ def test_other_forms(found):
     assert "| FX101 |" in render(found, Audit.rules(), "markdown")
 
 
+def test_markdown_shows_names_as_they_are(found):
+    odd = dataclasses.replace(found.findings[0], message="'a_*_b' is\nno <locals>|`x`")
+    text = render(Inspection((odd,), ("of '__main__'",)), Audit.rules(), "markdown")
+    assert r"| 'a\_\*\_b' is no \<locals\>\|\`x\` |" in text and r"- of '\_\_main\_\_'" in text
+    assert "call `register_buffer`" in text
+
+
 COMMENTS = [
     ("# fxopt: ignore[FX101] moved by hand", ""),
     ("# fxopt: ignore[fx102, fx101] moved by hand", ""),
