@@ -19,11 +19,15 @@ _PRODUCTS = (*LAYERS, "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scal
 
 
 def _follows_type(place: Place) -> bool:
-    """Whether the number is computed there from the type of a tensor: it is another one in float16."""
+    """Whether the number is computed there, or for a variable there, from the type of a tensor: it fits float16 too."""
     tree = code.syntax(place.path)
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
     around = [node for node in statements if node.lineno <= place.line <= (node.end_lineno or node.lineno)]
-    calls = [node for node in ast.walk(around[-1]) if isinstance(node, ast.Call)] if around else []
+    functions = [node for node in around if isinstance(node, ast.FunctionDef)]
+    read = {node.id for node in ast.walk(around[-1]) if isinstance(node, ast.Name)} if around else set()
+    computed = [node for node in ast.walk(functions[-1]) if isinstance(node, ast.Assign)] if functions else []
+    named = [node for node in computed if read.intersection(map(ast.unparse, node.targets))]
+    calls = [node for each in (*around[-1:], *named) for node in ast.walk(each) if isinstance(node, ast.Call)]
     asked = [call.args[0] for call in calls if ast.unparse(call.func).endswith("finfo") and call.args]
     return any(not ast.unparse(kind).startswith("torch.") for kind in asked)
 

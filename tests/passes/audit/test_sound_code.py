@@ -115,6 +115,18 @@ CODE = {
         "return self.fc(x).abs().clamp(\n    min=torch.finfo(x.dtype).tiny\n).log()",
         False,
     ),
+    "a clamp by the type, in a variable": (
+        "FX301",
+        "",
+        "eps = torch.finfo(x.dtype).tiny\nreturn self.fc(x).abs().clamp(min=eps).log()",
+        False,
+    ),
+    "a clamp by another type, in a variable": (
+        "FX301",
+        "",
+        "eps = torch.finfo(torch.float32).tiny\nreturn self.fc(x).abs().clamp(min=eps).log()",
+        True,
+    ),
     "a clamp by another type": (
         "FX301",
         "",
