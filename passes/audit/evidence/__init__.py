@@ -74,9 +74,11 @@ class Evidence:
     def bodies(self) -> list[code.Body]:
         """All functions that a forward runs, as text, each once."""
         found: dict[object, code.Body] = {}
-        for path, kind in self.classes:
-            for body in code.forward_bodies(kind, path):
-                found.setdefault((body.path, body.node.lineno), body)
+        waiting = [body for path, kind in self.classes for body in code.forward_bodies(kind, path)]
+        for body in waiting:
+            if (body.path, body.node.lineno) not in found:
+                found[body.path, body.node.lineno] = body
+                waiting += code.called_functions(body)
         return list(found.values())
 
     @functools.cached_property

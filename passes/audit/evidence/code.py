@@ -55,6 +55,7 @@ class Body:
         names: the globals of its file.
         module: qualified name of a module that runs it.
         kind: class of that module.
+        is_method: whether its first argument is that module.
     """
 
     node: ast.FunctionDef
@@ -62,6 +63,12 @@ class Body:
     names: dict[str, Any]
     module: str
     kind: type[nn.Module]
+    is_method: bool = True
+
+    @property
+    def arguments(self) -> list[ast.arg]:
+        """What it is given by position, besides the module."""
+        return self.node.args.args[self.is_method :]
 
     def resolve(self, node: ast.expr) -> Any:
         """What a dotted global name means; None where it is none."""
@@ -285,6 +292,24 @@ def forward_bodies(kind: type[nn.Module], module: str) -> Iterator[Body]:
                     new = {(method, start) for method, start in called - seen if method}
                     waiting += sorted(new)
                     seen |= new
+
+
+def called_functions(body: Body) -> Iterator[Body]:
+    """The functions of the user's own files that a function calls by their names."""
+    for call in body.calls():
+        named = body.resolve(call.func)
+        function = inspect.unwrap(named) if callable(named) else None
+        if not inspect.isfunction(function):
+            continue
+        path, line = function.__code__.co_filename, function.__code__.co_firstlineno
+        tree = syntax(path) if is_users_file(path) and not is_installed(path) else None
+        for item in tree.body if tree else ():
+            if isinstance(item, ast.FunctionDef) and line in (
+                item.lineno,
+                *(each.lineno for each in item.decorator_list),
+            ):
+                resolved = str(Path(path).resolve())
+                yield Body(item, resolved, function.__globals__, body.module, body.kind, is_method=False)
 
 
 def _super_attribute(node: ast.AST) -> str:

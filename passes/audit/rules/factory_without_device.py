@@ -17,9 +17,8 @@ _FACTORIES = {"zeros", "ones", "full", "arange", "empty", "eye", "linspace", "ra
 
 def _tensor(evidence: Evidence, body: code.Body) -> str:
     """The first argument of a function where it is always a tensor, or ""."""
-    given, seen = body.node.args, evidence.forward
-    first = next(iter(given.args[1:]), None)
-    if first is None or len(given.defaults) > len(given.args) - 2:  # its default is hardly one
+    first, seen = next(iter(body.arguments), None), evidence.forward
+    if first is None or len(body.node.args.defaults) >= len(body.arguments):  # its default is hardly one
         return ""
     names = [node for node in ast.walk(body.node) if isinstance(node, ast.Name) and node.id == first.arg]
     if any(isinstance(name.ctx, ast.Store) for name in names):

@@ -38,7 +38,7 @@ class SampleLoop(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
         for body in evidence.bodies:
-            arguments = {item.arg for item in body.node.args.args[1:]} if body.node.name == "forward" else set()
+            arguments = {item.arg for item in body.arguments} if body.node.name == "forward" else set()
             for node in ast.walk(body.node):
                 if isinstance(node, (ast.For, ast.comprehension)) and _over_batch(node.iter, arguments):
                     message = f"'{ast.unparse(node.iter)}' goes over the samples one by one"

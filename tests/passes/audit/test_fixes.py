@@ -62,6 +62,12 @@ FIXED = {
         "return self.fc(x) + (torch.zeros(4, device=x.device) + torch.ones(4))",
         "return self.fc(x) + (torch.zeros(4, device=x.device) + torch.ones(4, device=x.device))",
     ),
+    "device in a function": (
+        "FX202",
+        "",
+        "return shifted(self.fc(x))\n\ndef shifted(y: torch.Tensor):\n    return y + torch.ones(4)",
+        "    return y + torch.ones(4, device=y.device)",
+    ),
     "two devices of a line": (
         "FX202",
         "",

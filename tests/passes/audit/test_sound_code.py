@@ -237,6 +237,34 @@ def test_a_base_class_is_read_where_super_calls_it(write):
     assert [finding.rule for finding in Audit().inspect(subject).findings] == ["FX201"]
 
 
+FUNCTION = """
+import functools
+from torch.nn import functional as F
+def keep(function):
+    return functools.wraps(function)(lambda *given: function(*given))
+{above}
+def helper(y):
+    {body}
+def outer(y):
+    return helper(y)
+"""
+FUNCTIONS = {
+    "a device": ("FX201", "y = y.cuda() if y.is_cuda else y\n    return y", True),
+    "a new layer": ("FX104", "return nn.Linear(3, 3)(y)", True),
+    "a write in place": ("FX107", "z = F.relu(y, inplace=True)\n    return y + z", True),
+    "what is printed": ("FX602", "print(y.square().mean())\n    return y", False),
+}
+
+
+@pytest.mark.parametrize("above", ["", "@keep"], ids=["plain", "decorated"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_that_a_forward_calls_are_read(name, above, write):
+    rule, body, found = FUNCTIONS[name]
+    source = CLASS.format(init="", forward="return outer(self.fc(x))") + FUNCTION.format(body=body, above=above)
+    subject, _ = subject_of(f"{write(source)}:Module", ["2x3"])
+    assert (rule in {finding.rule for finding in Audit().inspect(subject).findings}) is found
+
+
 def test_a_file_with_a_byte_order_mark_is_read(write):
     source = CLASS.format(init="self.scale = torch.ones(3)", forward="return self.scale * self.fc(x)")
     path = write(source, header="\ufeffimport torch\nfrom torch import nn\n")
