@@ -181,6 +181,8 @@ class Evidence:
         try:
             return run(self.subject)
         except Exception as error:  # whatever a user's model raises
+            if run is not run_forward and self.forward is not None and self.forward.error is not None:
+                return None  # a finding tells of it
             first = (str(error).splitlines() or ["no message"])[0]
             self.notes.append(f"{self.subject.name}: {what} ended early: {type(error).__name__}: {first}")
             return None

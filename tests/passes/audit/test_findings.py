@@ -172,6 +172,13 @@ def test_a_module_that_cannot_be_made_is_read(write):
     assert done.exit_code == 1
 
 
+def test_a_forward_that_raises_is_told_once(write):
+    name = write("example_inputs = torch.ones(2, 5)")
+    report = json.loads(CliRunner().invoke(app, ["audit", name, "--quiet", "--format", "json"]).stdout)
+    assert [finding["rule"] for finding in report["findings"]] == ["FX410"]
+    assert report["notes"] == []
+
+
 FAULTY = """
 class Faulty(nn.Module):
     def __init__(self):
