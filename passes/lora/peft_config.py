@@ -19,6 +19,8 @@ _UNKNOWN = (
     "kasa_config velora_config monteclora_config arrow_config bdlora_config trainable_token_indices layer_replication "
     "megatron_config use_qalora alora_invocation_tokens use_bdlora"
 ).split()
+_MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the names of the inits begin that change the base weight, as PEFT does again when it loads such a file."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,13 @@ def to_settings(config: Mapping[str, Any], source: str) -> Settings:
     unknown = [key for key in _UNKNOWN if config.get(key)]
     if unknown:
         raise ArtifactError(f"'{source}' uses '{unknown[0]}', which fxopt does not have")
+    init = str(config.get("init_lora_weights"))
+    if init.startswith(_MOVES_WEIGHT):
+        raise ArtifactError(
+            f"'{source}' is for what init '{init}' left of the weights, not for the original ones: save it in PEFT "
+            "with 'path_initial_model_for_weight_conversion', or, if the model has those weights, set "
+            "'init_lora_weights' there to true"
+        )
     try:
         targets = config.get("target_modules") or ()
         return Settings(

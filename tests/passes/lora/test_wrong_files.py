@@ -56,6 +56,10 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "type": (lambda t, c: c.update(peft_type="IA3"), "of type 'IA3', expected 'LORA'"),
     "dora": (lambda t, c: c.update(use_dora=True), "lin0.lora_magnitude_vector', which 'use_dora' needs"),
     "option": (lambda t, c: c.update(layer_replication=[[0, 1]]), "uses 'layer_replication'"),
+    "init": (
+        lambda t, c: c.update(init_lora_weights="pissa_niter_4"),
+        "is for what init 'pissa_niter_4' left of the weights, not for the original ones: save it in PEFT with",
+    ),
     "no rank": (lambda t, c: c.pop("r"), "no configuration of an adapter"),
     "empty": (lambda t, c: drop(t, "lin"), "holds no tensors of an adapter"),
 }
