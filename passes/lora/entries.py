@@ -14,6 +14,7 @@ from fxopt.errors import ArtifactError
 from passes.lora.adapter import Adapter, Beside, LowRank, WeightAdapter
 from passes.lora.fold import slot_of
 from passes.lora.forms import Conv, ConvTranspose, Form
+from passes.lora.init import padded
 
 if TYPE_CHECKING:
     from passes.lora.peft_config import Settings
@@ -61,8 +62,8 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What patterns call it."""
-        return self.parameter or self.name
+        """What patterns call it: PEFT has one rank and one alpha for the two projections of an attention module."""
+        return self.parameter or (self.name.removesuffix(".out_proj") if self.in_attention else self.name)
 
     @property
     def path(self) -> str:
@@ -111,6 +112,22 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
         in_attention=projects,
         parameter="" if by_module else adapter.slot,
     )
+
+
+def alike(entries: Sequence[Entry]) -> list[Entry]:
+    """The same, the two of an attention module with one rank and one scale: zeros and B make up for the difference."""
+    by_label: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_label.setdefault(entry.label, []).append(entry)
+    found = []
+    for together in by_label.values():
+        rank, scale = max(entry.rank for entry in together), max((entry.scale for entry in together), key=abs)
+        for entry in together:
+            if (entry.rank, entry.scale) != (rank, scale):
+                a, b = padded(entry.a, 0, rank), padded(entry.b, 1, rank) * (entry.scale / scale)
+                entry = replace(entry, a=a, b=b, scale=scale)
+            found.append(entry)
+    return found
 
 
 def write_entries(entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
@@ -198,10 +215,10 @@ def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, mod
     adapted = [name for name in known if settings.is_parameter(name)]
     parameter = adapted[-1 - depth] if depth < len(adapted) and not projects else ""
     name = parameter.removesuffix(".weight") or owner
-    label = parameter or owner
+    label = parameter or (owner.removesuffix(".out_proj") if projects else owner)
     rank = settings.rank_of(label)
     if a.shape[0] != rank:
-        raise ArtifactError(f"'{label}' has an A of rank {a.shape[0]}, its configuration says {rank}")
+        raise ArtifactError(f"'{parameter or owner}' has an A of rank {a.shape[0]}, its configuration says {rank}")
     scale = settings.alpha_of(label) / (rank**0.5 if settings.rslora else rank)
     magnitude, bias = roles.get("magnitude"), roles.get("bias")
     if settings.dora and magnitude is None:

@@ -15,7 +15,7 @@ from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from passes.lora.active import adapters, names, root_of, saved_with, takes_part
 from passes.lora.adapter import Adapter, WeightAdapter
-from passes.lora.entries import nested, read_entries, to_entry, write_beside, write_entries
+from passes.lora.entries import alike, nested, read_entries, to_entry, write_beside, write_entries
 from passes.lora.load import Loading
 from passes.lora.peft_config import Settings, from_settings, to_settings
 from passes.lora.targets import nearest_names
@@ -57,7 +57,7 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
             # Of several uses of one weight the first, which is the weight as a whole where one is that.
             found.setdefault(adapter.slot, adapter)
     root = root_of(module, next(iter(found.values())))
-    entries = nested(root, [to_entry(root, adapter, name) for adapter in found.values()])
+    entries = nested(root, alike([to_entry(root, adapter, name) for adapter in found.values()]))
     beside = saved_with(module, name)
     lows = [adapter[name] for adapter in found.values()]
     # PEFT takes no dropout where it adapts a weight as a whole, which it does with all parameters of no layer.

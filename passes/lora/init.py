@@ -107,11 +107,11 @@ def _take_out(form: Form, weight: torch.Tensor, low: LowRank, recipe: Recipe) ->
         root = (s[:rank] / low.scale).sqrt()
         left_factor, right_factor = u[:, :rank] * root, root[:, None] * v[:rank]
         if rounded is not None:
-            low.A.copy_(_padded(right_factor, 0, rank).reshape(low.A.shape))
-            low.B.copy_(_padded(left_factor, 1, rank).reshape(low.B.shape))
+            low.A.copy_(padded(right_factor, 0, rank).reshape(low.A.shape))
+            low.B.copy_(padded(left_factor, 1, rank).reshape(low.B.shape))
             return _like(form, rounded, weight)
-    low.A.copy_(_padded(right_factor, 0, rank).reshape(low.A.shape))
-    low.B.copy_(_padded(left_factor, 1, rank).reshape(low.B.shape))
+    low.A.copy_(padded(right_factor, 0, rank).reshape(low.A.shape))
+    low.B.copy_(padded(left_factor, 1, rank).reshape(low.B.shape))
     low.start_a, low.start_b = low.A.detach().clone(), low.B.detach().clone()
     left: torch.Tensor = wide - low.scale * form.delta(low.A.double(), low.B.double())
     return left.to(weight.dtype)
@@ -122,8 +122,8 @@ def _like(form: Form, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return rows.reshape(weight.shape).to(weight.dtype)
 
 
-def _padded(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    """A factor of a weight that has fewer rows than the rank, filled up with zeros."""
+def padded(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """A factor of fewer rows or columns than the rank, filled up with zeros."""
     missing = rank - factor.shape[dim]
     if missing <= 0:
         return factor

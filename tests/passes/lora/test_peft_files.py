@@ -97,6 +97,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("biases 2", "mlp", {"target_modules": ["lin0"], "bias": "lora_only"}),
     ("mha 1", "mha", {"target_modules": ["mha"]}),
     ("mha 2", "mha", {"target_modules": ["mha", "lin0"]}),
+    ("mha 3", "mha", {"target_modules": ["mha"], "rank_pattern": {"mha": 3}, "alpha_pattern": {"mha": 20}}),
     ("parameters 1", "parameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
     ("parameters 2", "mlp", {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"]}),
     ("parameters 3", "twice", {"target_modules": ["lin1"], "target_parameters": ["lin0.weight"]}),
@@ -232,6 +233,23 @@ def test_what_is_saved_here_is_loaded_here(tmp_path: Path, name: str, options: d
     load_adapter(fresh, tmp_path)
     with torch.no_grad():
         assert torch.allclose(fresh(x), module(x), rtol=1e-5, atol=1e-6 * module(x).abs().max())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_pattern": {"mha.out_proj": 30.0}}, {"rank_pattern": {"mha.out_proj": 2}}, {"exclude": ("mha.out_proj",)}],
+    ids=str,
+)
+def test_projections_of_attention_that_differ_are_loaded_there(
+    peft: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    plain, x = MHA().eval(), torch.randn(4, 3, 10)
+    captured = capture(plain, (x,)).module
+    inject(captured, LoRA(rank=4, targets=("mha",), **options))
+    randomize(captured)
+    save_adapter(captured, tmp_path)
+    with torch.no_grad():
+        assert rounding(from_peft(peft, plain, tmp_path)(x), captured(x)) <= ROUNDINGS
 
 
 @pytest.mark.parametrize("model", ["mlp", "conv2d", "conv3d", "conv1d", "mha", "embedding", "groups2", "gated"])
