@@ -28,13 +28,15 @@ class Insertion:
         region: to edit.
         adapter: the name of the new adapter.
         choose: what a layer of these names, these operators and this weight gets, or None for nothing.
+        ties: whether layers of a tied weight have one adapter together, or each its own.
     """
 
-    def __init__(self, region: Region, adapter: str, choose: Choose):
+    def __init__(self, region: Region, adapter: str, choose: Choose, *, ties: bool = True):
         self._region = region
         self._adapter = adapter
         self._choose = choose
-        self._known: dict[int, list[Adapter]] = {}
+        self._ties = ties
+        self._known: dict[int | str, list[Adapter]] = {}
         self._now: dict[fx.Node, fx.Node] = {}
         container = region.module._modules.get(inside.HOLDER)
         children = container.named_children() if isinstance(container, nn.Module) else ()
@@ -108,7 +110,7 @@ class Insertion:
         recipe = self._choose(module.targets, module.operators, weight)
         if recipe is None:
             return None
-        reason = self._why_not_shared(module.form, weight, recipe)
+        reason = self._why_not_shared(module.form, module.slot, recipe)
         if reason is None and recipe.init in MOVES_WEIGHT:
             beside = ", ".join(f"'{name}'" for name in module.names)
             reason = f"init '{recipe.init}' would change its weight, which adapter {beside} is for"
@@ -157,7 +159,7 @@ class Insertion:
                 return f"it is read as a '{other.form.kind}' too, whose update has another form"
             if recipe.dora and other.form.starts_normal != site.form.starts_normal:
                 return f"it is read as a '{other.form.kind}' too, for which DoRA measures it along its other axis"
-        reason = self._why_not_shared(site.form, site.weight, recipe)
+        reason = self._why_not_shared(site.form, site.slot, recipe)
         if reason is not None:
             return reason
         if recipe.init not in MOVES_WEIGHT:
@@ -168,8 +170,8 @@ class Insertion:
             return f"its weight is tied and init '{recipe.init}' would change it elsewhere"
         return None
 
-    def _why_not_shared(self, form: Form, weight: nn.Parameter, recipe: Recipe) -> str | None:
-        for known in self._known.get(id(weight), ()):
+    def _why_not_shared(self, form: Form, slot: str, recipe: Recipe) -> str | None:
+        for known in self._known_of(slot):
             if known.form.layout != form.layout:
                 return f"'{known.name}' shares its weight and sees it transposed"
             if recipe.dora and known.form.starts_normal != form.starts_normal:
@@ -178,16 +180,14 @@ class Insertion:
 
     def _is_tied(self, site: Site) -> bool:
         """Whether something reads the weight that is not to have this adapter."""
-        known = self._known.get(id(site.weight), ())
+        known = self._known_of(site.slot)
         if known:
             return any(self._adapter not in adapter for adapter in known)
         return len(set(self._region.program.names(site.weight))) > 1
 
     def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter:
         """The adapter of the parameter: shared with all other sites that read it."""
-        # Not that of the site: an init of an earlier one may have put another in its place.
-        weight = parameter_of(self._region.program.root, site.slot)
-        known = self._known.get(id(weight), [])
+        known = self._known_of(site.slot)
         kind = WeightAdapter if site.input is None else LayerAdapter
         same = next((a for a in known if a.form == site.form and type(a) is kind and self._adapter in a), None)
         if same is not None:
@@ -201,15 +201,15 @@ class Insertion:
 
     def _factors(self, form: Form, slot: str, recipe: Recipe) -> LowRank:
         """Those that another use of the weight has, else new ones."""
-        program = self._region.program
-        weight = parameter_of(program.root, slot)
-        twin = next((known for known in self._known.get(id(weight), ()) if self._adapter in known), None)
+        program, known = self._region.program, self._known_of(slot)
+        twin = next((each for each in known if self._adapter in each), None)
         if twin is not None:
             return twin[self._adapter]
+        weight = parameter_of(program.root, slot)
         made, left = start(form, weight, recipe)
         if left is not None:
             program.replace_parameter(weight, left)
-            self._known[id(parameter_of(program.root, slot))] = self._known.pop(id(weight), [])
+            self._known[self._key(slot)] = known
         return made
 
     def _behind_layer(self, site: Site, adapter: Adapter) -> None:
@@ -256,8 +256,14 @@ class Insertion:
         return self._calls[adapter]
 
     def _remember(self, adapter: Adapter) -> None:
-        weight = parameter_of(self._region.program.root, adapter.slot)
-        self._known.setdefault(id(weight), []).append(adapter)
+        self._known.setdefault(self._key(adapter.slot), []).append(adapter)
+
+    def _known_of(self, slot: str) -> list[Adapter]:
+        """The adapters of a parameter."""
+        return self._known.get(self._key(slot), [])
+
+    def _key(self, slot: str) -> int | str:
+        return id(parameter_of(self._region.program.root, slot)) if self._ties else slot
 
 
 def parameter_of(root: nn.Module, slot: str) -> nn.Parameter:

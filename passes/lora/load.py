@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from passes.lora.entries import Entry, from_entry
 from passes.lora.fold import put
 from passes.lora.forms import Form
 from passes.lora.init import Recipe, start
-from passes.lora.insert import Insertion
+from passes.lora.insert import Insertion, parameter_of
 from passes.lora.peft_config import Settings
 from passes.lora.sites import Site, find_sites
 from passes.lora.targets import nearest_names
@@ -71,7 +73,9 @@ class Loading:
         self._load_beside()
 
     def _insertion(self, region: Region, by_name: Mapping[str, Entry]) -> Insertion:
-        return Insertion(region, self.adapter, lambda names, operators, weight: self._choose(names, by_name))
+        return Insertion(
+            region, self.adapter, lambda names, operators, weight: self._choose(names, by_name), ties=False
+        )
 
     def _with_magnitude(self, region: Region, by_name: Mapping[str, Entry]) -> list[Adapter]:
         """The layers whose adapter of that name is one of DoRA in the file."""
@@ -144,15 +148,19 @@ class Loading:
         return Recipe(entry.rank, entry.scale * entry.rank, dora=dora, whole=bool(entry.parameter) and not dora)
 
     def _fill(self, by_name: Mapping[str, Entry]) -> None:
-        done: set[int] = set()
+        filled: dict[nn.Parameter, list[Adapter]] = defaultdict(list)
         for child in self.module.modules():
             if isinstance(child, Adapter) and self.adapter in child and child.name in by_name:
-                low = child[self.adapter]
-                if id(low) not in done:
-                    from_entry(by_name[child.name], child.form, low, self.settings)
-                    done.add(id(low))
+                low, same = child[self.adapter], filled[parameter_of(self.module, child.slot)]
+                if any(each[self.adapter] is low for each in same):
+                    low = copy.deepcopy(low)
+                from_entry(by_name[child.name], child.form, low, self.settings)
                 if _counts(child, self.adapter):
                     low.requires_grad_(True)
+                child.add_module(self.adapter, low)
+                twin = next((each for each in same if _are_equal(child, each, self.adapter)), child)
+                child.add_module(self.adapter, twin[self.adapter])
+                same.append(child)
 
     def _load_beside(self) -> None:
         program, beside = Program(self.module), self._beside()
@@ -188,6 +196,13 @@ class Loading:
         modules = {key.rpartition(".")[0] for key in self._rest if not is_alone(key)}
         alone = (key for key in self._rest if is_alone(key) and key.rpartition(".")[0] not in modules)
         return Beside(tuple(sorted(modules)), tuple(alone), self.settings.bias)
+
+
+def _are_equal(one: Adapter, other: Adapter, name: str) -> bool:
+    """Whether two layers of one weight have equal adapters, which may then be one."""
+    mine, theirs = one[name].state_dict(), other[name].state_dict()
+    alike = one.form.layout == other.form.layout and one[name].scale == other[name].scale
+    return alike and mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def _counts(adapter: Adapter, name: str) -> bool:

@@ -61,3 +61,11 @@ def test_weights_of_another_module_change_nothing(change, message):
     assert message in str(raised.value)
     assert "the weights in 'result' are not those of this module" in str(raised.value)
     assert torch.equal(module.table.weight, before)
+
+
+def test_tensors_that_are_one_here_only_are_refused():
+    weights, tied = collect(Tied())
+    weights["head.weight"] = weights["table.weight"] + 1
+    tied.clear()
+    with pytest.raises(ArtifactError, match="one with another tensor here and not in the result: head"):
+        restore(Tied(), weights, tied, "result")

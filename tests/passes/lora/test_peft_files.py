@@ -17,7 +17,7 @@ from passes import LoRA
 from passes.lora import load_adapter, merge, save_adapter, set_adapter, unmerge
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
-from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, MLPOnParameters, floats, ints
+from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, MLPOnParameters, Tied, floats, ints
 from tests.passes.lora.test_inject import CASES as ADAPTED
 
 ROUNDINGS = 8
@@ -198,6 +198,37 @@ def test_biases_of_a_file_train_with_its_adapter(peft: Any, tmp_path: Path, bias
         set_adapter(module, name)
         trains = {path for path, parameter in module.named_parameters() if parameter.requires_grad}
         assert trains == {f"lora.lin0.{name}.{factor}" for factor in "AB"} | set(expected)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_of_a_tied_weight_have_the_adapters_that_a_file_has_for_each(
+    peft: Any, tmp_path: Path, dora: bool
+) -> None:
+    plain, x = Tied().eval(), torch.randint(0, 20, (3, 5))
+    wrapped = in_peft(peft, plain, {"target_modules": ["embed", "head"], "rank_pattern": {"head": 3}, "use_dora": dora})
+    saved_by_peft(wrapped, tmp_path / "theirs")
+    module = capture(plain, (x,)).module
+    load_adapter(module, tmp_path / "theirs")
+    save_adapter(module, tmp_path / "ours")
+    with torch.no_grad():
+        expected = wrapped(x)
+        assert rounding(module(x), expected) <= ROUNDINGS
+        assert rounding(from_peft(peft, plain, tmp_path / "ours")(x), expected) <= ROUNDINGS
+        merge(module, x)
+        assert torch.allclose(module(x), expected, atol=1e-4)
+
+
+def test_one_adapter_of_a_tied_weight_stays_one_unless_a_file_has_two(peft: Any, tmp_path: Path) -> None:
+    plain, x = Tied().eval(), torch.randint(0, 20, (3, 5))
+    wrapped = in_peft(peft, plain, {"target_modules": ["embed", "head"]})
+    module = capture(plain, (x,)).module
+    inject(module, LoRA(rank=8, targets=("*",)))
+    save_adapter(module, tmp_path / "ours")
+    for directory, is_one in ((saved_by_peft(wrapped, tmp_path / "theirs"), False), (tmp_path / "ours", True)):
+        load_adapter(module, directory)
+        assert (module.get_submodule("lora.embed.default") is module.get_submodule("lora.head.default")) is is_one
+        with torch.no_grad():
+            assert rounding(module(x), plain(x) if is_one else wrapped(x)) <= ROUNDINGS
 
 
 @pytest.mark.filterwarnings("ignore")
