@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from passes.lora.active import adapters, names, root_of, saved_with, takes_part
-from passes.lora.adapter import Adapter, WeightAdapter
+from passes.lora.adapter import Adapter, Beside, WeightAdapter
 from passes.lora.entries import alike, nested, read_entries, to_entry, write_beside, write_entries
 from passes.lora.load import Loading
 from passes.lora.peft_config import Settings, from_settings, to_settings
@@ -58,7 +59,7 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
             found.setdefault(adapter.slot, adapter)
     root = root_of(module, next(iter(found.values())))
     entries = nested(root, alike([to_entry(root, adapter, name) for adapter in found.values()]))
-    beside = saved_with(module, name)
+    beside = _with_tied(root, saved_with(module, name))
     lows = [adapter[name] for adapter in found.values()]
     # PEFT takes no dropout where it adapts a weight as a whole, which it does with all parameters of no layer.
     whole = any(isinstance(adapter, WeightAdapter) for adapter in found.values()) or any(e.parameter for e in entries)
@@ -72,6 +73,15 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write the adapter to '{directory}': {error}") from error
+
+
+def _with_tied(root: nn.Module, beside: Beside) -> Beside:
+    """The same with the modules that share a parameter with one of them: from a file each gets its own."""
+    held = {id(parameter) for path in beside.modules for parameter in root.get_submodule(path).parameters()}
+    sharing = [path for path, child in root.named_modules(remove_duplicate=False)
+               if path and any(id(parameter) in held for parameter in child._parameters.values())
+               and not any(f"{path}.".startswith(f"{saved}.") for saved in beside.modules)]  # fmt: skip
+    return replace(beside, modules=(*beside.modules, *sharing))
 
 
 def load_adapter(module: nn.Module, directory: str | Path, name: str = "default") -> None:

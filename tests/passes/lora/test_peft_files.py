@@ -231,6 +231,19 @@ def test_one_adapter_of_a_tied_weight_stays_one_unless_a_file_has_two(peft: Any,
             assert rounding(module(x), plain(x) if is_one else wrapped(x)) <= ROUNDINGS
 
 
+@pytest.mark.parametrize("saved", ["embed", "head"])
+def test_what_is_saved_whole_is_saved_for_all_that_share_its_weight(peft: Any, tmp_path: Path, saved: str) -> None:
+    plain, x = Tied().eval(), torch.randint(0, 20, (3, 5))
+    module = capture(plain, (x,)).module
+    inject(module, LoRA(targets=("body",), modules_to_save=(saved,)))
+    with torch.no_grad():
+        module.get_parameter(f"{saved}.weight").add_(0.5)
+        save_adapter(module, tmp_path)
+        load_adapter(fresh := capture(plain, (x,)).module, tmp_path)
+        assert rounding(fresh(x), module(x)) <= ROUNDINGS
+        assert rounding(from_peft(peft, plain, tmp_path)(x), module(x)) <= ROUNDINGS
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_base_of_an_embedding_in_a_file(peft: Any, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
