@@ -79,8 +79,7 @@ def merge(
         module = capture(loaded.module, loaded.inputs.args, loaded.inputs.kwargs).module
         _lora().load(module, directory)
         _lora().merge(module, loaded.inputs)
-        merged = module.state_dict()
-        save_file({key: merged[key].clone().contiguous() for key in loaded.module.state_dict()}, out)
+        save_file(_lora().merged_weights(module, loaded.module), out)
     typer.echo(f"wrote {out}")
 
 

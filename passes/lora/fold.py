@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxopt.capture.state import modes_kept, random_state_kept, tensors_kept
-from fxopt.errors import PassError, VerifyError
+from fxopt.errors import ArtifactError, PassError, VerifyError
 from fxopt.graph import Program
 from fxopt.inputs import Inputs
 from fxopt.modules import Fused, Mask
@@ -67,6 +67,23 @@ def unmerge(module: nn.Module) -> None:
                     owner, leaf = slot_of(module, adapter, slot)
                     put(owner, leaf, back.setdefault(id(old), _moved(old, owner._parameters[leaf])))
             adapter.merged, adapter.unmerged = False, None
+
+
+def merged_weights(module: nn.Module, original: nn.Module) -> dict[str, torch.Tensor]:
+    """What the original has to load to compute what the merged module does.
+
+    Raises:
+        ArtifactError: names of one weight there have several here: the last one loaded would count for all.
+    """
+    merged, first = module.state_dict(), dict[int, str]()
+    for name, parameter in original.named_parameters(remove_duplicate=False):
+        one = first.setdefault(id(parameter), name)
+        if not torch.equal(merged[one], merged[name]):
+            raise ArtifactError(
+                f"'{one}' and '{name}' are one weight of the model, and two with the adapter in them, which is not for "
+                "both: the model can't load that; give them a weight each, or keep the adapter beside the model"
+            )
+    return {key: merged[key].clone().contiguous() for key in original.state_dict() if torch.is_tensor(merged[key])}
 
 
 def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:

@@ -15,7 +15,7 @@ from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from fxopt.inputs import Inputs
 from passes.lora.adapter import BASE, Adapter, Beside, LowRank
 from passes.lora.files import load_adapter, save_adapter, show_adapter
-from passes.lora.fold import merge
+from passes.lora.fold import merge, merged_weights
 from passes.lora.init import MOVES_WEIGHT, Init, Recipe
 from passes.lora.insert import Insertion
 from passes.lora.sites import Site, find_sites
@@ -72,6 +72,7 @@ class LoRA(Pass):
     load = staticmethod(load_adapter)
     show = staticmethod(show_adapter)
     merge = staticmethod(merge)
+    merged_weights = staticmethod(merged_weights)
 
     def __post_init__(self) -> None:
         _check(self)

@@ -13,10 +13,11 @@ from torch.nn.utils import prune
 import fxopt
 from fxopt import capture
 from fxopt.capture import Captured
-from fxopt.errors import PassError
+from fxopt.errors import ArtifactError, PassError
 from fxopt.pipeline import run_passes
 from passes import QAT, Clean, Fuse, LoRA, LoRAMerge
 from passes.lora import load_adapter, merge, save_adapter, set_adapter, trainable_parameters, unmerge
+from passes.lora.fold import merged_weights
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import MLP, AlsoAWhole, Opaque, Tied, TiedByFunction, TwoNames
@@ -47,13 +48,16 @@ def test_the_pass_leaves_the_model_as_it_was_built(name: str) -> None:
 def test_a_tied_weight_that_is_adapted_at_one_place_only() -> None:
     """PEFT changes the embedding with the head (peft#2018): outputs were 0.61 off."""
     x = torch.randint(0, 20, (3, 7))
-    module = adapted(Tied(), x, targets=("head",)).module
+    model = Tied()
+    module = adapted(model, x, targets=("head",)).module
     with torch.no_grad():
         expected, embedding = module(x), module.get_parameter("embed.weight")
         merge(module, (x,))
         assert torch.allclose(module(x), expected, atol=1e-5)
         assert module.get_parameter("embed.weight") is embedding
         assert not torch.equal(module.get_parameter("head.weight"), embedding)
+        with pytest.raises(ArtifactError, match=r"'embed\.weight' and 'head\.weight' are one weight of the model"):
+            merged_weights(module, model)
         unmerge(module)
         assert module.get_parameter("head.weight") is embedding
 
@@ -111,6 +115,16 @@ def test_unmerging_is_exact() -> None:
         merge(module)
         unmerge(module)
     assert torch.equal(module.get_parameter("lin0.weight"), before)
+
+
+def test_weights_of_a_merged_module_load_into_the_original() -> None:
+    x, model = torch.randint(0, 20, (3, 7)), Tied()
+    module = adapted(model, x, targets=("*",)).module
+    with torch.no_grad():
+        expected = module(x)
+        merge(module)
+        model.load_state_dict(merged_weights(module, model))
+        assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 def test_a_module_may_be_converted_between_merging_and_unmerging() -> None:
