@@ -247,6 +247,9 @@ class LayerAdapter(Adapter):
                 y = self._add(low, factor, x, y, weight, bias)
                 if weight is not None and position + 1 < len(self.active):
                     weight = self._with(low, factor, weight.detach())
+                    if low.bias is not None:
+                        more = low.bias * (low.scale * factor)
+                        bias = more if bias is None else bias + more
         return y
 
     def _add(

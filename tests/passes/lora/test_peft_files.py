@@ -14,7 +14,7 @@ from torch import nn
 
 from fxopt import capture
 from passes import LoRA
-from passes.lora import load_adapter, merge, save_adapter, set_adapter, unmerge
+from passes.lora import load_adapter, merge, save_adapter, set_adapter, unmerge, weighted
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
 from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, MLPOnParameters, Tied, floats, ints
@@ -229,6 +229,24 @@ def test_one_adapter_of_a_tied_weight_stays_one_unless_a_file_has_two(peft: Any,
         assert (module.get_submodule("lora.embed.default") is module.get_submodule("lora.head.default")) is is_one
         with torch.no_grad():
             assert rounding(module(x), plain(x) if is_one else wrapped(x)) <= ROUNDINGS
+
+
+@pytest.mark.parametrize("order", ["plain dora", "dora plain"])
+@pytest.mark.parametrize(("model", "layer"), [("mlp", "lin0"), ("conv2d", "conv2d")])
+def test_a_length_is_none_of_the_bias_that_an_adapter_before_adds(
+    peft: Any, tmp_path: Path, model: str, layer: str, order: str
+) -> None:
+    build, example = BUILD[model]
+    plain, x = build().eval(), example()
+    module = capture(plain, (x,)).module
+    for name, options in {"plain": BIAS, "dora": DORA}.items():
+        saved_by_peft(in_peft(peft, plain, {"target_modules": [layer], **options}), tmp_path / name)
+        load_adapter(module, tmp_path / name, name)
+    weighted(module, dict.fromkeys(order.split(), 0.5))
+    with torch.no_grad():
+        expected = module(x)
+        merge(module, (x,))
+        assert torch.allclose(module(x), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("saved", ["embed", "head"])
