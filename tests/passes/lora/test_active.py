@@ -37,7 +37,7 @@ def two(model: nn.Module | None = None, x: torch.Tensor | None = None) -> tuple[
     x = torch.randn(4, 10) if x is None else x
     module = capture((model or MLP()).eval(), (x,)).module
     inject(module, LoRA(rank=2, targets=("*",), adapter="first"))
-    inject(module, LoRA(rank=3, targets=("lin0",), adapter="second"))
+    inject(module, LoRA(rank=3, targets=("lin0", "words"), adapter="second"))
     randomize(module)
     return module, x
 
@@ -267,6 +267,38 @@ def test_what_can_not_be(tmp_path: Path) -> None:
     unmerge(module)
     with pytest.raises(PassError, match="has no adapters; put them in with the pass 'lora'"):
         set_adapter(capture(MLP(), (x,)).module, "first")
+
+
+class Positioned(nn.Module):
+    def __init__(self, positions: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.positions = positions
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words(ids) + self.places(self.positions(ids))
+
+
+@pytest.mark.parametrize(
+    ("positions", "has_samples"),
+    [
+        (lambda ids: torch.arange(ids.shape[1]), False),
+        (lambda ids: torch.arange(ids.size()[1], device=ids.device)[None], False),
+        (lambda ids: torch.arange(ids.shape[1]).expand(ids.shape[0], -1), True),
+        (lambda ids: torch.ones_like(ids).cumsum(1) - 1, True),
+    ],
+)
+def test_a_mixed_batch_where_positions_are_embedded(
+    positions: Callable[[torch.Tensor], torch.Tensor], has_samples: bool
+) -> None:
+    module, x = two(Positioned(positions), torch.randint(0, 20, (2, 6)))
+    if not has_samples:
+        with pytest.raises(PassError, match="'places' sees no samples"), mixed_batch(module, ["first", "base"]):
+            pass
+        return
+    expected = outputs(module, x, "first")[0]
+    with torch.no_grad(), mixed_batch(module, ["first", "base"]):
+        assert torch.allclose(module(x)[0], expected, atol=1e-6)
 
 
 def test_a_whole_weight_takes_no_mixed_batch() -> None:
