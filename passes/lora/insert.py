@@ -183,7 +183,9 @@ class Insertion:
         known = self._known_of(site.slot)
         if known:
             return any(self._adapter not in adapter for adapter in known)
-        return len(set(self._region.program.names(site.weight))) > 1
+        program = self._region.program
+        places = (name.rpartition(".")[::2] for name in program.names(site.weight))
+        return len({(program.root.get_submodule(path), leaf) for path, leaf in places}) > 1
 
     def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter:
         """The adapter of the parameter: shared with all other sites that read it."""

@@ -162,7 +162,9 @@ def test_variants_start_equal_and_merge(name: str, options: dict[str, Any]) -> N
         assert (module(x) - adapted).abs().max() <= 2e-5 * adapted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["linear", "dilation", "transposed 1d", "embedding", "attention", "recurrent"])
+@pytest.mark.parametrize(
+    "name", ["linear", "dilation", "transposed 1d", "embedding", "attention", "recurrent", "two names"]
+)
 @pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
 def test_inits_keep_the_outputs(name: str, init: Any) -> None:
     model, module, x, _ = with_adapters(name, init=init)
