@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,41 @@ def test_the_module_passed_in_and_the_random_state_are_unchanged() -> None:
         for parameter in result.module.parameters():
             parameter.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+class Locked(nn.Module):
+    """Opaque, with an attribute that can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.lock = threading.Lock()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            return self.layer(x) if x.sum().item() > 0 else self.layer(x) * 2
+
+
+class Computed(nn.Module):
+    """With attributes that were computed from a parameter, which is in their history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.doubled = self.layer.weight * 2
+        self.rows = {"first": [self.layer.weight[0]]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) @ self.doubled + self.rows["first"][0]
+
+
+@pytest.mark.parametrize("build", [Locked, Computed])
+def test_a_module_that_copy_refuses(build: type[nn.Module]) -> None:
+    module, x = build().eval(), torch.rand(2, 4)
+    result = fxopt.optimize(module, x, passes="clean,sparsify{amount=0.5,granularity=row}", devices=())
+    assert torch.equal(fxopt.optimize(module, x, passes="clean", devices=()).module(x), module(x))
+    result.module.train()(x).sum().backward()
+    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("training", [False, True])

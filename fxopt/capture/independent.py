@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from fxopt.capture.copy_on_write import lazy_copy
+from fxopt.capture.state import all_modules
 
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -21,11 +24,12 @@ def independent_copy(module: nn.Module) -> nn.Module:
 
     Tensors are copied on write where torch can: training or editing one of the two never shows in the other,
     and memory grows only by what is written. Tensors that share memory in the original share it in the copy.
-    Attributes that can't be copied (locks, handles) are shared.
+    Attributes that can't be copied (locks, handles) are shared. Those that were computed from parameters are copied
+    without their history, which leads into the original.
     """
     memo: dict[int, Any] = {}
     storages: dict[int, torch.UntypedStorage] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in (*module.parameters(), *module.buffers(), *_computed(module)):
         if is_lazy(tensor):
             continue
         memo[id(tensor)] = _copy_tensor(tensor, storages)
@@ -49,13 +53,23 @@ def copy_over(module: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 
 
 def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    modules = [child for child in module.modules() if _is_plain(child)]
+    modules = [child for child in all_modules(module) if _is_plain(child)]
     for child in modules:
         memo[id(child)] = type(child).__new__(type(child))
     for child in reversed(modules):  # what is not plain may look into those within it when it is copied
         _fill(memo[id(child)], child, memo)
     result: nn.Module = copy.deepcopy(module, memo)
     return result
+
+
+def _computed(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Attributes, or parts of them, that are tensors with a history, which torch copies none of."""
+    for child in all_modules(module):
+        for name, value in child.__dict__.items():
+            is_filled = isinstance(value, (list, tuple, dict)) and name not in _REGISTRIES and bool(value)
+            for leaf in pytree.tree_leaves(value) if is_filled else [value]:
+                if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+                    yield leaf
 
 
 def _is_plain(module: nn.Module) -> bool:

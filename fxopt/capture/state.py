@@ -17,6 +17,7 @@ from fxopt.capture.copy_on_write import lazy_copy, version_of
 
 __all__ = [
     "State",
+    "all_modules",
     "apart",
     "memory_of",
     "modes_kept",
@@ -37,7 +38,7 @@ class State:
     def __init__(self, module: nn.Module):
         self._gradients = torch.is_grad_enabled()
         self._seen: dict[int, Attribute] = {}
-        self._modules = [child for child in _all_modules(module) if not isinstance(child, torch.jit.ScriptModule)]
+        self._modules = [child for child in all_modules(module) if not isinstance(child, torch.jit.ScriptModule)]
         self._attributes = [
             {name: look(value, self._seen) for name, value in _attributes(child).items()} for child in self._modules
         ]
@@ -183,7 +184,7 @@ def memory_of(*tensors: torch.Tensor) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
 
 
-def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+def all_modules(module: nn.Module) -> Iterator[nn.Module]:
     """All modules of a tree, and the originals whose Python code captured ones run."""
     for child in module.modules():
         yield child
