@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from fxopt import spec
 from fxopt.artifact.directory import read_recipe
 from fxopt.artifact.save import INPUTS, SCHEMA, WEIGHTS, fingerprint
 from fxopt.artifact.tree import decode
-from fxopt.artifact.weights import restore
+from fxopt.artifact.weights import named_tensors, restore
+from fxopt.capture.independent import independent_copy
 from fxopt.capture.state import with_versions
 from fxopt.contract import Pass
 from fxopt.engines import Executable
@@ -43,7 +44,8 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
 
     Args:
         directory: what `fxopt run --out DIR` wrote.
-        module: the original, of the same code and configuration; its weights do not matter. It is not changed.
+        module: the original, of the same code and configuration; its weights do not matter, but where values decide on
+            which way it goes. It is not changed.
         inputs: to capture it with, where those of the run could not be saved.
 
     Raises:
@@ -64,7 +66,7 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     example = _inputs(path, recipe) if inputs is None else Inputs.of(inputs)
     weights = _tensors(path / WEIGHTS)
     ranged = frozenset(name.removesuffix(_RANGE) for name in weights if name.endswith(_RANGE))
-    replayed = _replay(path, recipe, module, example, passes, ranged)
+    replayed = _replay(path, recipe, module, example, passes, ranged, weights)
     restore(replayed, weights, recipe["tied"], str(path))
     _set(replayed, recipe.get("settings", {}))
     replayed.train(recipe["modes"]["training"])
@@ -87,9 +89,11 @@ def _replay(
     inputs: Inputs,
     passes: Sequence[Pass],
     ranged: frozenset[str],
+    weights: Mapping[str, torch.Tensor],
 ) -> GraphModule:
     """Make the graph again. A result may have changed its mode after it was captured: then other modes are tried.
 
+    What of a module is captured may depend on values: its own weights come first, then what it has of the result's.
     Calibration data itself is not kept: any will do, since the ranges are restored, those in `ranged`. A run without
     any took out what it would have given a range, so that is tried last.
     """
@@ -97,23 +101,35 @@ def _replay(
     failure: Exception | None = None
     try:
         tried = (_recorded(module, recipe), dict.fromkeys(before, False), dict.fromkeys(before, True), before)
-        for calibration, modes in itertools.product((None, ()), tried):
-            _set_modes(module, modes)
-            try:
-                spared = [frozenset(one.get("spared", ())) for one in recipe["passes"]]
-                replayed: GraphModule = replay(module, inputs, passes, spared, calibration, ranged)
-            except Exception as error:  # another module may raise anything on these inputs
-                failure = failure or error
-                continue
-            if fingerprint(replayed) == recipe["graph"]:
-                return replayed
+        spared = [frozenset(one.get("spared", ())) for one in recipe["passes"]]
+        for given in _own_weights_first(module, weights):
+            for calibration, modes in itertools.product((None, ()), tried):
+                _set_modes(given, modes)
+                try:
+                    replayed: GraphModule = replay(given, inputs, passes, spared, calibration, ranged)
+                except Exception as error:  # another module may raise anything on these inputs
+                    failure = failure or error
+                    continue
+                if fingerprint(replayed) == recipe["graph"]:
+                    return replayed
     finally:
         _set_modes(module, before)
     problem = f"fails with {type(failure).__name__}: {failure}" if failure else "makes another graph than it did"
     raise ArtifactError(
         f"the recipe in '{path}' on this '{type(module).__name__}' {problem} ({_versions(recipe)}): expected the "
-        "original module, of the same code and configuration; else run `fxopt run` again"
+        "original module, of the same code and configuration, and with the same weights if it decides on values; else "
+        "run `fxopt run` again"
     ) from failure
+
+
+@torch.no_grad()
+def _own_weights_first(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+    yield module
+    other = independent_copy(module)
+    for name, tensor in named_tensors(other).items():
+        if name in weights and weights[name].shape == tensor.shape:
+            tensor.copy_(weights[name])
+    yield other
 
 
 def _check_version(path: Path, recipe: Mapping[str, Any]) -> None:

@@ -115,14 +115,14 @@ class Sparsify(Pass):
         fresh = [each for each in every if not each.mask.ready]
         if not fresh:
             return
-        if plan.criterion == "wanda":
-            see_inputs(module, fresh, calibration)
+        reached = see_inputs(module, fresh, calibration) if plan.criterion == "wanda" else {each.mask for each in fresh}
         choose(fresh, plan, plan.amount_at(0))
         program = Program(module)
         for each in fresh:
             # A new tensor: the one that is there may be shared with the original.
             program.replace_parameter(each.weight, each.weight.detach().masked_fill(~each.mask.mask, 0))
-            yield Change(f"{each.mask.sparsity:.1%} zeros", each.name)
+            why = "" if each.mask in reached else ", by magnitude, since no calibration batch reached it"
+            yield Change(f"{each.mask.sparsity:.1%} zeros{why}", each.name)
         yield Change(_in_all(every, module), "in all")
 
     def _is_meant(self, name: str) -> bool:

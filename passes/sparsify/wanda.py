@@ -20,11 +20,13 @@ from passes.sparsify.mask import Masked, PrunedMask
 _LAST = ("linear", "matmul", "addmm", "mm", "__matmul__")
 
 
-def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Inputs]) -> None:
+def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Inputs]) -> set[PrunedMask]:
     """Run the module on all batches and add up the squares of what each masked layer is given.
 
+    Returns the masks that a batch reached: to others all inputs are worth the same, as experts that no router chose.
+
     Raises:
-        PassError: there are no batches, the module does not take one, or a layer sees none of them.
+        PassError: there are no batches, or the module does not take one.
     """
     reached = set[PrunedMask]()
     hooks = [
@@ -43,17 +45,15 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     finally:
         for hook in hooks:
             hook.remove()
-    unseen = [each.name for each in found if each.mask not in reached]
     if count == 0:
         raise PassError(
             "sparsify: criterion 'wanda' needs the inputs of the layers and there is no calibration data; give some "
             "by `calibration_data` in the model's file, or of fxopt.optimize, or take criterion=magnitude"
         )
-    if unseen:
-        raise PassError(f"sparsify: no calibration batch reached '{unseen[0]}'; leave it out by exclude=[{unseen[0]}]")
     for each, seen in zip(found, squares, strict=True):
         # Behind a gate that is still zero all inputs are worth the same.
         _squares(each.mask).copy_(seen.sqrt() if seen.any() else torch.ones_like(seen))
+    return reached
 
 
 def _squares(mask: PrunedMask) -> torch.Tensor:

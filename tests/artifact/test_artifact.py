@@ -76,6 +76,32 @@ def test_quantisers_that_data_reached_beyond_the_example_load(tmp_path, passes, 
         assert torch.equal(again(x), result.module(x))
 
 
+class Decides(nn.Module):
+    """What a layer computes decides whether another one is called at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if x.sum().item() > 0 else x
+
+
+@pytest.mark.parametrize("passes", ["clean", "lora", "sparsify{criterion=wanda}", "qat"])
+def test_weights_that_decide_what_is_captured(tmp_path, passes):
+    module, other = Decides().eval(), Decides().eval()
+    module.first[0].bias.data.fill_(9.0)
+    other.first[0].bias.data.fill_(-9.0)
+    data = [torch.zeros(2, 4), torch.full((2, 4), -30.0)]
+    result = optimize(module, data[0], passes, devices=(), calibration_data=data)
+    save(result, tmp_path / "kept", REPORTS)
+    again = load(tmp_path / "kept", other)
+    for x in data:
+        assert torch.equal(again(x), result.module(x))
+    assert other.first[0].bias.eq(-9.0).all()
+
+
 @pytest.mark.parametrize(
     ("passes", "batches"),
     [

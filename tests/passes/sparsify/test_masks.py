@@ -364,6 +364,28 @@ def test_wanda_without_data_is_an_error() -> None:
         masked(model, (x,), "sparsify{criterion=wanda}")
 
 
+class Experts(nn.Module):
+    """The sum of the input decides which of two experts runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.experts[int(x.sum().item() > 0)](x)
+        return out
+
+
+def test_wanda_goes_by_magnitude_where_no_batch_came_and_says_so() -> None:
+    model, x = Experts(), torch.rand(4, 8)
+    result = fxopt.optimize(model, x, "sparsify{criterion=wanda,amount=0.5}", devices=(), calibration_data=[x])
+    left = result.module.get_parameter("experts.0.weight").ne(0)
+    largest = model.experts[0].weight.abs().topk(4, 1).indices
+    assert torch.equal(left, torch.zeros_like(left).scatter_(1, largest, True))
+    said = [change.where for change in result.ledger.changes if "no calibration batch" in change.what]
+    assert said == ["experts.0"]
+
+
 def test_data_that_the_model_does_not_take_is_named() -> None:
     model, x = build("linear")
     with pytest.raises(PassError, match="sparsify: the module does not take batch 2"):
