@@ -17,6 +17,8 @@ from fxopt.errors import LoadError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _SHOWN = 8
+_EXTRA = "_extra_state"
+"""How the key ends of what a module keeps by `get_extra_state`, which may be anything."""
 
 
 def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
@@ -26,22 +28,31 @@ def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
         LoadError: where the file cannot be read, or its keys or shapes are not those of the module.
     """
     tensors, notes = _named_as(module, read_tensors(path), path)
+    state = module.state_dict()
     expected = {
         key: value
-        for key, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor) and not is_lazy(value)
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and not is_lazy(value) and not key.endswith(_EXTRA)
     }
     present = {_memory(expected[key]) for key in tensors if key in expected}
     # Of tensors that share memory a file may hold only one.
     missing = [key for key, value in expected.items() if key not in tensors and _memory(value) not in present]
-    unexpected = [key for key in tensors if key not in expected]
+    unexpected = [key for key in tensors if key not in state and not key.endswith(_EXTRA)]
     wrong = [
         f"{key} is {_shape(tensors[key])}, expected {_shape(value)}"
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
     ]
-    if missing or unexpected or wrong:
-        parts = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape", wrong)]
+    first: dict[Any, str] = {}
+    pairs = [(first.setdefault(_memory(expected[key]), key), key) for key in tensors if key in expected]
+    several = [key for one, key in pairs if not torch.equal(tensors[one], tensors[key])]
+    if missing or unexpected or wrong or several:
+        parts = [
+            _listed("missing", missing),
+            _listed("unexpected", unexpected),
+            _listed("of another shape", wrong),
+            _listed("one with another weight in the model and not in the file", several),
+        ]
         raise LoadError(
             f"the weights in '{path}' are not those of '{type(module).__name__}':{''.join(parts)}\n"
             "  expected the state_dict of this very model"
@@ -50,8 +61,8 @@ def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     return notes
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file or in a state_dict that torch saved, by name.
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors in a safetensors file or in a state_dict that torch saved, by name, and the extra state of modules.
 
     Raises:
         LoadError: where the file is missing, damaged, or holds anything but tensors.
@@ -77,12 +88,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
         raise LoadError(f"'{path}' holds a {type(loaded).__name__}: expected a state_dict")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+    kept = {str(key): value for key, value in loaded.items()}
+    return {key: value for key, value in kept.items() if isinstance(value, torch.Tensor) or key.endswith(_EXTRA)}
 
 
-def _named_as(
-    module: nn.Module, tensors: dict[str, torch.Tensor], path: Path
-) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+def _named_as(module: nn.Module, tensors: dict[str, Any], path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Take off the prefix that a wrapper put before each key, where that is all that differs."""
     keys = set(module.state_dict())
     for prefix in ("module.", "model.", "_orig_mod."):

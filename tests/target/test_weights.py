@@ -57,6 +57,41 @@ def test_tied_weights_need_one_key_only(tmp_path):
     assert torch.equal(trained.table.weight, module.table.weight)
 
 
+def test_a_tied_weight_takes_no_two(tmp_path):
+    module = Tied()
+    torch.save({**Tied().state_dict(), "head.weight": torch.zeros(5, 3)}, tmp_path / "w.pt")
+    with pytest.raises(LoadError, match=r"1 one with another weight in the model and not in the file: head\.weight"):
+        load_weights(module, tmp_path / "w.pt")
+
+
+class Counted(nn.Linear):
+    """Keeps more than tensors."""
+
+    steps = 0
+
+    def get_extra_state(self):
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state):
+        self.steps = state["steps"]
+
+
+def test_what_a_module_keeps_beside_tensors(tmp_path):
+    trained, module = Counted(2, 2), Counted(2, 2)
+    trained.steps = 7
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    load_weights(module, tmp_path / "w.pt")
+    assert module.steps == 7
+    load_weights(nn.Linear(2, 2), tmp_path / "w.pt")
+
+
+def test_lazy_parameters(tmp_path):
+    trained, module = nn.Linear(3, 2), nn.LazyLinear(2)
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    load_weights(module, tmp_path / "w.pt")
+    assert torch.equal(module(torch.ones(1, 3)), trained(torch.ones(1, 3)))
+
+
 def test_a_mismatch_lists_the_keys_and_loads_nothing(tmp_path):
     state = net().state_dict()
     state["2.weight"] = state.pop("0.weight")
