@@ -89,7 +89,7 @@ def load_adapter(module: nn.Module, directory: str | Path, name: str = "default"
 
     Layers that have no adapter yet get one; the graph is edited in place. The adapter counts and trains at once where
     it is the only one of a layer, else from `set_adapter` on. The first one freezes everything else but the modules
-    that are saved with it. All of it is loaded or nothing.
+    that are saved with it. All of it is loaded or nothing, but for layers that the model has and does not use.
 
     Args:
         module: a captured module.

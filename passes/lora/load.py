@@ -51,8 +51,8 @@ class Loading:
         Raises:
             ArtifactError: something of the file has no place, or a layer that it is for gets nothing.
         """
-        forms = self._forms()
-        by_name = {entry.name: entry for entry in self.entries.values()}
+        forms, unused = self._forms(), self._unused()
+        by_name = {entry.name: entry for entry in self.entries.values() if entry.name not in unused}
         self._refuse(by_name)
         self._check(by_name, forms)
         for name, entry in by_name.items():
@@ -109,9 +109,16 @@ class Loading:
                 found[child.name] = (child.form, weight)
         return found
 
+    def _unused(self) -> set[str]:
+        """What layers of the file are called that the model has and does not use."""
+        program = Program(self.module)
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        named = {entry.name: parameters.get(f"{entry.name}.weight") for entry in self.entries.values()}
+        return {name for name, weight in named.items() if weight is not None and not program.readers(weight)}
+
     def _check(self, by_name: Mapping[str, Entry], forms: Mapping[str, tuple[Form, nn.Parameter]]) -> None:
         if not by_name and not self.rest:
-            raise ArtifactError(f"'{self.source}' holds no tensors of an adapter")
+            raise ArtifactError(f"'{self.source}' holds no tensors of an adapter of a layer that the model uses")
         merged = next((child for child in self.module.modules() if isinstance(child, Adapter) and child.merged), None)
         if merged is not None:
             raise ArtifactError(f"the weight of '{merged.name}' holds its adapters; call unmerge(module) first")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fxopt import capture
+from fxopt.errors import ArtifactError
 from passes import LoRA
 from passes.lora import load_adapter, merge, save_adapter, set_adapter, unmerge, weighted
 from passes.lora.inject import inject
@@ -247,6 +248,19 @@ def test_a_length_is_none_of_the_bias_that_an_adapter_before_adds(
         expected = module(x)
         merge(module, (x,))
         assert torch.allclose(module(x), expected, atol=1e-4)
+
+
+def test_layers_that_the_model_does_not_use(peft: Any, tmp_path: Path) -> None:
+    plain, x = MLP().eval(), torch.randn(3, 10)
+    plain.add_module("unused", nn.Linear(10, 10))
+    wrapped = in_peft(peft, plain, {"target_modules": ["lin0", "unused"]})
+    module = capture(plain, (x,)).module
+    load_adapter(module, saved_by_peft(wrapped, tmp_path / "both"))
+    with torch.no_grad():
+        assert rounding(module(x), wrapped(x)) <= ROUNDINGS
+    saved_by_peft(in_peft(peft, plain, {"target_modules": ["unused"]}), tmp_path / "one")
+    with pytest.raises(ArtifactError, match="holds no tensors of an adapter of a layer that the model uses"):
+        load_adapter(module, tmp_path / "one")
 
 
 @pytest.mark.parametrize("saved", ["embed", "head"])
