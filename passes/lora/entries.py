@@ -13,7 +13,7 @@ from torch import nn
 from fxopt.errors import ArtifactError
 from passes.lora.adapter import Adapter, Beside, LowRank, WeightAdapter
 from passes.lora.fold import slot_of
-from passes.lora.forms import Conv, ConvTranspose, Form
+from passes.lora.forms import Conv, ConvTranspose, Experts, Form
 from passes.lora.init import padded
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Entry:
         in_attention: whether it is the output projection of an attention module.
         parameter: name of the parameter where PEFT has no adapter for the module but for the parameter, else "".
         depth: how many other adapters of parameters of the same module are around it.
+        experts: how many matrices the parameter holds.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Entry:
     in_attention: bool = False
     parameter: str = ""
     depth: int = 0
+    experts: int = 1
 
     @property
     def label(self) -> str:
@@ -78,7 +80,7 @@ class Entry:
     @property
     def rank(self) -> int:
         """The r of the configuration."""
-        return int(self.a.shape[0])
+        return int(self.a.shape[0]) // self.experts
 
 
 def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
@@ -111,6 +113,7 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
         transposed=form.kind == "matmul" and by_module,
         in_attention=projects,
         parameter="" if by_module else adapter.slot,
+        experts=form.shape[0] if isinstance(form, Experts) else 1,
     )
 
 
@@ -217,13 +220,14 @@ def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, mod
     name = parameter.removesuffix(".weight") or owner
     label = parameter or (owner.removesuffix(".out_proj") if projects else owner)
     rank = settings.rank_of(label)
-    if a.shape[0] != rank:
+    experts = max(a.shape[0] // rank, 1) if parameter else 1
+    if a.shape[0] != rank * experts:
         raise ArtifactError(f"'{parameter or owner}' has an A of rank {a.shape[0]}, its configuration says {rank}")
     scale = settings.alpha_of(label) / (rank**0.5 if settings.rslora else rank)
     magnitude, bias = roles.get("magnitude"), roles.get("bias")
     if settings.dora and magnitude is None:
         raise ArtifactError(f"the file has no '{_PREFIX}{path}.lora_magnitude_vector', which 'use_dora' needs")
-    return Entry(name, a, b, scale, magnitude, bias, embedding, False, projects, parameter, depth)
+    return Entry(name, a, b, scale, magnitude, bias, embedding, False, projects, parameter, depth, experts)
 
 
 def _parameters_at(module: nn.Module, path: str) -> list[str]:
@@ -263,10 +267,11 @@ def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> No
 def _check(entry: Entry, a: torch.Tensor, b: torch.Tensor, form: Form) -> None:
     wanted_a, wanted_b = form.shapes(1)
     groups = form.groups if isinstance(form, Conv) else 1
+    experts = form.shape[0] if isinstance(form, Experts) else 1
     dense = (wanted_a[1] * groups, *wanted_a[2:])
     fits_a = tuple(a.shape[1:]) in (tuple(wanted_a[1:]), dense)
     fits_b = b.dim() == len(wanted_b) and b.shape[0] == wanted_b[0] and b.shape[1] * groups == a.shape[0]
-    if not fits_a or not fits_b:
+    if not fits_a or not fits_b or entry.experts != experts:
         raise ArtifactError(
             f"'{entry.name}' has factors of shapes {tuple(entry.a.shape)} and {tuple(entry.b.shape)}, which don't fit "
             f"its weight of shape {form.shape}"

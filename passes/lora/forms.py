@@ -121,6 +121,45 @@ class Matmul(Linear):
         return scale
 
 
+class Experts(Form):
+    """A weight (e, out, in), or (e, in, out) with the option `transposed`, that holds the matrices of e experts.
+
+    A (e r, in) and B (out, r e) are an update of rank r for each, in the order of PEFT: rows of A go by experts first,
+    columns of B by ranks.
+    """
+
+    @property
+    def layout(self) -> str:
+        """By experts."""
+        return "experts"
+
+    def shapes(self, rank: int) -> Pair:
+        """Those of all experts together."""
+        experts, out, inputs = self._sizes()
+        return (experts * rank, inputs), (out, rank * experts)
+
+    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Expert by expert."""
+        experts, out, inputs = self._sizes()
+        product = b.reshape(out, -1, experts).permute(2, 0, 1) @ a.reshape(experts, -1, inputs)
+        return self._turned(product)
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        """Of each output of each expert."""
+        return _lengths(self._turned(weight)).flatten()
+
+    def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
+        """Each expert has its own outputs."""
+        return self._turned(scale.reshape(self.shape[0], -1, 1))
+
+    def _sizes(self) -> tuple[int, int, int]:
+        experts, out, inputs = self.shape
+        return (experts, inputs, out) if self.options.get("transposed") else (experts, out, inputs)
+
+    def _turned(self, value: torch.Tensor) -> torch.Tensor:
+        return value.transpose(1, 2) if self.options.get("transposed") else value
+
+
 class Embedding(Form):
     """`W[ids]`, W (rows, width): A (r, width), B (rows, r), `B[ids] A`; what stands for padding has no gradient."""
 
@@ -256,6 +295,8 @@ class ConvTranspose(Conv):
 def form_of(kind: str, shape: torch.Size, options: dict[str, Any]) -> Form:
     """The form of a layer by the function that it comes down to."""
     classes: dict[str, type[Form]] = {"linear": Linear, "matmul": Matmul, "embedding": Embedding}
+    if kind == "weight" and len(shape) == 3:
+        return Experts(kind, tuple(shape), options)
     made = ConvTranspose if kind.startswith("conv_transpose") else Conv if kind.startswith("conv") else Form
     return classes.get(kind, made)(kind, tuple(shape), options)
 

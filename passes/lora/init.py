@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from passes.lora.adapter import LowRank
-from passes.lora.forms import Conv, Form
+from passes.lora.forms import Conv, Experts, Form
 from passes.lora.slices import ranges
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"]
@@ -66,22 +66,17 @@ def start(form: Form, weight: torch.Tensor, recipe: Recipe) -> tuple[LowRank, to
 
 
 def _fill(form: Form, low: LowRank, init: str) -> None:
-    rank = low.A.shape[0]
     if init == "orthogonal":
-        _orthogonal(low)
+        # Orthonormal rows of A; B starts at zero, so that the outputs stay (Büyükakyüz 2024 compares the two).
+        torch.nn.init.orthogonal_(low.A)
     elif init == "gaussian":
-        low.A.normal_(std=1 / rank)
+        low.A.normal_(std=1 / low.rank)
     elif form.starts_normal:
         low.A.normal_()
     else:
         # What nn.Linear and the convolutions start from: uniform within 1 / sqrt(fan in).
         bound = 1 / math.sqrt(low.A[0].numel())
         low.A.uniform_(-bound, bound)
-
-
-def _orthogonal(low: LowRank) -> None:
-    """Orthonormal rows of A; B starts at zero, so that the outputs stay (Büyükakyüz 2024 compares the two)."""
-    torch.nn.init.orthogonal_(low.A)
 
 
 def _take_out(form: Form, weight: torch.Tensor, low: LowRank, recipe: Recipe) -> torch.Tensor:
@@ -147,5 +142,5 @@ def _mask(shape: tuple[int, ...], slices: tuple[tuple[int, int], ...], rank: int
 
 
 def can_take_out(form: Form) -> bool:
-    """Whether the inits that take a part out of the weight know this form: groups have no one matrix."""
-    return not isinstance(form, Conv) or form.groups == 1
+    """Whether the inits that take a part out of the weight know this form: groups and experts have no one matrix."""
+    return not isinstance(form, Experts) and not (isinstance(form, Conv) and form.groups > 1)

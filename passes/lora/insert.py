@@ -165,7 +165,7 @@ class Insertion:
         if recipe.init not in MOVES_WEIGHT:
             return None
         if not can_take_out(site.form):
-            return f"init '{recipe.init}' takes the weight as one matrix, its groups have several"
+            return f"init '{recipe.init}' takes the weight as one matrix, its parts have several"
         if isinstance(site.node, fx.Node) and self._is_tied(site):
             return f"its weight is tied and init '{recipe.init}' would change it elsewhere"
         return None

@@ -239,7 +239,10 @@ def _whole_weight(node: fx.Node, region: Region) -> Site | None:
     if parameter is None or parameter.dim() < 2 or _is_stored(parameter):
         return None
     slot = _slot(node, "weight", node, region)
-    return Site(node, _names(slot), slot, parameter, form_of("weight", parameter.shape, {}), "weight")
+    owner = region.module.get_submodule(str(node.target).rpartition(".")[0])
+    # What transformers calls it where experts have (in, out), and PEFT goes by.
+    options = {"transposed": bool(getattr(owner, "is_transposed", False))} if parameter.dim() == 3 else {}
+    return Site(node, _names(slot), slot, parameter, form_of("weight", parameter.shape, options), "weight")
 
 
 def _stored(node: fx.Node, region: Region) -> Left | None:

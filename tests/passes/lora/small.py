@@ -96,6 +96,20 @@ class Gated(nn.Module):
         return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
 
 
+class Mixture(nn.Module):
+    """The matrices of three experts in each of two parameters, with outputs or with inputs first."""
+
+    def __init__(self, is_transposed: bool):
+        super().__init__()
+        self.is_transposed = is_transposed
+        sizes = ((3, 8, 6), (3, 6, 8)) if is_transposed else ((3, 6, 8), (3, 8, 6))
+        self.up, self.down = (nn.Parameter(torch.randn(size) / 3) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (each if self.is_transposed else each.transpose(1, 2) for each in (self.up, self.down))
+        return torch.bmm(torch.tanh(torch.bmm(x.expand(3, -1, -1), up)), down).sum(0)
+
+
 class MLPOnParameters(nn.Module):
     def __init__(self) -> None:
         super().__init__()

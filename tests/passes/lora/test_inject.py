@@ -32,6 +32,7 @@ from tests.passes.lora.small import (
     EmbConv1D,
     Functional,
     FusedQKV,
+    Mixture,
     MLPOnParameters,
     Opaque,
     Recurrents,
@@ -81,6 +82,11 @@ CASES: dict[str, Case] = {
         floats(2, 4, 6),
         [f"lstm.weight_{part}_l{layer}{side}" for layer in (0, 1) for side in ("", "_reverse") for part in ("ih", "hh")]
         + ["gru.weight_ih_l0", "gru.weight_hh_l0"],
+    ),
+    "experts": (
+        lambda: nn.Sequential(Mixture(False), Mixture(True)),
+        floats(5, 8),
+        ["0.up", "0.down", "1.up", "1.down"],
     ),
     "tied": (Tied, ints(3, 7), ["embed", "body", "head"]),
     "tied by a function": (TiedByFunction, ints(3, 7), ["embed", "body"]),

@@ -18,7 +18,7 @@ from passes import LoRA
 from passes.lora import load_adapter, merge, save_adapter, set_adapter, unmerge, weighted
 from passes.lora.inject import inject
 from tests.passes.lora.conftest import randomize
-from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, MLPOnParameters, Tied, floats, ints
+from tests.passes.lora.small import MHA, MLP, ConvNet, EmbConv1D, Gated, Mixture, MLPOnParameters, Tied, floats, ints
 from tests.passes.lora.test_inject import CASES as ADAPTED
 
 ROUNDINGS = 8
@@ -55,6 +55,7 @@ BUILD: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "twice": (Twice, floats(9, 10)),
     "mha": (MHA, floats(4, 3, 10)),
     "parameters": (MLPOnParameters, floats(9, 10)),
+    "experts": (lambda: nn.Sequential(Mixture(False), Mixture(True)), floats(5, 8)),
     "gated": (lambda: nn.Sequential(Gated(), nn.Sequential(Gated())), floats(9, 8)),
 }
 DORA = {"use_dora": True}
@@ -104,6 +105,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("parameters 3", "twice", {"target_modules": ["lin1"], "target_parameters": ["lin0.weight"]}),
     ("parameters 4", "gated", {"target_modules": [], "target_parameters": ["0.up", "0.down", "1.0.gate"]}),
     ("parameters 5", "gated", {"target_modules": [], "target_parameters": ["down", "up"], "rank_pattern": {"0.up": 3}}),
+    ("experts", "experts", {"target_modules": [], "target_parameters": ["up", "down"], "rank_pattern": {"0.up": 2}}),
     ("patterns", "mlp", {"target_modules": ["lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 16}}),
 ]  # fmt: skip
 
@@ -328,7 +330,9 @@ def test_projections_of_attention_that_differ_are_loaded_there(
         assert rounding(from_peft(peft, plain, tmp_path)(x), captured(x)) <= ROUNDINGS
 
 
-@pytest.mark.parametrize("model", ["mlp", "conv2d", "conv3d", "conv1d", "mha", "embedding", "groups2", "gated"])
+@pytest.mark.parametrize(
+    "model", ["mlp", "conv2d", "conv3d", "conv1d", "mha", "embedding", "groups2", "gated", "experts"]
+)
 def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) -> None:
     build, example = BUILD[model]
     plain, x = build().eval(), example()
