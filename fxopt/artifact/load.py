@@ -68,7 +68,6 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     ranged = frozenset(name.removesuffix(_RANGE) for name in weights if name.endswith(_RANGE))
     replayed = _replay(path, recipe, module, example, passes, ranged, weights)
     restore(replayed, weights, recipe["tied"], str(path))
-    _set(replayed, recipe.get("settings", {}))
     replayed.train(recipe["modes"]["training"])
     _set_modes(replayed, _recorded(replayed, recipe))
     engine = recipe.get("engine")
@@ -107,6 +106,7 @@ def _replay(
                 _set_modes(given, modes)
                 try:
                     replayed: GraphModule = replay(given, inputs, passes, spared, calibration, ranged)
+                    _set(replayed, recipe.get("settings", {}))
                 except Exception as error:  # another module may raise anything on these inputs
                     failure = failure or error
                     continue

@@ -34,6 +34,7 @@ class Beside:
 
 
 _SETTINGS = ("rank", "alpha", "rslora", "dropout", "scale")
+_TENSORS = ("A", "B", "magnitude", "bias", "mask", "start_a", "start_b")
 
 
 class LowRank(WithSettings, nn.Module):
@@ -86,12 +87,20 @@ class LowRank(WithSettings, nn.Module):
         self.beside = Beside()
 
     def settings(self) -> dict[str, Any]:
-        """What its factors are multiplied with, and how it trains."""
-        return {key: getattr(self, key) for key in _SETTINGS}
+        """What its factors are multiplied with, how it trains, and shapes of its tensors: a file may bring others."""
+        shapes = {key: None if (tensor := getattr(self, key)) is None else list(tensor.shape) for key in _TENSORS}
+        return {**{key: getattr(self, key) for key in _SETTINGS}, "shapes": shapes}
 
     def set_to(self, settings: dict[str, Any]) -> None:
-        """Set it to what `settings` gave."""
+        """Set it to what `settings` gave; tensors of other shapes are to be filled then."""
         self.__dict__.update({key: settings[key] for key in _SETTINGS})
+        for key, shape in settings["shapes"].items():
+            tensor = getattr(self, key)
+            if shape is None:
+                setattr(self, key, None)
+            elif tensor is None or list(tensor.shape) != shape:
+                made = self.A.new_zeros(shape)
+                setattr(self, key, nn.Parameter(made, self.A.requires_grad) if key in self._parameters else made)
 
     @property
     def left(self) -> torch.Tensor:
@@ -153,10 +162,14 @@ class Adapter(WithSettings, nn.Module):
             raise PassError(
                 f"the weight of '{self.name}' holds its adapters; call unmerge(module) first, or run 'lora-merge'"
             )
-        return {"active": self.active, "batch": self.batch}
+        return {"active": self.active, "batch": self.batch, "names": self.names}
 
     def set_to(self, settings: dict[str, Any]) -> None:
-        """Set it to what `settings` gave."""
+        """Set it to what `settings` gave; adapters that a file brought are to be set and filled then."""
+        for name in settings["names"]:
+            if name not in self:
+                like = self[self.names[0]]
+                self.add_module(name, LowRank(like.A.new_zeros(0), like.B.new_zeros(0), rank=1, alpha=1))
         self.active = tuple((name, factor) for name, factor in settings["active"])
         self.batch = None if settings["batch"] is None else tuple(settings["batch"])
 

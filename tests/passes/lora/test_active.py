@@ -240,6 +240,22 @@ def test_which_adapters_count_is_kept_with_a_result(change: Callable[[GraphModul
         artifact.save(result, tmp_path / "merged", {})
 
 
+@pytest.mark.parametrize("name", ["default", "second"])
+@pytest.mark.parametrize("passes", ["lora{rank=3}", "lora{rank=2,slices=[0-1]}"])
+def test_what_a_file_brought_is_kept_with_a_result(passes: str, name: str, tmp_path: Path) -> None:
+    model, x = MLP().eval(), torch.randn(4, 10)
+    other = capture(model, (x,)).module
+    inject(other, LoRA(rank=5, alpha=3.0))
+    randomize(other)
+    save_adapter(other, tmp_path / "file")
+    result = fxopt.optimize(model, x, passes, devices=())
+    load_adapter(result.module, tmp_path / "file", name)
+    set_adapter(result.module, name)
+    artifact.save(result, tmp_path / "kept", {})
+    with torch.no_grad():
+        assert torch.equal(fxopt.load(tmp_path / "kept", model)(x), other(x))
+
+
 def test_what_can_not_be(tmp_path: Path) -> None:
     module, x = two()
     with pytest.raises(PassError, match="no adapter is called 'third'; there are"):
