@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.fx as fx
 from torch import nn
 
+from fxopt.capture.shell import run_shell
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from passes.lora.active import takes_part
@@ -51,7 +53,8 @@ class Loading:
         Raises:
             ArtifactError: something of the file has no place, or a layer that it is for gets nothing.
         """
-        forms, unused = self._forms(), self._unused()
+        forms = self._forms()
+        unused = self._unused({entry.name for entry in self.entries.values()} - forms.keys())
         by_name = {entry.name: entry for entry in self.entries.values() if entry.name not in unused}
         self._refuse(by_name)
         self._check(by_name, forms)
@@ -73,9 +76,8 @@ class Loading:
         self._load_beside()
 
     def _insertion(self, region: Region, by_name: Mapping[str, Entry]) -> Insertion:
-        return Insertion(
-            region, self.adapter, lambda names, operators, weight: self._choose(names, by_name), ties=False
-        )
+        # In PEFT the layers of a tied weight have adapters of their own.
+        return Insertion(region, self.adapter, lambda names, *_: self._choose(names, by_name), ties=False)
 
     def _with_magnitude(self, region: Region, by_name: Mapping[str, Entry]) -> list[Adapter]:
         """The layers whose adapter of that name is one of DoRA in the file."""
@@ -103,18 +105,21 @@ class Loading:
                     found[site.name] = (site.form, site.weight)
         for child in self.module.modules():
             if isinstance(child, Adapter):
-                owner, _, leaf = child.slot.rpartition(".")
-                weight = self.module.get_submodule(owner)._parameters[leaf]
-                assert weight is not None
-                found[child.name] = (child.form, weight)
+                found[child.name] = (child.form, parameter_of(self.module, child.slot))
         return found
 
-    def _unused(self) -> set[str]:
-        """What layers of the file are called that the model has and does not use."""
-        program = Program(self.module)
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        named = {entry.name: parameters.get(f"{entry.name}.weight") for entry in self.entries.values()}
-        return {name for name, weight in named.items() if weight is not None and not program.readers(weight)}
+    def _unused(self, names: set[str]) -> set[str]:
+        """Those of the names that are layers of the model and that it does not use."""
+        program, modules = Program(self.module), dict(self.module.named_modules(remove_duplicate=False))
+        # What a user's own forward may call no graph shows.
+        own = [each for each in program.regions if any(node.target is run_shell for node in each.graph.nodes)]
+
+        def is_used(layer: nn.Module) -> bool:
+            readers = (node for weight in layer.parameters() for node in program.readers(weight))
+            users = (_read_by(node, program.region_of(node)) for node in readers)
+            return any(layer in user.modules() for user in (*users, *(region.module for region in own)))
+
+        return {name for name in names & modules.keys() if not is_used(modules[name])}
 
     def _check(self, by_name: Mapping[str, Entry], forms: Mapping[str, tuple[Form, nn.Parameter]]) -> None:
         if not by_name and not self.rest:
@@ -203,6 +208,12 @@ class Loading:
         modules = {key.rpartition(".")[0] for key in self._rest if not is_alone(key)}
         alone = (key for key in self._rest if is_alone(key) and key.rpartition(".")[0] not in modules)
         return Beside(tuple(sorted(modules)), tuple(alone), self.settings.bias)
+
+
+def _read_by(node: fx.Node, region: Region) -> nn.Module:
+    """What a node calls, or the owner of what it reads."""
+    path = str(node.target)
+    return region.module.get_submodule(path if node.op == "call_module" else path.rpartition(".")[0])
 
 
 def _are_equal(one: Adapter, other: Adapter, name: str) -> bool:

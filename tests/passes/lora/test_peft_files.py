@@ -253,9 +253,11 @@ def test_a_length_is_none_of_the_bias_that_an_adapter_before_adds(
 
 
 def test_layers_that_the_model_does_not_use(peft: Any, tmp_path: Path) -> None:
-    plain, x = MLP().eval(), torch.randn(3, 10)
+    plain, x = MLP().eval(), torch.randn(3, 10)  # type: Any, torch.Tensor
     plain.add_module("unused", nn.Linear(10, 10))
-    wrapped = in_peft(peft, plain, {"target_modules": ["lin0", "unused"]})
+    plain.add_module("tied", nn.Linear(10, 20))
+    plain.tied.weight = plain.lin0.weight
+    wrapped = in_peft(peft, plain, {"target_modules": ["lin0", "unused", "tied"]})
     module = capture(plain, (x,)).module
     load_adapter(module, saved_by_peft(wrapped, tmp_path / "both"))
     with torch.no_grad():
@@ -263,6 +265,26 @@ def test_layers_that_the_model_does_not_use(peft: Any, tmp_path: Path) -> None:
     saved_by_peft(in_peft(peft, plain, {"target_modules": ["unused"]}), tmp_path / "one")
     with pytest.raises(ArtifactError, match="holds no tensors of an adapter of a layer that the model uses"):
         load_adapter(module, tmp_path / "one")
+
+
+class Chooses(nn.Module):
+    """Opaque; the example calls one of its layers, and no graph shows the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = (self.left if x.sum().item() > 0 else self.right)(x)
+        return out
+
+
+def test_a_layer_that_only_python_calls_is_not_one_that_is_not_used(peft: Any, tmp_path: Path) -> None:
+    plain, x = Chooses().eval(), torch.ones(2, 4)
+    module = capture(plain, (x,)).module
+    saved_by_peft(in_peft(peft, plain, {"target_modules": ["left", "right"]}), tmp_path)
+    with pytest.raises(ArtifactError, match="is for a layer 'right' that the model hasn't"):
+        load_adapter(module, tmp_path)
 
 
 @pytest.mark.parametrize("saved", ["embed", "head"])
