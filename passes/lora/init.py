@@ -88,42 +88,31 @@ def _take_out(form: Form, weight: torch.Tensor, low: LowRank, recipe: Recipe) ->
     (Li et al. 2023, one step).
     """
     wide = weight.detach().double()
-    matrix = form.matrix(wide)
-    rank = low.A.shape[0]
+    matrix, rounded, rank = form.matrix(wide), None, low.A.shape[0]
     if recipe.init == "olora":
         q, r = torch.linalg.qr(matrix)
         left_factor, right_factor = q[:, :rank], r[:rank]
     else:
-        rounded = None
         if recipe.init == "loftq":
             rounded = _rounded(matrix, recipe.bits)
             matrix = matrix - rounded
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         root = (s[:rank] / low.scale).sqrt()
         left_factor, right_factor = u[:, :rank] * root, root[:, None] * v[:rank]
-        if rounded is not None:
-            low.A.copy_(padded(right_factor, 0, rank).reshape(low.A.shape))
-            low.B.copy_(padded(left_factor, 1, rank).reshape(low.B.shape))
-            return _like(form, rounded, weight)
     low.A.copy_(padded(right_factor, 0, rank).reshape(low.A.shape))
     low.B.copy_(padded(left_factor, 1, rank).reshape(low.B.shape))
+    if rounded is not None:
+        rows = rounded.T if form.layout == "columns" else rounded
+        return rows.reshape(weight.shape).to(weight.dtype)
     low.start_a, low.start_b = low.A.detach().clone(), low.B.detach().clone()
     left: torch.Tensor = wide - low.scale * form.delta(low.A.double(), low.B.double())
     return left.to(weight.dtype)
 
 
-def _like(form: Form, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    rows = matrix.T if form.layout == "columns" else matrix
-    return rows.reshape(weight.shape).to(weight.dtype)
-
-
 def padded(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
     """A factor of fewer rows or columns than the rank, filled up with zeros."""
-    missing = rank - factor.shape[dim]
-    if missing <= 0:
-        return factor
     shape = list(factor.shape)
-    shape[dim] = missing
+    shape[dim] = max(rank - shape[dim], 0)
     return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 

@@ -160,6 +160,6 @@ def _alpha(entry: Entry, rslora: bool) -> float:
 
 def _of(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     for key, value in pattern.items():
-        if re.match(rf"({key})$" if key.startswith("^") else rf"(.*\.)?({key})$", name):
+        if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
