@@ -68,6 +68,9 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     ranged = frozenset(name.removesuffix(_RANGE) for name in weights if name.endswith(_RANGE))
     replayed = _replay(path, recipe, module, example, passes, ranged, weights)
     restore(replayed, weights, recipe["tied"], str(path))
+    trains = set(recipe["trains"])
+    for name, parameter in replayed.named_parameters():
+        parameter.requires_grad_(name in trains)
     replayed.train(recipe["modes"]["training"])
     _set_modes(replayed, _recorded(replayed, recipe))
     engine = recipe.get("engine")

@@ -27,7 +27,7 @@ from fxopt.modules import WithSettings
 from fxopt.record import Record, plain
 from fxopt.version import __version__
 
-SCHEMA = "1.3"
+SCHEMA = "2.0"
 """Version of the recipe: the first number changes when old readers can't read it any more."""
 WEIGHTS = "weights.safetensors"
 INPUTS = "inputs.safetensors"
@@ -91,6 +91,7 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         "inputs": _inputs(result.inputs, tensors),
         "guards": result.record["capture"]["guards"],
         "modes": _modes(result.module),
+        "trains": [name for name, parameter in result.module.named_parameters() if parameter.requires_grad],
         "tied": tied,
         "settings": {
             path: child.settings() for path, child in result.module.named_modules() if isinstance(child, WithSettings)

@@ -217,7 +217,7 @@ def edit(path: Path, **changes) -> None:
         (lambda path: (path / "weights.safetensors").unlink(), "weights.safetensors': the result is not complete"),
         (lambda path: (path / "weights.safetensors").write_bytes(b"1"), "cannot read '"),
         (lambda path: (path / "inputs.safetensors").unlink(), "inputs.safetensors': the result is not complete"),
-        (lambda path: edit(path, schema="9.0"), "was written in version 9.0 of the recipe, this fxopt reads 1.3"),
+        (lambda path: edit(path, schema="9.0"), "was written in version 9.0 of the recipe, this fxopt reads 2.0"),
         (lambda path: edit(path, spec="gone"), "cannot replay the recipe in '"),
         (lambda path: edit(path, spec="qat"), "on this 'Net' makes another graph than it did (fxopt"),
     ],

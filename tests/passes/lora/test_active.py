@@ -232,6 +232,8 @@ def test_which_adapters_count_is_kept_with_a_result(change: Callable[[GraphModul
     artifact.save(result, tmp_path / "kept", {})
     again = fxopt.load(tmp_path / "kept", model)
     assert torch.equal(again(x), result.module(x))
+    trains, kept = ({n for n, p in each.named_parameters() if p.requires_grad} for each in (result.module, again))
+    assert kept == trains
     enable(result.module)
     merge(result.module)
     with pytest.raises(
