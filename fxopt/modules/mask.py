@@ -37,7 +37,9 @@ class Mask(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The masked weight."""
         if not torch.is_grad_enabled():
-            return torch.where(self.mask, weight, 0)
+            held = torch.where(self.mask, weight, 0)
+            # Where no gradient is computed, too, torch takes other kernels for a weight that asks for one.
+            return held.requires_grad_() if weight.requires_grad else held
         return _MaskedWeight.apply(weight, self.mask, self.score)  # type: ignore[no-any-return, no-untyped-call]
 
     @property

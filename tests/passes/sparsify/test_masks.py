@@ -38,6 +38,13 @@ class Functional(nn.Module):
         return F.linear(F.conv1d(x.unsqueeze(2), self.kernel, groups=2).squeeze(2), self.linear)
 
 
+class Last(nn.Module):
+    """Channels behind the places, in the same memory: torch chooses a kernel by whether the weight trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1)
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]):
         super().__init__()
@@ -103,6 +110,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]
         lambda: torch.randn(2, 4, 6, 6),
         {"0", "1", "2"},
     ),
+    "channels last": (lambda: nn.Sequential(Last(), nn.Linear(32, 1)), lambda: torch.randn(2, 32, 3, 5), {"1"}),
     "functional": (Functional, rows, {"linear", "product", "kernel"}),
     "lstm": (
         lambda: Recurrent(nn.LSTM),
