@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.bench.cuda import graph_of
+from fxopt.capture.independent import deep_copy
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 
@@ -46,7 +46,7 @@ class Arm:
             self.copied = False
             return module
         try:
-            return copy.deepcopy(module).to(self._device)
+            return deep_copy(module).to(self._device)
         except Exception as error:
             tensors = [*module.parameters(), *module.buffers()]
             if any(tensor.device != self._device for tensor in tensors):

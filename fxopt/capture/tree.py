@@ -17,6 +17,7 @@ from fxopt.capture.call import Call
 from fxopt.capture.captured import Constant, Opaque
 from fxopt.capture.chance import RandomState
 from fxopt.capture.found import Found
+from fxopt.capture.leaves import is_leaf
 from fxopt.capture.record import Recording
 from fxopt.capture.replay import replay
 from fxopt.capture.settle import Reason, Settled, hooked_backward, settle
@@ -166,6 +167,9 @@ class Builder:
         found.hidden_calls += seen.hidden_calls
 
         def capture(child: nn.Module, example: Call, name: str) -> GraphModule | None:
+            if _hands_on(child):
+                found.note(f"'{_join(path, name)}' is not captured: the code around it may read what its hooks leave")
+                return None
             try:
                 graph_module, below = self.build(child, example, _join(path, name))
             except Exception as error:  # a module that this run did not call may take other inputs
@@ -216,6 +220,13 @@ def _one_mode(root: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
+
+
+def _hands_on(module: nn.Module) -> bool:
+    """Whether hooks of the user's may leave something outside of `module`, which its graph would not."""
+    parts = [part for part in module.modules() if part is module or not is_leaf(part)]
+    hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    return any(not type(hook).__module__.startswith("torch.") for hook in hooks)
 
 
 def _put(module: nn.Module, children: Mapping[str, nn.Module]) -> None:

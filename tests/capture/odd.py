@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections import deque
 from typing import Any, NamedTuple
@@ -485,6 +486,64 @@ class MadeUnseen(nn.Module):
         return x + doubled
 
 
+class ReadsHook(nn.Module):
+    """Gives what a hook kept, which finds the model by the scope that it was made in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        self.kept = {"0": torch.empty(0), "1": torch.empty(0)}
+        for name, layer in self.layers.named_children():
+            layer.register_forward_hook(self.keep(name))
+
+    def keep(self, name):
+        def hook(module, inputs, output):
+            self.kept[name] = output
+
+        return hook
+
+    def forward(self, x):
+        self.layers(x)
+        return dict(self.kept)
+
+
+class ReadsHookOfCopy(ReadsHook):
+    """The hook on a layer keeps what torch computes out of sight."""
+
+    def keep(self, name):
+        hook = super().keep(name)
+        return lambda module, inputs, output: hook(module, inputs, output * 2)
+
+
+class CallsClosure(nn.Module):
+    """An attribute is a function that calls a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.call = lambda x: self.layer(x).relu()
+
+    def forward(self, x):
+        return self.call(x)
+
+
+class Registry(nn.Module):
+    """Has functions in a dict that can't be copied, one of which calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+        def repeated(x, times):
+            return repeated(self.layer(x), times - 1) if times else x
+
+        self.functions = {"repeated": repeated, "lock": threading.Lock()}
+        self.repeated = repeated
+
+    def forward(self, x):
+        return self.repeated(x, 2)
+
+
 class ReadsGlobal(nn.Module):
     """Uses a tensor that was there before, and belongs to no module."""
 
@@ -505,6 +564,10 @@ class FromArray(nn.Module):
 ODD: dict[str, Case] = {
     "made_unseen": Case(MadeUnseen, normal(3, 4)),
     "reads_global": Case(ReadsGlobal, normal(3, 4)),
+    "reads_hook": Case(ReadsHook, normal(3, 4)),
+    "reads_hook_of_copy": Case(ReadsHookOfCopy, normal(3, 4)),
+    "registry": Case(Registry, normal(3, 4)),
+    "calls_closure": Case(CallsClosure, normal(3, 4)),
     "from_array": Case(FromArray, normal(3, 4)),
     "counter": Case(Counter, normal(3, 4)),
     "buffer_counter": Case(BufferCounter, normal(3, 4)),

@@ -29,6 +29,7 @@ WHOLE = {
     "history": {"": "each call changes its attribute 'seen'"},
     "initialized_by_data": {"": "its second call does something else, by its attribute 'ready'"},
     "made_unseen": {"": "it uses a tensor that was made where torch does not let calls be recorded"},
+    "reads_hook_of_copy": {"": "it uses a tensor that was computed before or outside of what torch lets be recorded"},
     "from_array": {"": "it reads the values of a tensor ('numpy'), which depend on the input"},
     "vmapped_in_chunks": {"": "it runs under a vmap in chunks"},
     "tensor_hooked": {"": "it hangs a hook on a gradient"},
