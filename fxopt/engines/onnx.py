@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,7 @@ from fxopt.capture.leaves import is_leaf
 from fxopt.capture.shell import run_shell
 from fxopt.contract import Skip
 from fxopt.engines.decided import without_decided_guards
+from fxopt.engines.once import once
 from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.engines.onnx_biases import hold_biases
 from fxopt.engines.onnx_empty import drop_empty_assignments
@@ -31,7 +33,7 @@ from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 from fxopt.modules import for_onnx
-from fxopt.nested import is_object, tensors_in, with_tensors
+from fxopt.nested import flatten, is_object, tensors_in, with_tensors
 
 _BATCH = "batch"
 _NO_NUMPY = frozenset({torch.bfloat16})
@@ -46,19 +48,21 @@ class Outputs:
 
     Attributes:
         structure: the lists, tuples and dicts.
-        with_objects: an example, of tensors that hold nothing, where objects are among it, such as a cache: a file has
-            the tensors within alone. None where there are no objects.
+        with_others: an example, of tensors that hold nothing, where objects such as a cache are among it, or constants
+            such as None: a file has the tensors within alone. None where there is nothing but tensors.
+        counts: whether numbers within the objects are others for another batch size.
     """
 
     structure: pytree.TreeSpec
-    with_objects: Any
+    with_others: Any
+    counts: bool
 
     def holding(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The same with these tensors, in order."""
-        if self.with_objects is None:
+        if self.with_others is None:
             return tensors[0] if self.structure.is_leaf() else pytree.tree_unflatten(tensors, self.structure)
         each = iter(tensors)
-        return with_tensors(self.with_objects, lambda _: next(each))
+        return with_tensors(self.with_others, lambda _: next(each))
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
     Raises:
         EngineError: where torch cannot export it, with its reason.
     """
-    batch = inputs.batch_size
-    reason = "the inputs have no common batch size"
+    batch = None if outputs.counts else inputs.batch_size
+    reason = "a number that it gives follows it" if outputs.counts else "the inputs have no common batch size"
     if batch:
         # An example of one row would be taken for a constant.
         several = inputs if batch > 1 else inputs.with_batch(2)
@@ -112,8 +116,8 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
     """What the module gives for the example.
 
     Raises:
-        EngineError: where an input or output is no tensor that NumPy could hold, an input is an object, or the module
-            writes into an input, a parameter or a buffer, which exporters leave out.
+        EngineError: where an input is no tensor that NumPy could hold or an object, an output is no such tensor and no
+            constant, or the module writes into an input, a parameter or a buffer, which exporters leave out.
     """
     if inputs.objects:
         raise EngineError(
@@ -123,17 +127,46 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
     given = inputs.map(lambda tensor: tensor.detach().clone())
     with torch.no_grad(), refuse_writes(engine, module, given.tensors):
         output = module(*given.args, **given.kwargs)
-    leaves = pytree.tree_leaves(output)
-    objects = [leaf for leaf in leaves if is_object(leaf)]
-    for value in (*inputs.tensors, *(leaf for leaf in leaves if not is_object(leaf)), *tensors_in(objects)):
+    for value in (*inputs.tensors, *tensors_in(output), *_computed(module, output)):
         is_array = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dtype not in _NO_NUMPY
         if not is_array or value.is_complex():
             what = f"{value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else repr(value)
             raise EngineError(
                 f"engine '{engine}' takes and gives dense tensors of real numbers that NumPy knows, not {what}"
             )
-    example = with_tensors(output, lambda tensor: tensor.new_empty(0)) if objects else None
-    return Outputs(pytree.tree_structure(output), example)
+    structure = pytree.tree_structure(output)
+    if all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
+        return Outputs(structure, None, counts=False)
+    example = with_tensors(output, lambda tensor: tensor.new_empty(0))
+    return Outputs(structure, example, _counts(module, inputs, _numbers(output)))
+
+
+def _computed(module: GraphModule, output: Any) -> list[Any]:
+    """The values that are no tensor and no object, and that no graph holds as they are."""
+    leaves = pytree.tree_leaves(output)
+    held = pytree.tree_leaves(next(node.args for node in module.graph.nodes if node.op == "output"))
+    each_alone = len(held) == len(leaves)  # else a node stands for several of them
+    others = [
+        leaf
+        for index, leaf in enumerate(leaves)
+        if not (each_alone and not isinstance(held[index], fx.Node)) and not isinstance(leaf, torch.Tensor)
+    ]
+    return [value for value in others if value is not None and not is_object(value)]
+
+
+def _counts(module: GraphModule, inputs: Inputs, numbers: list[Any]) -> bool:
+    other = inputs.with_batch((inputs.batch_size or 0) + 1) if numbers else None
+    if other is None:
+        return False
+    try:
+        with torch.no_grad():
+            return _numbers(once(module, [module], other)[0]) != numbers
+    except Exception:  # of a size that the module does not take
+        return False
+
+
+def _numbers(output: Any) -> list[Any]:
+    return [value for value in flatten(output)[0] if isinstance(value, (int, float))]
 
 
 def nested(outputs: Outputs, call: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]) -> Callable[..., Any]:
@@ -167,7 +200,7 @@ class _TensorsWithin(nn.Module):
 
 def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) -> torch.onnx.ONNXProgram:
     prepared = for_onnx(module)
-    if outputs.with_objects is not None:
+    if outputs.with_others is not None:
         prepared = _TensorsWithin(prepared)
     dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
     # The exporter makes one input of a tensor that is given twice, whatever later calls give there.

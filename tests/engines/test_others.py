@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fxopt.engines import ENGINES
 from fxopt.engines.onnx import ASKED
 from fxopt.errors import EngineError
 from fxopt.modules import without_rounding
+from fxopt.nested import flatten
 from fxopt.relative_error import relative_error
 from fxopt.report import render
 from passes import PTQ, Fuse, QuantizeFreeze
@@ -231,6 +233,60 @@ def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path:
     assert (tmp_path / {"onnxruntime": "model.onnx", "openvino": "model.xml"}[engine]).is_file()
     duplicate = copy.deepcopy(executable)
     agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
+
+
+@dataclass
+class Scored:
+    """What a model gives, with numbers."""
+
+    scores: torch.Tensor
+    loss: torch.Tensor | None
+    width: int
+    rows: int
+
+
+class Scores(nn.Module):
+    """Gives what is no tensor beside its scores."""
+
+    def __init__(self, give: Callable[[torch.Tensor], Any]):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.give = give
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.give(self.layer(x))
+
+
+WITH_CONSTANTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "no loss": lambda scores: (scores, None),
+    "settings": lambda scores: {"scores": scores, "kind": "logits", "classes": 3, "parts": [scores * 2, None]},
+    "numbers of an object": lambda scores: Scored(scores, None, scores.shape[1], 2),
+}
+
+
+@pytest.mark.parametrize("given", WITH_CONSTANTS)
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_constants_among_the_outputs_are_given_with_them(engine: str, given: str) -> None:
+    needs(engine)
+    model = Scores(WITH_CONSTANTS[given]).eval()
+    executable = fxopt.lower(model, torch.randn(2, 4), engine)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        found, expected = flatten(executable(x)), flatten(model(x))
+    assert found[1] == expected[1]
+    agree(found[0], expected[0])
+
+
+def test_the_batch_size_is_fixed_where_an_object_among_the_outputs_holds_it() -> None:
+    needs("onnxruntime")
+    model = Scores(lambda scores: Scored(scores, None, 3, scores.shape[0])).eval()
+    executable = fxopt.lower(model, torch.randn(2, 4), "onnxruntime")
+    assert executable(torch.randn(2, 4)).rows == 2
+    assert [skip.reason for skip in executable.reasons] == [
+        "the batch size is fixed: a number that it gives follows it"
+    ]
+    with pytest.raises(EngineError, match="its sizes are fixed"):
+        executable(torch.randn(5, 4))
 
 
 class OfDict(nn.Module):
