@@ -53,8 +53,9 @@ class FakeQuantize(nn.Module):
         channels: length of `axis`.
         observer: what the range is: `minmax`, the union of all that was seen; `ema`, an exponential moving
             average of each batch's range with weight 0.1; `current`, that of the tensor at hand (for weights).
-            From a histogram, of the whole tensor and only while observing: `histogram`, the least divergence;
-            `mse`, the least squared error; `percentile`, all but 0.01 % of the values.
+            From a histogram, of the whole tensor and only while observing: `histogram`, the least divergence of what
+            has no larger squared error than `minmax`; `mse`, the least squared error; `percentile`, all but 0.01 % of
+            the values.
         learned: the scale is a parameter; observing gives its first value only.
         device: where the buffers live.
 
@@ -275,9 +276,8 @@ class FakeQuantize(nn.Module):
             return low, high
         if self.observer == "percentile":
             return histogram.percentile_range(self.counts, low, high)
-        if self.observer == "mse":
-            return histogram.least_squares_range(self.counts, low, high, self.high - self.low, self.symmetric)
-        return histogram.least_divergence_range(self.counts, low, high, self.high - self.low)
+        choose = histogram.least_squares_range if self.observer == "mse" else histogram.least_divergence_range
+        return choose(self.counts, low, high, self.high - self.low, self.symmetric)
 
     def settle(self) -> None:
         """Observing has ended: choose the scale by all that was observed, and quantise from now on."""

@@ -52,24 +52,27 @@ def least_squares_range(
     middles = _middles(low, high, len(counts))
     shares = torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES, device=counts.device)
     best_low, best_high = low.clamp(max=0), high.clamp(min=0)
+    lows, highs = shares * best_low, shares * best_high
     for _ in range(2):  # the ends hardly depend on each other
-        best_low = _best(middles, counts, shares * low.clamp(max=0), best_high.expand(_CANDIDATES), steps, symmetric)[0]
-        best_high = _best(middles, counts, best_low.expand(_CANDIDATES), shares * high.clamp(min=0), steps, symmetric)[
-            1
-        ]
+        best_low = lows[_errors(middles, counts, lows, best_high, steps, symmetric).argmin()]
+        best_high = highs[_errors(middles, counts, best_low, highs, steps, symmetric).argmin()]
     return best_low, best_high
 
 
 def least_divergence_range(
-    counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor, steps: int
+    counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor, steps: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The range whose rounded distribution diverges least from that of the values (Migacz 2017).
 
-    Both ends shrink by the same factor. What is clipped counts at the ends.
+    Both ends shrink by the same factor. What is clipped counts at the ends. Of values that are nearly all small and
+    for a few that matter, as those of a softmax, this alone would clip the few: so no range is taken whose squared
+    error is larger than that of the whole one.
     """
     middles = _middles(low, high, len(counts))
+    shares = torch.linspace(1.0, 0.1, _CANDIDATES, device=counts.device)
+    errors = _errors(middles, counts, shares * low.clamp(max=0), shares * high.clamp(min=0), steps, symmetric)
     best, least = 1.0, float("inf")
-    for candidate in torch.linspace(1.0, 0.1, _CANDIDATES).tolist():
+    for candidate in shares[errors <= errors[0]].tolist():
         inside = (middles >= low * candidate) & (middles <= high * candidate)
         if int(inside.sum()) < 2:
             continue
@@ -87,23 +90,17 @@ def _middles(low: torch.Tensor, high: torch.Tensor, bins: int) -> torch.Tensor:
     return low + (high - low) * (torch.arange(bins, device=low.device) + 0.5) / bins
 
 
-def _best(
-    values: torch.Tensor,
-    weights: torch.Tensor,
-    lows: torch.Tensor,
-    highs: torch.Tensor,
-    steps: int,
-    symmetric: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _errors(
+    values: torch.Tensor, weights: torch.Tensor, lows: torch.Tensor, highs: torch.Tensor, steps: int, symmetric: bool
+) -> torch.Tensor:
+    """The squared error of rounding and clipping by each of some ranges."""
     if symmetric:
         highs = torch.maximum(-lows, highs)
         lows = -highs
-    scales = ((highs - lows) / steps).clamp(min=torch.finfo(values.dtype).eps)[:, None]
-    offsets = (lows[:, None] / scales).round()
+    scales = ((highs - lows) / steps).clamp(min=torch.finfo(values.dtype).eps)[..., None]
+    offsets = (lows[..., None] / scales).round()
     rounded = ((values / scales).round().clamp(offsets, offsets + steps)) * scales
-    errors = ((rounded - values).square() * weights).sum(1)
-    best = int(errors.argmin())
-    return lows[best], highs[best]
+    return ((rounded - values).square() * weights).sum(1)
 
 
 def _divergence(reference: torch.Tensor, counts: torch.Tensor, levels: int) -> float:

@@ -62,6 +62,20 @@ class TestRanges:
         values[: int(share * len(values))] = 0
         assert sqnr(self.observed(observer, 8, *values.split(3_000))(values), values) > 35
 
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize(
+        "function",
+        [lambda x: (4 * x).softmax(-1), lambda x: (1.5 * x).exp(), lambda x: torch.where(x > 3, 20 * x, x), F.gelu],
+        ids=["softmax", "exp", "outliers", "gelu"],
+    )
+    def test_few_values_that_matter_are_not_clipped(
+        self, function: Callable[[torch.Tensor], torch.Tensor], bits: int
+    ) -> None:
+        values = function(torch.randn(500, 256, generator=torch.Generator().manual_seed(0)))
+        least = sqnr(self.observed("minmax", bits, values)(values), values)
+        for observer in ("histogram", "mse"):
+            assert sqnr(self.observed(observer, bits, *values.split(200))(values), values) > least - 0.5
+
     def test_the_least_squared_error_is_about_the_best_of_all_ranges(self) -> None:
         values = heavy_tailed()
         found = self.observed("mse")
