@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,17 @@ from fxopt.inputs import Inputs
 ADVICE = "give an iterable of inputs, each a tensor, a tuple of positional arguments or a dict of keyword ones"
 
 
+def several(who: str, data: Iterable[Any]) -> Iterable[Any]:
+    """The data, where it is no single batch, of which each row or name would be taken for one.
+
+    Raises:
+        PassError: where it is.
+    """
+    if isinstance(data, (torch.Tensor, Mapping, Inputs)):
+        raise PassError(f"{who}: the data is one {type(data).__name__}; {ADVICE}")
+    return data
+
+
 def run_batches(who: str, data: Iterable[Any], run: Callable[[Inputs], object]) -> int:
     """Hand each batch to `run`; how many there were.
 
@@ -25,10 +36,10 @@ def run_batches(who: str, data: Iterable[Any], run: Callable[[Inputs], object]) 
         run: runs a module on a copy of one, since a model may write into its inputs.
 
     Raises:
-        PassError: for a batch that holds NaN, or that the module does not take.
+        PassError: for data that is one batch itself, and a batch that holds NaN, or that the module does not take.
     """
     count = 0
-    for count, batch in enumerate(data, start=1):
+    for count, batch in enumerate(several(who, data), start=1):
         inputs = Inputs.of(batch)
         for index, tensor in enumerate(inputs.tensors):
             if tensor.is_floating_point() and tensor.isnan().any():

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxopt import bench, record, spec
+from fxopt.batches import several
 from fxopt.capture import Captured, capture
 from fxopt.capture.state import with_versions
 from fxopt.contract import Pass, Promise
@@ -179,7 +180,7 @@ def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[I
         return []
     try:
         batches = data() if callable(data) else data
-        return [Inputs.of(batch) for batch in batches]
+        return [Inputs.of(batch) for batch in several("calibration_data", batches)]
     except FxoptError:
         raise
     except Exception as error:

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.batches import ADVICE, run_batches, unaffected
+from fxopt.batches import run_batches, several, unaffected
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -57,11 +57,9 @@ def sensitivity(module: nn.Module, data: Iterable[Any]) -> tuple[Sensitivity, ..
     Raises:
         PassError: where there is nothing to rank, no data, or data that the module can't take.
     """
-    if isinstance(data, torch.Tensor):
-        raise PassError(f"sensitivity: the data is one tensor; {ADVICE}")
     trial = copy.deepcopy(module).eval()
     layers = {name: found for name, fakes in _by_layer(trial).items() if (found := [f for f in fakes if f.ready])}
-    batches = [Inputs.of(batch) for batch in data]
+    batches = [Inputs.of(batch) for batch in several("sensitivity", data)]
     if not layers:
         raise PassError("sensitivity: no quantiser has a range; put 'qat' or 'ptq' in, and calibrate")
     if not batches:

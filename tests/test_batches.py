@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import fxopt
-from passes.qat import sensitivity
+from fxopt.errors import PassError
+from fxopt.inputs import Inputs
+from passes.qat import calibrate, sensitivity
 
 
 class Writes(nn.Module):
@@ -38,3 +43,22 @@ def test_a_module_that_writes_sees_each_batch_as_it_was_given(passes: str) -> No
     assert module.get_buffer("calls") == 0
     if "sparsify" not in passes:
         assert module.get_buffer("input_fake_quant.first.maximum") == given.max() * 0.5 + 3.0
+
+
+ONE_BATCH = [torch.ones(16, 8), {"x": torch.ones(16, 8)}, Inputs((torch.ones(16, 8),))]
+
+
+@pytest.mark.parametrize("data", ONE_BATCH, ids=lambda data: type(data).__name__)
+def test_data_that_is_one_batch_is_refused_by_name(data: Any) -> None:
+    kind, x = type(data).__name__, torch.ones(16, 8)
+    module = fxopt.optimize(Writes().eval(), x, "qat", devices=(), calibration_data=[x]).module
+    takes: dict[str, Callable[[], object]] = {
+        "calibration_data": lambda: fxopt.optimize(Writes().eval(), x, "ptq", devices=(), calibration_data=data),
+        "calibrate": lambda: calibrate(module, data),
+        "sensitivity": lambda: sensitivity(module, data),
+    }
+    for who, take in takes.items():
+        with pytest.raises(
+            PassError, match=f"{who}: the data is one {kind}; give an iterable of inputs, each a tensor"
+        ):
+            take()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxopt.batches import several
 from fxopt.capture.state import modes_kept
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
@@ -160,7 +161,7 @@ class _CalibrationData:
     def __iter__(self) -> Iterator[Any]:
         doing = "'calibration_data' failed"
         with self.source.running(doing):
-            items = iter(self.data() if callable(self.data) else self.data)
+            items = iter(several("calibration_data", self.data() if callable(self.data) else self.data))
         end = object()
         while True:
             with self.source.running(doing):

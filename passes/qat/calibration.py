@@ -37,8 +37,6 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
     frozen = [name for name, quantizer in quantizers.items() if quantizer.state is State.FROZEN]
     if frozen:
         raise PassError(f"calibrate: {frozen[0]!r} is frozen, its range is final; calibrate before 'quantize-freeze'")
-    if isinstance(data, torch.Tensor):
-        raise PassError(f"calibrate: the data is one tensor; {ADVICE}")
     before = {name: (_copied(quantizer), quantizer.state) for name, quantizer in quantizers.items()}
     try:
         for quantizer in quantizers.values():

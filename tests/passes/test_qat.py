@@ -317,7 +317,6 @@ class TestCalibration:
         ("data", "message"),
         [
             ([], "the data is empty"),
-            (torch.randn(3, 4), "the data is one tensor"),
             ([torch.randn(3, 5)], r"does not take batch 1 \(3x5 float32\)"),
             ([torch.randn(3, 4), torch.full((3, 4), torch.nan)], "batch 2 holds NaN"),
             ([(torch.randn(3, 4), torch.zeros(3))], "without labels"),

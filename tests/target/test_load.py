@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxopt.errors import LoadError
+from fxopt.errors import LoadError, PassError
 from fxopt.target import load
 
 
@@ -176,6 +176,12 @@ def test_calibration_data_can_be_read_again(write, data):
     write(f"calibration_data = {data}")
     found = load("model.py").calibration_data
     assert list(found) == list(found) == [1, 2]
+
+
+def test_calibration_data_that_is_one_batch(write):
+    write("calibration_data = {'x': 3}")
+    with pytest.raises(PassError, match="calibration_data: the data is one dict; give an iterable"):
+        list(load("model.py").calibration_data)
 
 
 def test_calibration_data_that_fails_halfway(write):
