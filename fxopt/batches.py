@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.state import random_state_kept, tensors_kept
+from fxopt.capture.state import random_state_kept, state_kept
 from fxopt.errors import FxoptError, PassError
 from fxopt.inputs import Inputs
 
@@ -56,7 +56,7 @@ def run_batches(who: str, data: Iterable[Any], run: Callable[[Inputs], object]) 
 
 @contextmanager
 def unaffected(module: nn.Module) -> Iterator[None]:
-    """Let calls of `module` draw the same random numbers each time, and leave parameters and buffers as they were."""
-    with tensors_kept(module), random_state_kept():
+    """Let calls of `module` draw the same random numbers each time, and leave all that it holds as it was."""
+    with state_kept(module), random_state_kept():
         torch.manual_seed(0)
         yield

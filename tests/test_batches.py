@@ -45,6 +45,30 @@ def test_a_module_that_writes_sees_each_batch_as_it_was_given(passes: str) -> No
         assert module.get_buffer("input_fake_quant.first.maximum") == given.max() * 0.5 + 3.0
 
 
+class Remembers(nn.Module):
+    """Counts its calls, and keeps the last output, in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count, self.last = nn.Linear(8, 4), 0, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.last = self.layer(x).relu()
+        return self.last
+
+
+@pytest.mark.parametrize("passes", ["qat", "ptq", "sparsify{criterion=wanda}"])
+def test_plain_attributes_stay_as_they_were(passes: str) -> None:
+    data = [torch.randn(16, 8), torch.full((16, 8), torch.inf)]
+    result = fxopt.optimize(Remembers().eval(), data[0], passes, devices=(), calibration_data=data)
+    if passes == "qat":
+        sensitivity(result.module, data)
+    assert (result.module.count, result.module.last) == (0, None)
+    told = [skip for skip in result.ledger.skips if "NaN or Inf reached it" in skip.reason]
+    assert bool(told) is ("sparsify" not in passes)
+
+
 ONE_BATCH = [torch.ones(16, 8), {"x": torch.ones(16, 8)}, Inputs((torch.ones(16, 8),))]
 
 

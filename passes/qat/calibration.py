@@ -43,14 +43,16 @@ def calibrate(module: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
             quantizer.reset()
             quantizer.state = State.OBSERVE
             quantizer.calibrating = True
-        with torch.no_grad(), modes_kept(module), unaffected(module):
+        with torch.no_grad(), modes_kept(module):
             module.eval()
-            count = run_batches("calibrate", data, lambda inputs: inputs.call(module))
-            seen = {name: _copied(quantizer) for name, quantizer in quantizers.items()}
+            with unaffected(module):
+                count = run_batches("calibrate", data, lambda inputs: inputs.call(module))
+                seen = {name: (_copied(quantizer), quantizer.unbounded) for name, quantizer in quantizers.items()}
         if count == 0:
             raise PassError(f"calibrate: the data is empty; {ADVICE}")
         for name, quantizer in quantizers.items():
-            quantizer.load_state_dict(seen[name])
+            values, quantizer.unbounded = seen[name]
+            quantizer.load_state_dict(values)
             quantizer.settle()
     except BaseException:
         for name, (values, state) in before.items():

@@ -38,10 +38,11 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
     readers = _readers(module, functional)
     visit = _visit(readers, reached)
     try:
-        with torch.no_grad(), modes_kept(module), unaffected(module):
+        with torch.no_grad(), modes_kept(module):
             module.eval()
-            count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
-            squares = [_squares(each.mask).clone() for each in found]
+            with unaffected(module):
+                count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
+                squares = [_squares(each.mask).clone() for each in found]
     finally:
         for hook in hooks:
             hook.remove()
