@@ -57,8 +57,10 @@ class QuantizeFreeze(Pass):
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
         """Refuse a model in which nothing is quantised: whoever freezes it believes that something is."""
         if not is_quantized(module):
+            mode = "; a model in training mode is left alone by 'ptq': call .eval() on it before"
             raise PassError(
                 "quantize-freeze: nothing is quantised; put 'qat' or 'ptq' before it, and see what these skipped"
+                + (mode if module.training else "")
             )
         return iter(())
 

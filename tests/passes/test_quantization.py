@@ -859,6 +859,11 @@ class TestFreeze:
         with pytest.raises(PassError, match="nothing is quantised; put 'qat' or 'ptq' before it"):
             fxopt.optimize(Residual().eval(), torch.randn(*IMAGES), [QuantizeFreeze()], devices=())
 
+    def test_what_ptq_left_alone_in_training_mode_is_named(self) -> None:
+        x = torch.randn(*IMAGES)
+        with pytest.raises(PassError, match="a model in training mode is left alone by 'ptq': call"):
+            fxopt.optimize(Residual().train(), x, [PTQ(), QuantizeFreeze()], devices=(), calibration_data=[x])
+
     def test_what_is_frozen_is_not_calibrated_again(self) -> None:
         x = torch.randn(*IMAGES)
         program = prepared(Residual().eval(), (x,))
