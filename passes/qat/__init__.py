@@ -56,7 +56,12 @@ class QAT(Quantization):
         yield from place(region, self.scheme, self.target, self.first_last == "keep", self.is_named)
 
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
-        """Calibrate with the data that there is."""
+        """Calibrate with the data that there is.
+
+        Raises:
+            PassError: for an `include` that no layer matches.
+        """
+        self.check_names(module)
         count = len(waiting(module))
         if not count:
             return

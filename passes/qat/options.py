@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from fxopt.contract import Pass
-from fxopt.errors import SpecError
+from fxopt.errors import PassError, SpecError
+from fxopt.graph import GraphModule
+from passes.qat.place import layer_names
 from passes.qat.scheme import Scheme
 from passes.qat.targets import TARGETS, Target
 
@@ -52,6 +55,20 @@ class Quantization(Pass):
             per_channel=self.per_channel,
             observer=self.observer,
         )
+
+    def check_names(self, module: GraphModule) -> None:
+        """Refuse names that no layer has.
+
+        Raises:
+            PassError: with names that there are.
+        """
+        names = layer_names(module)
+        if self.include == "*" or any(map(self.is_named, names)):
+            return
+        wanted = f"include={self.include!r}" + (f" without exclude={self.exclude!r}" if self.exclude else "")
+        near = get_close_matches(self.include, names, 5, 0.0)
+        listed = f"the nearest names are {', '.join(map(repr, near))}" if near else "there are none"
+        raise PassError(f"{self.name}: {wanted} matches no layer; {listed}")
 
     def is_named(self, name: str) -> bool:
         """Whether a qualified name is among those asked for."""

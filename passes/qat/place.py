@@ -9,7 +9,7 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, GraphModule, Region, read_affine, source_of
+from fxopt.graph import Affine, GraphModule, Program, Region, read_affine, source_of
 from fxopt.modules import FakeQuantize, Fused
 from passes.qat.insert import Activations, calls_fake_quantize, quantize_parameter, quantize_weight
 from passes.qat.placement import edge_layers, quantize_outputs
@@ -17,6 +17,7 @@ from passes.qat.products import Factor, factors, why_parameter_float
 from passes.qat.scheme import Scheme
 from passes.qat.tables import added_table
 from passes.qat.targets import (
+    POOL_MODULES,
     Target,
     before_what_passes_on,
     is_pooling,
@@ -167,6 +168,17 @@ class _Placing:
             index, name = 0, "input"
         like = next(self._region.program.root.parameters(), torch.empty(0))
         return self._activations.quantize(reader, value_before, index, name, like, hint)
+
+
+def layer_names(module: GraphModule) -> list[str]:
+    """Qualified names of what may be quantised: layers, and calls of functions."""
+    layers = (*_LAYERS, nn.Embedding, nn.EmbeddingBag, *POOL_MODULES)
+    names = [name for name, child in module.named_modules() if isinstance(child, layers)]
+    for region in Program(module).regions:
+        for node in region.graph.nodes:
+            if node.op in ("call_function", "call_method") and node.users:  # a guard has none
+                names.append(region.qualified(node))
+    return names
 
 
 def waiting(module: nn.Module) -> list[str]:

@@ -19,13 +19,11 @@ from torch import nn
 from fxopt.graph import Affine, Region, inherit, read_affine
 from fxopt.modules import FakeQuantize, Fused
 from passes.qat.insert import calls_fake_quantize, name_of_other_mode
-from passes.qat.targets import PASSED_ON, PASSED_ON_MODULES, is_call_of
+from passes.qat.targets import PASSED_ON, PASSED_ON_MODULES, POOL_MODULES, POOLS, is_call_of
 
 _JOINS: frozenset[Any] = frozenset(
-    {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, "add", "add_"}
-)  # fmt: skip
-_JOIN_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+    {*POOLS, operator.add, operator.iadd, torch.add, torch.cat, torch.concat, "add", "add_"}
+)
 _ACTIVATIONS: frozenset[Any] = frozenset(
     {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.silu, F.gelu, F.hardswish, torch.relu, torch.relu_, torch.sigmoid,
      torch.tanh, "relu", "relu_", "sigmoid", "tanh"}
@@ -70,7 +68,7 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
                 region.program.replace_module(affine.module, Fused.of(affine.module, inner_fake_quant=inner))
                 count += 1
         elif not (
-            is_call_of(node, region, _JOINS, _JOIN_MODULES)
+            is_call_of(node, region, _JOINS, POOL_MODULES)
             and all(calls_fake_quantize(source, region) for source in node.all_input_nodes)
         ):
             continue

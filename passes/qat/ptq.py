@@ -61,8 +61,9 @@ class PTQ(Quantization):
         """Everything that data decides.
 
         Raises:
-            PassError: without data.
+            PassError: without data, or for an `include` that no layer matches.
         """
+        self.check_names(module)
         if not is_quantized(module):
             return
         batches = list(calibration)

@@ -40,10 +40,10 @@ _POINTWISE_MODULES = (
     nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.ELU, nn.Softplus, nn.Mish
 )  # fmt: skip
 _NORM_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm, nn.Softmax)
-_POOLS: frozenset[Any] = frozenset(
+POOLS: frozenset[Any] = frozenset(
     {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
 )
-_POOL_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+POOL_MODULES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
 PASSED_ON: frozenset[Any] = frozenset(
     {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, torch.flatten, torch.reshape, torch.squeeze,
      "flatten", "reshape", "view", "squeeze", "contiguous"}
@@ -105,7 +105,7 @@ def why_float(node: fx.Node, region: Region, target: Target) -> str:
 
 def is_pooling(node: fx.Node, region: Region, target: Target) -> bool:
     """Whether it averages neighbours, which OpenVINO does on integers once its input is quantised."""
-    return target == "openvino" and is_call_of(node, region, _POOLS, _POOL_MODULES)
+    return target == "openvino" and is_call_of(node, region, POOLS, POOL_MODULES)
 
 
 def before_what_passes_on(node: fx.Node, value: fx.Node, region: Region, target: Target) -> tuple[fx.Node, fx.Node]:

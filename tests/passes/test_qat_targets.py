@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
+from fxopt.errors import PassError
 from fxopt.modules import FakeQuantize, quantized_weights
 from passes import QAT, Fuse, QuantizeFreeze
 from passes.qat import calibrate
@@ -276,6 +277,26 @@ def test_each_layer_of_a_transformer_can_be_left_out_by_name() -> None:
     case = STATIC["encoder"]
     outcome = run(QAT(include="encoder.layers.0.*", exclude="*linear2"), case.build(), case.example())
     assert [change.where for change in outcome.changes] == ["encoder.layers.0.self_attn", "encoder.layers.0.linear1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        ("include=encoder.layer.0.linear1", "matches no layer; the nearest names are 'encoder.layers.0.linear1'"),
+        ("include=encoder", "'encoder' matches no layer; the nearest names are"),
+        (
+            "include=encoder.*,exclude=*.*",
+            r"include='encoder.\*' without exclude='\*.\*' matches no layer; the nearest",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["qat", "ptq"])
+def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(name: str, options: str, near: str) -> None:
+    case = STATIC["encoder"]
+    with pytest.raises(PassError, match=f"{name}: .*{near}"):
+        fxopt.optimize(
+            case.build(), case.example(), f"{name}{{{options}}}", devices=(), calibration_data=[case.example()]
+        )
 
 
 @pytest.mark.parametrize("name", ["recurrent", "attention", "encoder", "tied_head"])
