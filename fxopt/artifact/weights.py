@@ -33,7 +33,7 @@ def collect(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def restore(module: nn.Module, saved: Mapping[str, torch.Tensor], tied: Mapping[str, str], where: str) -> None:
-    """Put saved tensors into a module, name by name; tensors that were one stay one.
+    """Put saved tensors into a module, name by name; tensors that were one stay one, and those that were not are none.
 
     Raises:
         ArtifactError: where the names, shapes or dtypes are not those of the module; nothing is changed then.
@@ -41,7 +41,7 @@ def restore(module: nn.Module, saved: Mapping[str, torch.Tensor], tied: Mapping[
     present = named_tensors(module)
     wanted = {**saved, **{name: saved[kept] for name, kept in tied.items() if kept in saved}}
     missing, unexpected = sorted(wanted.keys() - present.keys()), sorted(present.keys() - wanted.keys())
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     # A buffer may have grown since it was made, as the ranges of an observer do; a parameter may not.
     wrong = sorted(
         name
@@ -63,6 +63,13 @@ def restore(module: nn.Module, saved: Mapping[str, torch.Tensor], tied: Mapping[
             f"the weights in '{where}' are not those of this module ({listed}): expected the module that "
             "`fxopt run` was given, of the same code and configuration"
         )
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        written = tied.get(name, name)
+        if first.setdefault(id(parameter), written) != written:
+            owner, _, leaf = name.rpartition(".")
+            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module.get_submodule(owner), leaf, own)
     for name, value in wanted.items():
         owner, _, leaf = name.rpartition(".")
         # Elements that share memory, as those of an expanded tensor do, cannot be written one by one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError
-from fxopt.graph import GraphModule, Region, behind_mask, source_of
+from fxopt.graph import GraphModule, Program, Region, behind_mask, source_of
 from fxopt.inputs import Inputs
 from fxopt.modules import FakeQuantize, Fused, State, held_weight, is_quantized, quantized_weights, rebuild
+from fxopt.modules.quantized import SUFFIX
 
 _NO_RANGE = "it never observed anything, so it has no range: what it stood for stays a float"
 
@@ -67,18 +68,21 @@ class QuantizeFreeze(Pass):
 
 def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator[Change | Skip]:
     """Freeze a layer, or those in a module that is called as one."""
-    line = source_of(node)
+    line, program = source_of(node), region.program
     for path, owner in list(module.named_modules()):
         where = f"{region.qualified(node)}.{path}" if path else region.qualified(node)
         fakes = {name: child for name, child in owner._modules.items() if isinstance(child, FakeQuantize)}
         if not fakes:
             continue
         with torch.no_grad():
-            weights = {leaf: _on_the_grid(owner, leaf, fake) for leaf, fake in _weights(owner)}
+            shared, own = _on_the_grid(owner, program)
             bias = {"bias": owner.folded_bias()} if isinstance(owner, Fused) else {}
-        if _is_final(owner, fakes, weights):
-            continue
-        frozen = rebuild(owner, type(owner), **weights, **bias)
+        joined = isinstance(owner, Fused) and owner.bn is not None
+        if not shared and not own and not joined and all(map(_rests, fakes.values())):
+            continue  # a run before this one froze it: a schedule of training freezes ranges alone
+        for leaf, weight in shared.items():
+            program.replace_parameter(owner.get_parameter(leaf), weight)
+        frozen = rebuild(owner, type(owner), **own, **bias)
         if isinstance(frozen, Fused):
             frozen.reads = ()
         if isinstance(frozen, nn.RNNBase):
@@ -89,23 +93,56 @@ def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator
             if not fake.ready:
                 del frozen._modules[name]
                 yield Skip(f"{where}.{name}", _NO_RANGE)
-        region.program.replace_module(owner, frozen)
+        program.replace_module(owner, frozen)
         folded = ", batch norm folded" if norm is not None else ""
         widths = " and ".join(dict.fromkeys(f"int{fake.bits}" for _, fake in _weights(owner)))
         yield Change(f"weight on the grid of {widths}{folded}", where, line)
         for leaf, fake in _weights(owner):
-            rows = weights[leaf].flatten(1)
+            rows = frozen.get_parameter(leaf).flatten(1)
             dead = int((rows == 0).all(1).sum()) if fake.axis == 0 and not isinstance(owner, nn.Embedding) else 0
             if dead:
                 reason = f"{dead} of its {len(rows)} channels are 0 at int{fake.bits}: they carry nothing"
                 yield Skip(where, reason, line)
 
 
-def _is_final(owner: nn.Module, fakes: Mapping[str, FakeQuantize], weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a run before this one froze it: a schedule of training freezes ranges alone."""
-    joined = isinstance(owner, Fused) and owner.bn is not None
-    baked = all(torch.equal(weight, owner.get_parameter(leaf)) for leaf, weight in weights.items())
-    return baked and not joined and all(map(_rests, fakes.values()))
+def _on_the_grid(owner: nn.Module, program: Program) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The rounded values of the weights of a layer, for all that read them and for the layer alone.
+
+    A weight that a node reads otherwise, by the name that it has in the layer, stays as it is: its quantiser rounds it
+    at each call.
+    """
+    shared: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}
+    for leaf, fake in _weights(owner):
+        fake.eval()
+        held = owner.get_parameter(leaf)
+        value: torch.Tensor = owner.folded_weight() if isinstance(owner, Fused) else fake(held_weight(owner, leaf))
+        if torch.equal(value, held):
+            continue
+        readings = [(by_name, torch.equal(seen, value)) for by_name, seen in _readings(held, program)]
+        if all(same for _, same in readings):
+            shared[leaf] = value
+        elif all(same for by_name, same in readings if by_name):
+            own[leaf] = value
+    return shared, own
+
+
+def _readings(parameter: nn.Parameter, program: Program) -> Iterator[tuple[bool, torch.Tensor]]:
+    """What each reader of a parameter makes of it, and whether it is a node that reads it by its name."""
+    for reader in program.readers(parameter):
+        region, by_name = program.region_of(reader), reader.op == "get_attr"
+        fakes: list[object] = []
+        if not by_name:
+            for owner in region.submodule(reader).modules():
+                fakes += [
+                    owner._modules.get(leaf + SUFFIX) for leaf, held in owner._parameters.items() if held is parameter
+                ]
+        elif region.attribute(reader) is parameter:
+            masked = [user for user in reader.users if behind_mask(user, region) is reader]
+            users = [user for each in (reader, *masked) for user in each.users if user not in masked]
+            fakes += [region.submodule(user) if user.op == "call_module" else None for user in users]
+        for fake in fakes:
+            yield by_name, fake.eval()(parameter) if isinstance(fake, FakeQuantize) else parameter
 
 
 def _rests(fake: FakeQuantize) -> bool:
@@ -114,12 +151,6 @@ def _rests(fake: FakeQuantize) -> bool:
 
 def _weights(owner: nn.Module) -> list[tuple[str, FakeQuantize]]:
     return [(leaf, fake) for path, _, leaf, fake in quantized_weights(owner) if not path]
-
-
-def _on_the_grid(owner: nn.Module, leaf: str, fake: FakeQuantize) -> torch.Tensor:
-    fake.eval()
-    found: torch.Tensor = owner.folded_weight() if isinstance(owner, Fused) else fake(held_weight(owner, leaf))
-    return found
 
 
 def _freeze_value(node: fx.Node, fake: FakeQuantize, region: Region) -> Iterator[Change | Skip]:
@@ -133,16 +164,20 @@ def _freeze_value(node: fx.Node, fake: FakeQuantize, region: Region) -> Iterator
         return
     read = behind_mask(source, region)
     held: Any = region.attribute(read) if read.op == "get_attr" else None
-    with torch.no_grad():
-        baked = fake.eval()(held) if isinstance(held, nn.Parameter) else held
-    if _rests(fake) and (baked is held or torch.equal(baked, held)):
+    baked = None
+    if isinstance(held, nn.Parameter):
+        with torch.no_grad():
+            rounded = fake.eval()(held)
+            same = all(torch.equal(seen, rounded) for _, seen in _readings(held, region.program))
+            baked = rounded if same and not torch.equal(rounded, held) else None
+    if _rests(fake) and baked is None:
         return
     if not fake.symmetric and bool((fake.minimum == fake.maximum).all()):
         yield Skip(where, f"all that it observed was {float(fake.minimum):.3g}: is its calibration data right?")
+    if baked is not None:
+        region.swap_parameter(read, baked)
     region.program.replace_module(fake, _frozen(fake))
     yield Change(f"range frozen at {fake.bits} bits", where)
-    if baked is not held:
-        region.swap_parameter(read, baked)
 
 
 def _frozen(fake: FakeQuantize) -> FakeQuantize:

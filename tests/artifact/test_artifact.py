@@ -18,6 +18,7 @@ from fxopt.artifact import load, save
 from fxopt.contract import Pass, Promise
 from fxopt.errors import ArtifactError
 from fxopt.optimize import Result, optimize
+from tests.models import TiedHead
 
 REPORTS = {"report.md": "# Report\n", "report.json": "{}\n"}
 
@@ -141,6 +142,23 @@ def test_what_was_trained_afterwards_is_kept_by_saving_again(tmp_path):
     again = load(tmp_path / "kept", trained().eval())
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(again.eval()(x, add=0.5)["out"], result.module.eval()(x, add=0.5)["out"])
+
+
+def test_tied_weights_are_written_once_unless_training_rounds_them_apart(tmp_path):
+    def prepared():
+        torch.manual_seed(0)
+        tokens = torch.randint(0, 20, (3, 7))
+        return optimize(TiedHead().eval(), tokens, "qat{learned=lsq}", devices=(), calibration_data=[tokens]).module
+
+    tokens = torch.arange(20).view(2, 10)
+    for factor, tied in ((1.0, {"head.weight": "embed.weight"}), (1.3, {})):
+        module = prepared()
+        with torch.no_grad():
+            module.get_parameter("head.weight_fake_quant.scale").mul_(factor)
+        result = optimize(module, tokens, "quantize-freeze", devices=())
+        save(result, tmp_path / str(factor), {})
+        assert json.loads((tmp_path / str(factor) / "recipe.json").read_text())["tied"] == tied
+        assert torch.equal(load(tmp_path / str(factor), prepared())(tokens), result.module(tokens))
 
 
 def test_what_is_written(tmp_path):

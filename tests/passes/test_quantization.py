@@ -20,7 +20,7 @@ from fxopt.modules import FakeQuantize, Fused, State, histogram
 from passes import PTQ, QAT, Fuse, QuantizeFreeze
 from passes.qat import QATSchedule, calibrate, sensitivity
 from passes.qat.correct import correct_biases
-from tests.models import ConvBlock
+from tests.models import ConvBlock, TiedHead
 from tests.passes.programs import Outcome, assert_close, captured, rewrite, run
 
 
@@ -753,6 +753,26 @@ class TestSensitivity:
             sensitivity(prepared(Residual().eval(), (torch.randn(*IMAGES),)), [])
 
 
+TOKENS = torch.arange(12).view(2, 6)
+TIED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "the same rows": lambda x, table: F.linear(x, table),
+    "rows and columns": lambda x, table: F.linear(x, table).relu() @ table,
+    "rows and a float": lambda x, table: F.linear(x, table.square()),
+    "columns and a float": lambda x, table: x[..., :4] @ table[:4, :4] + (x @ table.t()).sum(),
+}
+
+
+class Tied(nn.Module):
+    """A table that is looked up, and read by a function."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.embed, self.function = nn.Embedding(12, 8), function
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.function(self.embed(tokens), self.embed.weight)
+
+
 class TestFreeze:
     @pytest.mark.parametrize(
         "options", [{}, {"learned": "lsq"}, {"weights": "int4"}, {"target": "onnxruntime"}], ids=str
@@ -840,6 +860,30 @@ class TestFreeze:
         fake = program.get_submodule("weight_fake_quant.weight")
         assert_close(fake(program.weight), program.weight, 1e-6)
         assert not torch.equal(program.weight, model.weight)
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"weights": "int4"}, {"per_channel": False}, {"include": "embed"}], ids=str
+    )
+    @pytest.mark.parametrize("name", TIED)
+    def test_a_weight_that_is_read_twice_stays_what_each_reader_rounds(
+        self, name: str, options: dict[str, object]
+    ) -> None:
+        torch.manual_seed(0)
+        program, tokens = captured(Tied(TIED[name]).eval(), (TOKENS,)), TOKENS
+        rewrite(QAT(**options), program)  # type: ignore[arg-type]
+        calibrate(program, [tokens])
+        with torch.no_grad():
+            simulated = program(tokens)
+            assert rewrite(QuantizeFreeze(), program).changes
+            assert torch.equal(program(tokens), simulated)
+        assert not rewrite(QuantizeFreeze(), program).changes
+
+    def test_tied_layers_stay_tied(self) -> None:
+        program = captured(TiedHead().eval(), (TOKENS,))
+        rewrite(QAT(), program)
+        calibrate(program, [TOKENS])
+        rewrite(QuantizeFreeze(), program)
+        assert program.get_parameter("head.weight") is program.get_parameter("embed.weight")
 
     def test_what_never_observed_is_taken_out_by_name(self) -> None:
         program = captured(Residual().eval(), (torch.randn(*IMAGES),))
