@@ -14,7 +14,7 @@ from torch import nn
 from fxopt.errors import EngineError
 from fxopt.modules.fake_quantize import FakeQuantize
 from fxopt.modules.fused import Fused
-from fxopt.modules.mask import held_weight
+from fxopt.modules.mask import Mask, held_weight
 from fxopt.modules.quantized import SUFFIX, QuantizedEmbedding, quantized_weights
 
 _BYTE = 8
@@ -126,14 +126,23 @@ def with_integers(
 
 
 def _quantized_parameters(graph: fx.GraphModule) -> Iterator[tuple[str, FakeQuantize, torch.Tensor]]:
-    """The quantisers of parameters that the graph hands to functions: name, quantiser, parameter."""
+    """The quantisers of parameters that the graph hands to functions: name, quantiser, what it is given of which."""
     for node in graph.graph.nodes:
-        fake: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(fake, FakeQuantize) and node.args[0].op == "get_attr":
-            owner, _, leaf = str(node.args[0].target).rpartition(".")
+        fake = _called(node, graph)
+        if not isinstance(fake, FakeQuantize):
+            continue
+        source: Any = node.args[0]
+        mask = _called(source, graph)
+        read = source.args[0] if isinstance(mask, Mask) else source
+        if read.op == "get_attr":
+            owner, _, leaf = str(read.target).rpartition(".")
             parameter = graph.get_submodule(owner)._parameters.get(leaf)
             if parameter is not None:
-                yield str(node.target), fake, parameter
+                yield str(node.target), fake, mask(parameter) if isinstance(mask, Mask) else parameter
+
+
+def _called(node: fx.Node, graph: fx.GraphModule) -> nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _check(name: str, fake: FakeQuantize) -> None:

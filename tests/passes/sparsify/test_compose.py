@@ -27,6 +27,17 @@ def network() -> nn.Module:
     return settle(nn.Sequential(*layers, nn.Linear(288, 16), nn.ReLU(), nn.Linear(16, 4)))
 
 
+class ByHand(nn.Module):
+    """A parameter that a function multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 6, 6)
 
@@ -170,16 +181,20 @@ def test_what_is_masked_and_quantised_is_frozen_and_baked_as_it_is(name: str) ->
         assert not module.get_parameter(parameter)[where].any()
 
 
-@pytest.mark.parametrize("name", ["linear", "embedding"])
+@pytest.mark.parametrize("name", ["linear", "embedding", "by hand"])
 def test_integers_are_those_of_masked_weights_whatever_the_weights_are(name: str) -> None:
     model, x = build("linear")
     if name == "embedding":
         model, x = nn.Sequential(nn.Embedding(10, 8)), torch.tensor([[1, 2], [3, 4]])
+    if name == "by hand":
+        model, x = ByHand(), torch.randn(3, 8)
     module, _ = run(model, (x,), "sparsify{amount=0.5},qat{activations=none}")
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3)
-        torch.testing.assert_close(for_inductor(module)(x), module.eval()(x))
+        stored = for_inductor(module)
+        torch.testing.assert_close(stored(x), module.eval()(x))
+    assert any(buffer.dtype is torch.int8 and buffer.dim() == 2 for buffer in stored.buffers())
 
 
 @pytest.mark.parametrize("name", MODELS)
