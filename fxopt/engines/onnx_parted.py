@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fxopt.engines.onnx_weights import constant_like, holds_integers
 
 
-def part_weights(path: Path, parted: Path) -> None:
-    """Write the model at `path` to `parted`, with a copy of a weight's integers for each operator that reads them.
+def part_weights(model: Any) -> None:
+    """Give each operator that reads the integers of a weight a copy of them.
 
     With `session.x64quantprecision`, onnxruntime 1.31 makes each weight unsigned, and fails at one that it has made so
     for another operator.
+
+    Args:
+        model: of `onnx_ir`; changed in place.
     """
     import onnx_ir as ir
 
-    model: Any = ir.load(path)
     for node in list(model.graph):
         if not holds_integers(model, node):
             continue
@@ -27,4 +28,3 @@ def part_weights(path: Path, parted: Path) -> None:
             copy = ir.node("DequantizeLinear", [own[0], scale, *own[1:]], node.attributes)
             model.graph.insert_before(reader, copy)
             reader.replace_input_with(index, copy.outputs[0])
-    ir.save(model, parted, external_data=f"{parted.name}.data")

@@ -54,7 +54,7 @@ class OnnxRuntime(Engine):
         ):
             reasons, optimized = file.reasons, Path(directory) / "optimized.onnx"
             try:
-                session, told = _opened(file.path, optimized if quantised else None, saturates(module))
+                session, told, parted = _opened(file.path, optimized if quantised else None, saturates(module))
                 reasons += (*left_floats(optimized), *told) if quantised else ()
             except Exception as error:  # its exceptions have no base of their own
                 raise EngineError(f"engine 'onnxruntime' cannot read the exported model: {error}") from error
@@ -69,24 +69,30 @@ class OnnxRuntime(Engine):
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
         def write(directory: Path) -> None:
-            export(module, inputs, outputs).program.save(directory / "model.onnx")
+            program = export(module, inputs, outputs).program
+            if parted:
+                part_weights(program.model)
+            program.save(directory / "model.onnx")
 
         reasons += (ASKED,) if file.asks else ()
         return Built(nested(outputs, call), reasons, write=write, recorded=False, sizes=file.sizes, asks=file.asks)
 
 
-def _opened(path: Path, optimized: Path | None, overflows: bool) -> tuple[Any, tuple[Skip, ...]]:
-    """See `_session`; with what is to be told of products that the CPU may saturate."""
+def _opened(path: Path, optimized: Path | None, overflows: bool) -> tuple[Any, tuple[Skip, ...], bool]:
+    """See `_session`; what is to be told of products that the CPU may saturate; and whether weights were parted."""
     if not overflows:
-        return _session(path, optimized), ()
+        return _session(path, optimized), (), False
     with contextlib.suppress(Exception):
-        return _session(path, optimized, unsigned=True), (AVOIDED,)
+        return _session(path, optimized, unsigned=True), (AVOIDED,), False
     # A weight that two operators read cannot be made unsigned: there it fails.
     with contextlib.suppress(Exception), tempfile.TemporaryDirectory(prefix="fxopt-") as directory:
-        parted = Path(directory) / "parted.onnx"
-        part_weights(path, parted)
-        return _session(parted, optimized, unsigned=True), (AVOIDED,)
-    return _session(path, optimized), (SATURATES,)
+        import onnx_ir as ir
+
+        parted, model = Path(directory) / "parted.onnx", ir.load(path)
+        part_weights(model)
+        ir.save(model, parted, external_data=f"{parted.name}.data")
+        return _session(parted, optimized, unsigned=True), (AVOIDED,), True
+    return _session(path, optimized), (SATURATES,), False
 
 
 def _session(path: Path, optimized: Path | None, unsigned: bool = False) -> Any:

@@ -98,7 +98,7 @@ def test_an_engine_tells_what_this_cpu_cannot(
 
 
 @pytest.mark.usefixtures("without_vnni")
-def test_weights_that_several_operators_read_are_made_unsigned_too() -> None:
+def test_weights_that_several_operators_read_are_made_unsigned_too(tmp_path: Path) -> None:
     needs("onnxruntime")
     torch.manual_seed(0)
     layer, x = nn.Conv2d(8, 8, 1), torch.rand(2, 8, 4, 4)
@@ -108,8 +108,20 @@ def test_weights_that_several_operators_read_are_made_unsigned_too() -> None:
     executable = fxopt.lower(module, x, "onnxruntime")
     assert executable.reasons[0].reason == "operators on integers: 2 QLinearConv"
     assert executable.reasons[-1] == AVOIDED
+    executable.save(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(executable(x), module(x), rtol=1e-4, atol=1e-5)
+        for found in (executable(x), in_unsigned(tmp_path / "model.onnx", x)):
+            torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-5)
+
+
+def in_unsigned(path: Path, x: torch.Tensor) -> torch.Tensor:
+    """What a saved file gives with weights as unsigned bytes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 @pytest.mark.usefixtures("without_vnni")
