@@ -25,6 +25,7 @@ from fxopt.engines.onnx_attention import transpose_keys
 from fxopt.engines.onnx_biases import hold_biases
 from fxopt.engines.onnx_empty import drop_empty_assignments
 from fxopt.engines.onnx_functions import ExportedOtherwise
+from fxopt.engines.onnx_moved import pad_integers, split_weights
 from fxopt.engines.onnx_products import part_sums, transpose_weights
 from fxopt.engines.onnx_simplify import simplify
 from fxopt.engines.onnx_zero_points import part_zero_points
@@ -223,6 +224,8 @@ def _export(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) 
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
     drop_empty_assignments(program.model)
     transpose_keys(program.model)
+    pad_integers(program.model)
+    split_weights(program.model)
     hold_biases(program.model)
     transpose_weights(program.model)
     part_sums(program.model)

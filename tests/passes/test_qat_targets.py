@@ -86,6 +86,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
         ),
         torch.randn(2, 3, 8, 8),
     ),
+    "padded": (
+        lambda: Calls(
+            lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))),
+            a=nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+            b=nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+            c=nn.Conv2d(8, 4, 3, padding=1, padding_mode="replicate"),
+        ),
+        torch.randn(2, 3, 8, 8),
+    ),
+    "cross": (
+        lambda: Calls(
+            lambda m, x: m.cross(x, x.flip(1), x.flip(1), need_weights=False)[0],
+            cross=nn.MultiheadAttention(16, 2, batch_first=True),
+        ),
+        TOKENS,
+    ),
 }
 PLACED: dict[tuple[str, str], tuple[list[str], str]] = {
     ("product", "generic"): (["a", "matmul", "matmul_1"], ""),
@@ -143,6 +159,12 @@ KERNELS: dict[tuple[str, str], tuple[str, str]] = {
     ("recurrent", "openvino"): ("1 FullyConnected", "RNNSeq runs in floats"),
     ("gelu", "openvino"): ("2 FullyConnected", ""),
     ("pools", "openvino"): ("2 Convolution, 2 Pooling", ""),
+    ("padded", "onnxruntime"): (
+        "2 QLinearConv",
+        "Conv runs in floats: its input and weight are integers, but its output",
+    ),
+    ("cross", "onnxruntime"): ("4 MatMulIntegerToFloat", "multiplies two computed values, not both of them"),
+    ("cross", "openvino"): ("4 FullyConnected", ""),
 }
 
 
@@ -161,7 +183,7 @@ def test_what_was_placed_for_a_runtime_becomes_its_integer_kernels(name: str, ta
         assert_close(executable(x), outcome.module(x), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["gelu", "reused", "addmm", "function"])
+@pytest.mark.parametrize("name", ["gelu", "reused", "addmm", "function", "padded", "cross"])
 def test_a_file_for_onnxruntime_holds_nothing_that_is_not_read(name: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
