@@ -33,6 +33,9 @@ class QAT(Quantization):
     straight through the rounding. Ranges of inputs come from `calibrate`, or from the first batches of training; until
     then they are not quantised.
 
+    Adam's steps are as long as its rate, and a learned scale of 8 bits is hardly longer: give scales a group of their
+    own, at a twentieth of the rate and without weight decay, as examples/qat_digits.py does.
+
     Sources: Jacob et al. 2018; Krishnamoorthi 2018.
     """
 
