@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import types
 from collections import OrderedDict
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from fxopt.capture.closures import rebind_within
 from fxopt.capture.copy_on_write import lazy_copy
-from fxopt.capture.state import all_modules
+from fxopt.capture.state import REGISTRIES, all_modules
 
 _ATOMS = frozenset({bool, int, float, str, type(None)})
-_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def independent_copy(module: nn.Module) -> nn.Module:
@@ -51,7 +50,7 @@ def deep_copy(module: nn.Module) -> nn.Module:
     """What `copy.deepcopy` gives, but for functions that close over parts of the module: see `independent_copy`."""
     memo: dict[int, Any] = {}
     result: nn.Module = copy.deepcopy(module, memo)
-    _rebind_within(module, memo)
+    rebind_within(module, memo)
     return result
 
 
@@ -69,7 +68,7 @@ def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for child in reversed(modules):  # what is not plain may look into those within it when it is copied
         _fill(memo[id(child)], child, memo)
     result: nn.Module = copy.deepcopy(module, memo)
-    _rebind_within(module, memo)
+    rebind_within(module, memo)
     return result
 
 
@@ -77,7 +76,7 @@ def _computed(module: nn.Module) -> Iterator[torch.Tensor]:
     """Attributes, or parts of them, that are tensors with a history, which torch copies none of."""
     for child in all_modules(module):
         for name, value in child.__dict__.items():
-            is_filled = isinstance(value, (list, tuple, dict)) and name not in _REGISTRIES and bool(value)
+            is_filled = isinstance(value, (list, tuple, dict)) and name not in REGISTRIES and bool(value)
             for leaf in pytree.tree_leaves(value) if is_filled else [value]:
                 if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
                     yield leaf
@@ -103,7 +102,7 @@ def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 def _fill(duplicate: nn.Module, original: nn.Module, memo: dict[int, Any]) -> None:
     for name, value in original.__dict__.items():
-        if name in _REGISTRIES:
+        if name in REGISTRIES:
             continue
         if type(value) in _ATOMS:
             duplicate.__dict__[name] = value
@@ -115,69 +114,8 @@ def _fill(duplicate: nn.Module, original: nn.Module, memo: dict[int, Any]) -> No
             duplicate.__dict__[name] = copy.deepcopy(value, memo)
         except Exception:  # whatever a user's attribute raises when it is copied
             duplicate.__dict__[name] = value
-    for name in _REGISTRIES:
+    for name in REGISTRIES:
         duplicate.__dict__[name] = copy.deepcopy(original.__dict__[name], memo)
-
-
-def _rebind_within(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Let the functions in the copy of a module tree close over what `memo` has in the place of parts of the tree."""
-    parts = list(module.modules())
-    # The user's own module behind an opaque root is registered nowhere.
-    parts += [origin for child in parts if (origin := child.__dict__.get("_origin")) is not None]
-    owners = [part for part in parts if id(part) in memo and not isinstance(part, torch.jit.ScriptModule)]
-    ours = {id(value) for owner in owners for value in (owner, *owner.__dict__.values())} & memo.keys()
-    for owner in owners:
-        duplicate = memo[id(owner)].__dict__
-        _rebind(duplicate, memo, ours)
-        for name, value in duplicate.items():
-            if isinstance(value, dict) and value is not owner.__dict__.get(name) and name not in _REGISTRIES:
-                _rebind(value, memo, ours)
-
-
-def _rebind(held: dict[Any, Any], memo: dict[int, Any], ours: Set[int]) -> None:
-    """Let the functions among the values of a dict close over copies of what is `ours`."""
-    for name, value in held.items():
-        if isinstance(value, types.FunctionType):
-            held[name] = _bound_anew(value, memo, ours)
-
-
-def _bound_anew(function: types.FunctionType, memo: dict[int, Any], ours: Set[int]) -> types.FunctionType:
-    if id(function) in memo:
-        known: types.FunctionType = memo[id(function)]
-        return known
-    memo[id(function)] = function  # what it closes over may close over it
-    old = function.__closure__ or ()
-    new = [_contents_anew(cell, memo, ours) for cell in old]
-    if all(value is _contents(cell) for value, cell in zip(new, old, strict=True)):
-        return function
-    cells = [
-        cell if value is _contents(cell) and value is not function else types.CellType(value)
-        for value, cell in zip(new, old, strict=True)
-    ]
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__dict__.update(function.__dict__)
-    for cell in cells:
-        if _contents(cell) is function:
-            cell.cell_contents = made
-    memo[id(function)] = made
-    return made
-
-
-def _contents_anew(cell: types.CellType, memo: dict[int, Any], ours: Set[int]) -> Any:
-    held = _contents(cell)
-    if isinstance(held, types.FunctionType):
-        return _bound_anew(held, memo, ours)
-    return copy.deepcopy(held, memo) if id(held) in ours or id(getattr(held, "__self__", None)) in ours else held
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is not set yet
-        return None
 
 
 def _copy_tensor(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from fxopt.capture.chance import random_state_kept
 from fxopt.capture.copy_on_write import lazy_copy, version_of
 
 __all__ = [
+    "REGISTRIES",
     "State",
     "all_modules",
     "apart",
@@ -27,8 +28,8 @@ __all__ = [
     "with_versions",
 ]
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*_REGISTRIES}
+REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict)) - {*REGISTRIES}
 """Registries of hooks: most of a module's attributes, and hardly ever with anything in them."""
 
 
@@ -43,7 +44,7 @@ class State:
             {name: look(value, self._seen) for name, value in _attributes(child).items()} for child in self._modules
         ]
         self._registries = [
-            {name: child.__dict__[name].copy() for name in _REGISTRIES if name in child.__dict__}
+            {name: child.__dict__[name].copy() for name in REGISTRIES if name in child.__dict__}
             for child in self._modules
         ]
         tensors = [*module.parameters(), *module.buffers()]
@@ -220,5 +221,5 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in module.__dict__.items()
-        if name not in _REGISTRIES and (name not in _HOOKS or value)
+        if name not in REGISTRIES and (name not in _HOOKS or value)
     }
