@@ -18,7 +18,7 @@ from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
 from fxopt.engines.onnx import ASKED, export, nested, outputs_of
-from fxopt.engines.onnx_parted import part_weights
+from fxopt.engines.onnx.parted import part_weights
 from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule

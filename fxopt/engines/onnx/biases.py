@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxopt.engines.onnx_weights import constant_like, holds_integers
+from fxopt.engines.onnx.weights import constant_like, holds_integers
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _LARGEST = 2.0**30

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.engines.onnx_functions import ExportedOtherwise
+from fxopt.engines.onnx.functions import ExportedOtherwise
 from fxopt.relative_error import relative_error
 from tests.engines.test_others import EXPORTING, needs
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxopt.engines.onnx_weights import constant_like, holds_integers
+from fxopt.engines.onnx.weights import constant_like, holds_integers
 
 _REPEATS = ("reflect", "edge", "wrap")
 

@@ -1,0 +1,108 @@
+"""One export of a module by torch, and what is done to the model so that runtimes find their fastest kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.engines.onnx.attention import transpose_keys
+from fxopt.engines.onnx.biases import hold_biases
+from fxopt.engines.onnx.empty import drop_empty_assignments
+from fxopt.engines.onnx.functions import ExportedOtherwise
+from fxopt.engines.onnx.moved import pad_integers, split_weights
+from fxopt.engines.onnx.outputs import Outputs
+from fxopt.engines.onnx.products import part_sums, transpose_weights
+from fxopt.engines.onnx.quiet import quiet
+from fxopt.engines.onnx.simplify import simplify
+from fxopt.engines.onnx.zero_points import part_zero_points
+from fxopt.errors import EngineError
+from fxopt.graph import GraphModule
+from fxopt.inputs import Inputs
+from fxopt.modules import for_onnx
+from fxopt.nested import tensors_in
+
+
+def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: Any) -> torch.onnx.ONNXProgram:
+    """Export a module.
+
+    Args:
+        module: what to export.
+        inputs: an example.
+        outputs: what it gives for that.
+        shapes: the free sizes of each tensor among the inputs, nested as these are; None where all are fixed.
+    """
+    prepared = for_onnx(module)
+    if outputs.with_others is not None:
+        prepared = _TensorsWithin(prepared)
+    dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
+    # The exporter makes one input of a tensor that is given twice, whatever later calls give there.
+    given = inputs.map(lambda tensor: tensor.detach().clone())
+    # Where nothing is named, it would read a dict that comes last as the named arguments.
+    args = given.args if given.kwargs else (*given.args, {})
+    with quiet(), ExportedOtherwise():
+        program = torch.onnx.export(
+            prepared,
+            args,
+            kwargs=dict(given.kwargs),
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            optimize=False,
+            verbose=False,
+        )
+        assert program is not None
+        simplify(program.model)
+    if len(program.model.graph.inputs) != len(inputs.tensors):
+        raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
+    drop_empty_assignments(program.model)
+    transpose_keys(program.model)
+    pad_integers(program.model)
+    split_weights(program.model)
+    hold_biases(program.model)
+    transpose_weights(program.model)
+    part_sums(program.model)
+    part_zero_points(program.model)
+    _drop_unread(program.model)
+    _drop_metadata(program.model)
+    return program
+
+
+class _TensorsWithin(nn.Module):
+    """Gives the tensors that the outputs of a module are made of."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+        # The exporter finds free sizes by the names of the parameters.
+        @functools.wraps(module.forward)
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            return tuple(tensors_in(module(*args, **kwargs)))
+
+        self.forward = forward
+
+
+def _drop_unread(model: Any) -> None:
+    """Take out what nothing reads any more, as weights that others were put in the place of: files would hold both."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+
+
+def _drop_metadata(model: Any) -> None:
+    """Take out what the exporter notes of itself, stack traces above all: a tenth of the file of a small int8 model."""
+    graph = model.graph
+    noted = [model, graph, *graph.all_nodes(), *graph.inputs, *graph.initializers.values()]
+    noted += [output for node in graph.all_nodes() for output in node.outputs]
+    for one in noted:
+        one.metadata_props.clear()
+
+
+def _by_parameter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    import inspect
+
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return dict(bound.arguments)
