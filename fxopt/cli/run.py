@@ -89,8 +89,6 @@ def run(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Capture a model, rewrite it by passes, verify each, measure the latency before and after, and report."""
-    if max_error is not None and engine is None:
-        raise typer.BadParameter("goes with --engine, such as `--engine auto`", param_hint="--max-error")
     with progress(quiet) as stage:
         stage("load")
         # What the user's code prints is not part of the report.

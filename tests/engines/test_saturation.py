@@ -93,7 +93,7 @@ def test_an_engine_tells_what_this_cpu_cannot(
 ) -> None:
     needs(target)
     module, x = frozen(target)
-    monkeypatch.setattr(sys.modules["fxopt.engines.lower"], "relative_error", lambda want, got: 0.0)
+    monkeypatch.setattr(sys.modules["fxopt.engines.checked"], "relative_error", lambda want, got: 0.0)
     assert fxopt.lower(module, x, target).reasons[-1] == reason
 
 
@@ -128,7 +128,7 @@ def in_unsigned(path: Path, x: torch.Tensor) -> torch.Tensor:
 def test_a_refusal_tells_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("openvino")
     module, x = frozen("openvino")
-    monkeypatch.setattr(sys.modules["fxopt.engines.lower"], "relative_error", lambda want, got: 0.7)
+    monkeypatch.setattr(sys.modules["fxopt.engines.checked"], "relative_error", lambda want, got: 0.7)
     with pytest.raises(EngineError, match=r"differs from that of the module by 7.0e-01 .* `weights=int7`"):
         fxopt.lower(module, x, "openvino")
 
@@ -156,5 +156,5 @@ def test_onnxruntime_tells_of_weights_that_it_cannot_make_unsigned(monkeypatch: 
         return opened(path, optimized)
 
     monkeypatch.setattr(onnxruntime, "_session", refusing)
-    monkeypatch.setattr(sys.modules["fxopt.engines.lower"], "relative_error", lambda want, got: 0.0)
+    monkeypatch.setattr(sys.modules["fxopt.engines.checked"], "relative_error", lambda want, got: 0.0)
     assert fxopt.lower(module, x, "onnxruntime").reasons[-1] == SATURATES
