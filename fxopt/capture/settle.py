@@ -13,7 +13,7 @@ from fxopt.capture.chance import RandomState
 from fxopt.capture.fake import NEEDS_VALUES
 from fxopt.capture.leaves import is_leaf
 from fxopt.capture.record import Recording, record
-from fxopt.capture.same import difference
+from fxopt.capture.second_call import second_call
 from fxopt.capture.state import State
 
 Reason = tuple[str, str]
@@ -163,23 +163,17 @@ def _compare_with_second_call(
     began: RandomState,
     changed: list[tuple[nn.Module, str]],
 ) -> None:
-    """A cache is filled once and changes nothing; a counter, a state or a first call that is special do."""
     assert attempt.recording is not None
     paths = paths_of(root)
-    written = state.written()
-    state.restore_tensors()
-    after = State(root)
-    began.restore()
     try:
-        second = call.run(root)
+        again, differs = second_call(root, call, attempt.recording.output, state, began)
     except Exception as error:
         for module, name in changed:
             reason = f"its second call raises {type(error).__name__}, after '{name}' changed"
             _block(attempt.blocked, paths[id(module)], reason)
         return
-    for module, name in after.changed(by_value=True):
+    for module, name in again:
         _block(attempt.blocked, paths[id(module)], f"each call changes its attribute '{name}', which a graph can't")
-    differs = difference(attempt.recording.output, second) is not None or after.written() != written
     for module, name in changed if differs and not attempt.blocked else ():
         _block(attempt.blocked, paths[id(module)], f"its second call does something else, by its attribute '{name}'")
 

@@ -13,6 +13,7 @@ from fxopt.capture.chance import RandomState
 from fxopt.capture.guards import guard_mode
 from fxopt.capture.modes import merge_modes
 from fxopt.capture.record import Recording, record
+from fxopt.capture.second_call import second_call
 from fxopt.capture.state import State
 
 
@@ -44,9 +45,16 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
     try:
         fresh = call.fresh()
         other = record(root, fresh.args, fresh.kwargs, opaque=opaque, state=state)
-        changed = state.changed_tree() or [
-            (module, name) for module, name in state.changed() if isinstance(getattr(module, name, None), (int, float))
-        ]
+        changed = state.changed_tree()
+        if not changed:
+            numbers = [
+                (module, name)
+                for module, name in state.changed()
+                if isinstance(getattr(module, name, None), (int, float))
+            ]
+            # What is set once, such as that something has been set up, is the same for all calls after it.
+            if numbers and any(second_call(root, call, other.output, state, began)):
+                changed = numbers
         if changed:
             why: str | None = f"its forward changes its attribute '{changed[0][1]}'"
         elif other.blocked:

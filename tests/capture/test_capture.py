@@ -236,6 +236,33 @@ def test_a_mode_that_raises_is_refused():
         captured.module.train()(torch.randn(3, 4))
 
 
+class SetsUp(nn.Module):
+    """Sets itself up at its first call, and counts the steps of training where it is told to."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.counts, self.is_set_up, self.steps = counts, False, 0
+
+    def forward(self, x):
+        self.is_set_up = True
+        if self.training and self.counts:
+            self.steps += 1
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_what_is_set_once_keeps_no_mode_from_being_captured(counts):
+    module = SetsUp(counts).eval()
+    captured = capture(module, (torch.randn(3, 4),)).module.train()
+    x = torch.randn(3, 4)
+    if counts:
+        with pytest.raises(GuardError, match="in training mode its forward changes its attribute"):
+            captured(x)
+    else:
+        assert torch.equal(captured(x), module(x))
+
+
 # Gradients
 
 
