@@ -66,7 +66,8 @@ class Quantization(Pass):
         if self.include == "*" or any(map(self.is_named, names)):
             return
         wanted = f"include={self.include!r}" + (f" without exclude={self.exclude!r}" if self.exclude else "")
-        near = get_close_matches(self.include, names, 5, 0.0)
+        layers = [name for name, _ in module.named_modules() if name in names]  # calls of functions say less
+        near = get_close_matches(self.include, layers or names, 5, 0.0)
         listed = f"the nearest names are {', '.join(map(repr, near))}" if near else "there are none"
         raise PassError(f"{self.name}: {wanted} matches no layer; {listed}")
 

@@ -305,7 +305,7 @@ def test_each_layer_of_a_transformer_can_be_left_out_by_name() -> None:
     ("options", "near"),
     [
         ("include=encoder.layer.0.linear1", "matches no layer; the nearest names are 'encoder.layers.0.linear1'"),
-        ("include=encoder", "'encoder' matches no layer; the nearest names are"),
+        ("include=encoder", "'encoder' matches no layer; the nearest names are 'encoder.layers"),
         (
             "include=encoder.*,exclude=*.*",
             r"include='encoder.\*' without exclude='\*.\*' matches no layer; the nearest",
