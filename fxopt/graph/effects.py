@@ -178,11 +178,9 @@ class Effects:
             for other in (*self.may_alias(node), *self.writes(node)):
                 if other not in numbers:  # a size is an argument of many, and shares memory with none
                     parent[root(node)] = root(other)
-            if node.op == "get_attr":
-                value = self._region.attribute(node)
-                if isinstance(value, torch.Tensor):
-                    first = memory.setdefault(value.untyped_storage()._cdata, node)
-                    parent[root(node)] = root(first)
+            held = _memory_of(node, self._region)
+            if held is not None:
+                parent[root(node)] = root(memory.setdefault(held, node))
         groups: dict[fx.Node, set[fx.Node]] = {}
         for node in parent:
             groups.setdefault(root(node), set()).add(node)
@@ -215,14 +213,30 @@ def is_written(tensor: torch.Tensor, program: Program) -> bool:
     What layers and batch norms do to their own is left to those who read them.
     """
     for reader in program.readers(tensor):
-        if reader.op == "get_attr":
-            region = program.region_of(reader)
-            effects = Effects(region)
-            writers = (node for node in region.graph.nodes if _operator_name(node) != "batch_norm")
-            written = {value for node in writers for value in effects.writes(node)}
-            if written and not written.isdisjoint(effects.aliases()(reader)):
-                return True
+        if reader.op == "get_attr" and _is_written_behind(reader, program.region_of(reader)):
+            return True
     return False
+
+
+def _is_written_behind(reader: fx.Node, region: Region) -> bool:
+    """Whether something writes into what `reader` reads, or into what may share its memory further on."""
+    effects, memory = Effects(region), _memory_of(reader, region)
+    waiting = [node for node in region.graph.nodes if node is reader or _memory_of(node, region) == memory]
+    seen = set(waiting)
+    for value in waiting:
+        for user in value.users:
+            if value in effects.writes(user) and _operator_name(user) != "batch_norm":
+                return True
+            if user not in seen and value in effects.may_alias(user):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _memory_of(node: fx.Node, region: Region) -> int | None:
+    """The storage that a node reads by its name; None where it reads none."""
+    value = region.attribute(node) if node.op == "get_attr" else None
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def eliminate_dead(region: Region) -> list[fx.Node]:
