@@ -96,17 +96,10 @@ def run(
             import torch
 
             from fxopt import artifact, report, spec
-            from fxopt.contract import Promise
             from fxopt.optimize import optimize
             from fxopt.target import load
 
             pipeline = spec.parse(passes)
-            # What quantises changes outputs.
-            if (sensitivity or max_drop is not None) and all(each.promise is not Promise.CHANGES for each in pipeline):
-                raise typer.BadParameter(
-                    f"goes with a pass that quantises, such as `--passes {DEFAULT_PASSES},ptq`",
-                    param_hint="--sensitivity" if sensitivity else "--max-drop",
-                )
             if out is not None:
                 artifact.check(out)
                 out = out.absolute()  # a file may go to another directory while it is imported

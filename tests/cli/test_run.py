@@ -310,8 +310,11 @@ def test_passes_are_proven(write, option, places):
         (["--max-error", "1e-2"], "max_error: it is for engines, and none is asked for"),
         (["--prove=each"], "prove: expected 'pass' to measure each pass, or 'match' each change, not 'each'"),
         (["--budget", "soon"], "'soon' is no time of at least 0.1 s; write 60s, or 2m"),
-        (["--sensitivity"], "--sensitivity: goes with a pass that quantises, such as `--passes clean,fuse,ptq`"),
-        (["--max-drop", "1%"], "--max-drop: goes with a pass that quantises"),
+        (
+            ["--sensitivity"],
+            "sensitivity: it goes with a pass that quantises, and there is none; add one, such as `fuse,ptq`",
+        ),
+        (["--max-drop", "1%"], "max_drop: it goes with a pass that quantises"),
     ],
 )
 def test_wrong_engines_budgets_and_bounds(write, arguments, said):
