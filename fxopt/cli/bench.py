@@ -14,7 +14,7 @@ from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
 
 _MOST = 2**31
-"""What torch takes is smaller."""
+"""No batch has as many rows, no machine as many cores, and torch fails at larger numbers in words of its own."""
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:

@@ -78,9 +78,12 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
 def _with_tied(root: nn.Module, beside: Beside) -> Beside:
     """The same with the modules that share a parameter with one of them: from a file each gets its own."""
     held = {id(parameter) for path in beside.modules for parameter in root.get_submodule(path).parameters()}
-    sharing = [path for path, child in root.named_modules(remove_duplicate=False)
-               if path and any(id(parameter) in held for parameter in child._parameters.values())
-               and not any(f"{path}.".startswith(f"{saved}.") for saved in beside.modules)]  # fmt: skip
+    sharing = [
+        path
+        for path, child in root.named_modules(remove_duplicate=False)
+        if path and any(id(parameter) in held for parameter in child._parameters.values())
+        if not any(f"{path}.".startswith(f"{saved}.") for saved in beside.modules)
+    ]
     return replace(beside, modules=(*beside.modules, *sharing))
 
 
