@@ -181,7 +181,8 @@ def test_a_module_with_what_cannot_be_copied_is_compared(repo: Repo, engine):
     repo.write(model=locked + "model.fc.weight.data += 0.1\n")
     target = repo.only(engine=engine, passes="clean", latency=9.0)
     checks = {check["name"]: check for check in target["checks"]}
-    assert checks["output error"]["after"] == "0" and target["latency"]["pairs"] > 0
+    # Engines sum in an order of their own, by where memory lies; 0.1 in the weights would be far above that.
+    assert float(checks["output error"]["after"]) < 1e-6 and target["latency"]["pairs"] > 0
 
 
 def test_the_base_is_where_the_branch_left(repo: Repo):
