@@ -146,13 +146,10 @@ def _value_difference(
         return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")
     if expected.shape != found.shape:
         return Difference(float("inf"), 0.0, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-    floating = expected.is_floating_point() or expected.is_complex()
-    if floating != (found.is_floating_point() or found.is_complex()):
+    floating = found.is_floating_point() or found.is_complex()
+    if expected.dtype != found.dtype and not (widened and floating and expected.dtype in _WIDE):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    if expected.dtype != found.dtype and not (widened and expected.dtype in _WIDE):
-        return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
-    allowed = _allowed(promise, {found.dtype, *dtypes}) if floating else 0.0
-    return Difference(relative_error(expected, found), allowed, what)
+    return Difference(relative_error(expected, found), _allowed(promise, {found.dtype, *dtypes}), what)
 
 
 def _allowed(promise: Promise, dtypes: Set[torch.dtype]) -> float:

@@ -32,6 +32,9 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
 
     Where the largest values are what a mask was filled with, they and the others are each held to their own scale,
     and the larger error counts.
+
+    Of whole numbers and booleans it is the share that differs, where that is less: they are chosen, as by argmax, and
+    where two values are as good as equal, their rounding decides which.
     """
     if expected.layout is not torch.strided:
         expected, found = expected.to_dense(), found.to_dense()
@@ -41,6 +44,12 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
         return 0.0
     if expected.shape != found.shape:
         return float("inf")
+    if expected.is_floating_point() or expected.is_complex():
+        return _by_scale(expected, found)
+    return min((expected != found).double().mean().item(), _by_scale(expected, found))
+
+
+def _by_scale(expected: torch.Tensor, found: torch.Tensor) -> float:
     scale = worst = 0.0
     for pair in _pieces(expected, found):
         if pair is None:

@@ -49,9 +49,40 @@ def test_relative_error_is_the_largest_difference_over_the_largest_value(
     assert relative_error(torch.tensor(expected), torch.tensor(found)) == pytest.approx(error)
 
 
-def test_integers_and_booleans_are_compared_exactly() -> None:
-    assert relative_error(torch.tensor([3, 4]), torch.tensor([3, 5])) == 0.25
-    assert relative_error(torch.tensor([True]), torch.tensor([False])) == 1.0
+@pytest.mark.parametrize(
+    ("expected", "found", "error"),
+    [
+        ([3, 4], [3, 5], 0.25),
+        ([0, 1, 2, 20], [20, 1, 2, 20], 0.25),
+        ([0, 0], [1, 1], 1.0),
+        ([7], [7], 0.0),
+        ([True], [False], 1.0),
+        ([True] * 4, [True] * 3 + [False], 0.25),
+    ],
+)
+def test_whole_numbers_and_booleans_differ_by_the_share_of_them_where_that_is_less(
+    expected: list[int], found: list[int], error: float
+) -> None:
+    assert relative_error(torch.tensor(expected), torch.tensor(found)) == error
+
+
+@pytest.mark.parametrize(
+    ("promise", "dtypes", "flips", "is_broken"),
+    [
+        (Promise.CLOSE, {torch.float32}, 1, False),
+        (Promise.CLOSE, {torch.float32}, 100, True),
+        (Promise.CLOSE, set(), 1, True),
+        (Promise.EXACT, {torch.float32}, 1, True),
+    ],
+    ids=["a tie in floats", "too many for ties", "no floats to round", "exact"],
+)
+def test_a_class_may_be_another_where_two_are_as_good_as_equal(
+    promise: Promise, dtypes: set[torch.dtype], flips: int, is_broken: bool
+) -> None:
+    before, after = torch.zeros(100_000, dtype=torch.int64), torch.zeros(100_000, dtype=torch.int64)
+    after[:flips] = 20
+    outcomes = [Outcome((each,), None, {}, {}, frozenset(dtypes)) for each in (before, after)]
+    assert difference_of(*outcomes, promise).is_broken is is_broken
 
 
 class Counts(nn.Module):

@@ -203,15 +203,15 @@ def _built(
         rung,
         executable=executable,
         build_seconds=seconds + executable.build_seconds,
-        relative_error=max((error for error, _ in errors), default=0.0),
+        relative_error=max((error for error, _, _ in errors), default=0.0),
         resident_bytes=None if before is None or after is None else max(after - before, 0),
     )
-    for error, allowed in errors:
+    for error, allowed, index in errors:
         bound = allowed if max_error is None else max_error
         if rung.in_floats:  # it is shown, and never chosen
             bound = max(bound, engine.tolerance(torch.float32))
         if not error <= bound:
-            return dataclasses.replace(found, dropped=f"its outputs differ by {error:.2e} (allowed {bound:g})")
+            return dataclasses.replace(found, dropped=f"output {index} differs by {error:.2e} (allowed {bound:g})")
     if not engine.integers or not is_quantized(rewritten):
         return found
     size = None if executable.built.write is None else exports.size(rung.beforehand)
@@ -223,16 +223,19 @@ def _built(
     return dataclasses.replace(found, parity=(agreement(pairs, size),))
 
 
-def _errors(executable: Executable, place: torch.device, oracle: Oracle) -> list[tuple[float, float]]:
-    """The relative error of each output over the trials that it takes, the largest first, and what its dtype allows."""
+def _errors(executable: Executable, place: torch.device, oracle: Oracle) -> list[tuple[float, float, int]]:
+    """The relative error of each output over the trials that it takes, what its dtype allows, and which output it is.
+
+    The largest error comes first.
+    """
     rounding = max(executable.rounding, rounding_of_torch(place))
     found = []
     for trial, values in _outputs(executable, place, oracle):
-        for expected, value in zip(trial.reference.values, values, strict=True):
+        for index, (expected, value) in enumerate(zip(trial.reference.values, values, strict=True)):
             if isinstance(expected, torch.Tensor):
                 error = relative_error(expected, value.to(expected.device))
                 allowed = (TOLERANCE.get(dtype, 0.0) for dtype in {value.dtype, *executable.dtypes})
-                found.append((error, max(rounding, *allowed)))
+                found.append((error, max(rounding, *allowed), index))
     return sorted(found, reverse=True)
 
 

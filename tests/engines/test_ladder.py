@@ -166,16 +166,16 @@ def test_a_name_takes_options_in_braces(measured: dict[Any, float]) -> None:
 
 def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(3e-3 if e.engine.name == "onednn" else 0.0, 1e-4)])
+    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(3e-3 if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
     found = run("auto")
     assert found.chosen is not None
     assert found.chosen.engine == "eager"
-    assert found.rungs[1].dropped == "its outputs differ by 3.00e-03 (allowed 0.0001)"
+    assert found.rungs[1].dropped == "output 0 differs by 3.00e-03 (allowed 0.0001)"
     assert found.rungs[1].comparison is None
     loose = run("auto", max_error=1e-2).chosen
     assert loose is not None
     assert loose.engine == "onednn"
-    with pytest.raises(EngineError, match="its outputs differ"):
+    with pytest.raises(EngineError, match="output 0 differs"):
         run("onednn")
 
 
@@ -204,7 +204,7 @@ class RoundsLater(Engine):
 def test_each_output_is_held_to_its_own_dtype(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "find", lambda *_: RoundsLater())
     model, x = OfTwoDtypes().eval(), torch.ones(2, 4)
-    with pytest.raises(EngineError, match=r"its outputs differ by 1.00e-03 \(allowed 0.0001\)"):
+    with pytest.raises(EngineError, match=r"output 1 differs by 1.00e-03 \(allowed 0.0001\)"):
         climb("eager", model, fxopt.capture(model, (x,)).module, Inputs((x,)))
 
 
@@ -323,6 +323,35 @@ def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
     agree(loaded(x), result.executable(x), 0)
 
 
+class Segments(nn.Module):
+    """Gives the class of each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).argmax(1)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_classes_are_held_to_the_bound_by_how_many_of_them_differ(
+    measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured |= {"eager": 1.0, "onednn": 0.6, "cast": 0.3}
+    monkeypatch.setattr(candidates, "ON_CPU", (*HERE, CAST))
+    torch.manual_seed(0)
+    model, x = Segments().eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        narrow = model.to(torch.bfloat16)(x.bfloat16())
+        share = (narrow != model.float()(x)).double().mean().item()
+    assert 0 < share < 1e-2
+    for bound, name in ((1e-2, "cast"), (share / 10, "onednn")):
+        chosen = climb("auto", model, fxopt.capture(model, (x,)).module, Inputs((x,)), max_error=bound).chosen
+        assert chosen is not None and chosen.executable is not None
+        assert (torch.bfloat16 in chosen.executable.dtypes) is (name == "cast")
+
+
 def test_no_layer_runs_in_bfloat16_unasked(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (*HERE, CAST))
@@ -338,7 +367,7 @@ def test_what_rounds_less_is_built_only_where_the_error_of_what_rounds_more_is_t
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (Rung("onednn"), Rung("eager", closer_than="onednn")))
-    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(error if e.engine.name == "onednn" else 0.0, 1e-4)])
+    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(error if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
     assert run("auto").rungs[1].dropped == said
 
 
@@ -396,7 +425,7 @@ def test_builds_stop_when_the_budget_is_short_and_there_is_something_to_choose(
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onednn", {"tune_seconds": 0.0}), Rung("onednn")))
     wrong = OneDNN(0.0)
-    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(0.0 if holds or e.engine != wrong else 1.0, 1e-4)])
+    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(0.0 if holds or e.engine != wrong else 1.0, 1e-4, 0)])
     _, first, second = run("auto", budget_seconds=1e-9).rungs
     assert bool(first.dropped) is not holds
     assert second.dropped == ("not built: the budget of 1e-09 s was short" if holds else "")
