@@ -76,6 +76,10 @@ class Pass(ABC):
         """The relative error of outputs that its options allow; None where the promise says all."""
         return None
 
+    def aimed_at(self, engine: str) -> Pass:
+        """The pass with what its options leave to the engine that will run the result; itself where that is nothing."""
+        return self
+
     @abstractmethod
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Rewrite the graph of `region` in place and yield what was done and what was left alone.

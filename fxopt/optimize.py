@@ -24,7 +24,7 @@ from fxopt.evaluation import Evaluate, evaluated
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger
-from fxopt.pipeline import run_passes
+from fxopt.pipeline import aimed_at, run_passes
 from fxopt.precision import Precision
 from fxopt.prove import Prover, measuring
 from fxopt.prove import check as check_proof
@@ -109,7 +109,7 @@ def optimize(
     """
     tell = progress or (lambda stage: None)
     example = Inputs.of(inputs)
-    pipeline = spec.parse(passes) if isinstance(passes, str) else tuple(passes)
+    pipeline = aimed_at(engine, _read(passes))
     if max_error is not None and not max_error >= 0:
         raise SpecError(f"max_error: expected 0 or more, not {max_error}")
     if engine is not None:
@@ -177,6 +177,18 @@ def optimize(
     return Result(
         result, ledger, written, captured, pipeline, example, chosen.executable if chosen is not None else None
     )
+
+
+def _read(passes: Sequence[Pass] | str) -> Sequence[Pass]:
+    if isinstance(passes, str):
+        return spec.parse(passes)
+    wrong = [passes] if isinstance(passes, Pass) else [each for each in passes if not isinstance(each, Pass)]
+    if wrong:
+        raise SpecError(
+            "passes: expected a list of passes, such as [Fuse(), QAT(bits=8)], or a spec, such as 'fuse,qat{bits=8}', "
+            f"not {wrong[0]!r}"
+        )
+    return passes
 
 
 def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[Inputs]:

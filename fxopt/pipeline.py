@@ -42,6 +42,15 @@ def check_order(passes: Sequence[Pass]) -> None:
                 raise SpecError(f"'{each.name}' must come after '{earlier}': write {','.join(_ordered(passes))}")
 
 
+def aimed_at(engine: str | None, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Passes with what their options leave to the engine that will run the result, such as `openvino{precision=bf16}`.
+
+    A word that stands for several, as `auto` does, or None leaves them as they are.
+    """
+    name = (engine or "").partition("{")[0].strip()
+    return tuple(each.aimed_at(name) for each in passes)
+
+
 def _ordered(passes: Sequence[Pass]) -> list[str]:
     """The names of passes, each as early as what it declares lets it be."""
     left, names = list(passes), list[str]()

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -15,7 +16,9 @@ from torch import nn
 
 import fxopt
 from fxopt import record
+from fxopt.artifact import save
 from fxopt.errors import LoadError, SpecError
+from fxopt.pipeline import aimed_at
 from passes import QAT, Fuse
 from tests import models
 from tests.capture.odd import ODD
@@ -148,6 +151,8 @@ def test_calibration_data_reaches_the_pass_that_needs_it() -> None:
     ("arguments", "error", "message"),
     [
         ({"passes": "fuze"}, SpecError, "unknown pass 'fuze'"),
+        ({"passes": [Fuse]}, SpecError, r"passes: expected a list of passes, such as \[Fuse\(\), .*, not <class"),
+        ({"passes": Fuse()}, SpecError, r"passes: expected .*, not Fuse\("),
         ({"passes": "qat,fuse"}, SpecError, "'qat' must come after 'fuse'"),
         ({"passes": "fuse", "calibration_data": [3]}, LoadError, "expected a tensor"),
         ({"passes": "fuse", "evaluate": lambda module: 3}, LoadError, r"evaluate\(module\) raises"),
@@ -163,12 +168,36 @@ def test_wrong_arguments_are_refused_with_a_reason(
         fxopt.optimize(CASE.build(), **given)  # type: ignore[arg-type]
 
 
-def test_a_saved_result_loads_to_equal_outputs(tmp_path: Path) -> None:
-    from fxopt import artifact
+@pytest.mark.parametrize(
+    ("engine", "target", "placed"),
+    [
+        ("onnxruntime", "auto", "onnxruntime"),
+        ("openvino{precision=bf16}", "auto", "openvino"),
+        ("onnxruntime", "generic", "generic"),
+        ("onnxruntime", "openvino", "openvino"),
+        ("onednn", "auto", "auto"),
+        ("all", "auto", "auto"),
+        (None, "auto", "auto"),
+    ],
+)
+def test_quantisers_are_placed_for_the_engine_asked_for(engine: str | None, target: Any, placed: str) -> None:
+    assert aimed_at(engine, [Fuse(), QAT(target=target)]) == (Fuse(), QAT(target=cast(Any, placed)))
 
+
+def test_what_an_engine_gave_as_the_target_is_kept(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    given: Any = {"engine": "onnxruntime", "engine_seconds": 0.1, "devices": (), "calibration_data": [x]}
+    result = fxopt.optimize(model, x, "fuse,ptq,quantize-freeze", **given)
+    assert result.executable is not None
+    assert "operators on integers: 1 QLinearConv" in {skip.reason for skip in result.executable.reasons}
+    save(result, tmp_path / "out", {})
+    assert "ptq{target=onnxruntime}" in (tmp_path / "out" / "recipe.json").read_text()
+
+
+def test_a_saved_result_loads_to_equal_outputs(tmp_path: Path) -> None:
     module, inputs = CASE.build(), CASE.example()
     result = fxopt.optimize(module, inputs, passes="clean,fuse,qat", calibration_data=[inputs], devices=())
-    artifact.save(result, tmp_path / "out", {})
+    save(result, tmp_path / "out", {})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1.0)

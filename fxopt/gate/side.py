@@ -33,7 +33,7 @@ from fxopt.engines.once import once
 from fxopt.errors import BaselineError, FxoptError
 from fxopt.evaluation import evaluated
 from fxopt.inputs import Inputs
-from fxopt.pipeline import run_passes
+from fxopt.pipeline import aimed_at, run_passes
 from fxopt.record import plain
 from fxopt.rewriting import run_pass
 from fxopt.target import load
@@ -58,7 +58,7 @@ class Side:
         weights = None if order["weights"] is None else Path(order["weights"])
         self._target = load(order["target"], inputs=order["inputs"], weights=weights)
         _refuse_foreign(order["foreign"], order["kept"])
-        self._passes = spec.parse(order["passes"]) if order["passes"] else ()
+        self._passes = aimed_at(order["engine"], spec.parse(order["passes"]) if order["passes"] else ())
         self._inputs = self._target.inputs
         self._device = measurable(order["device"])
         self._module: Callable[..., Any] = self._target.module

@@ -56,7 +56,7 @@ class QAT(Quantization):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Quantise the weight and the input of each layer, and what the target wants besides."""
-        yield from place(region, self.scheme, self.target, self.first_last == "keep", self.is_named)
+        yield from place(region, self.scheme, self.runtime, self.first_last == "keep", self.is_named)
 
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
         """Calibrate with the data that there is.

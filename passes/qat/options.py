@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -32,7 +32,10 @@ class Quantization(Pass):
             "calibration data the least divergence (histogram), the least error (mse), all but 0.01 % (percentile)"
         },
     )
-    target: Target = field(default="generic", metadata={"help": "the runtime whose integer kernels shall fuse"})
+    target: Literal["auto", "generic", "onnxruntime", "openvino", "inductor"] = field(
+        default="auto",
+        metadata={"help": "the runtime whose integer kernels shall fuse; auto is the engine asked for, or generic"},
+    )
     first_last: Literal["quantize", "keep"] = field(
         default="quantize", metadata={"help": "keep leaves the first and the last layers floats"}
     )
@@ -41,8 +44,17 @@ class Quantization(Pass):
 
     def __post_init__(self) -> None:
         _ = self.scheme
-        self._one_of("target", TARGETS)
+        self._one_of("target", ("auto", *TARGETS))
         self._one_of("first_last", ("quantize", "keep"))
+
+    def aimed_at(self, engine: str) -> Pass:
+        """With that engine as the target, where it is one and none is given."""
+        return replace(self, target=engine) if self.target == "auto" and engine in TARGETS else self
+
+    @property
+    def runtime(self) -> Target:
+        """The target to place quantisers for."""
+        return "generic" if self.target == "auto" else self.target
 
     @property
     def scheme(self) -> Scheme:

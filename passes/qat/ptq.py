@@ -55,7 +55,7 @@ class PTQ(Quantization):
             return
         if self.equalize:
             yield from equalize_layers(region)
-        yield from place(region, self.scheme, self.target, self.first_last == "keep", self.is_named)
+        yield from place(region, self.scheme, self.runtime, self.first_last == "keep", self.is_named)
 
     def finish(self, module: GraphModule, calibration: Iterable[Inputs]) -> Iterator[Change | Skip]:
         """Everything that data decides.

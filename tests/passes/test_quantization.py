@@ -384,7 +384,7 @@ class TestPlacement:
         [
             ({"weights": "float8"}, "'weights' is int2 to int8"),
             ({"activations": "uint9"}, "'activations' is uint2"),
-            ({"target": "tensorrt"}, "'target' is one of generic"),
+            ({"target": "tensorrt"}, "'target' is one of auto, generic"),
             ({"learned": "yes"}, "'learned' is one of False, lsq"),
             ({"first_last": "drop"}, "'first_last' is one of"),
         ],
