@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph.region import Program, Region
+from fxopt.graph.region import Program, Region, memory_of
 from fxopt.modules import FakeQuantize, Fused, Mask, fused_call
 
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
@@ -178,9 +178,9 @@ class Effects:
             for other in (*self.may_alias(node), *self.writes(node)):
                 if other not in numbers:  # a size is an argument of many, and shares memory with none
                     parent[root(node)] = root(other)
-            held = _memory_of(node, self._region)
-            if held is not None:
-                parent[root(node)] = root(memory.setdefault(held, node))
+            held = self._region.attribute(node) if node.op == "get_attr" else None
+            if isinstance(held, torch.Tensor):
+                parent[root(node)] = root(memory.setdefault(memory_of(held), node))
         groups: dict[fx.Node, set[fx.Node]] = {}
         for node in parent:
             groups.setdefault(root(node), set()).add(node)
@@ -212,18 +212,10 @@ def is_written(tensor: torch.Tensor, program: Program) -> bool:
 
     What layers and batch norms do to their own is left to those who read them.
     """
-    for reader in program.readers(tensor):
-        if reader.op == "get_attr" and _is_written_behind(reader, program.region_of(reader)):
-            return True
-    return False
-
-
-def _is_written_behind(reader: fx.Node, region: Region) -> bool:
-    """Whether something writes into what `reader` reads, or into what may share its memory further on."""
-    effects, memory = Effects(region), _memory_of(reader, region)
-    waiting = [node for node in region.graph.nodes if node is reader or _memory_of(node, region) == memory]
+    waiting = [reader for reader in program.readers(tensor) if reader.op == "get_attr"]
     seen = set(waiting)
     for value in waiting:
+        effects = Effects(program.region_of(value))
         for user in value.users:
             if value in effects.writes(user) and _operator_name(user) != "batch_norm":
                 return True
@@ -231,12 +223,6 @@ def _is_written_behind(reader: fx.Node, region: Region) -> bool:
                 seen.add(user)
                 waiting.append(user)
     return False
-
-
-def _memory_of(node: fx.Node, region: Region) -> int | None:
-    """The storage that a node reads by its name; None where it reads none."""
-    value = region.attribute(node) if node.op == "get_attr" else None
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def eliminate_dead(region: Region) -> list[fx.Node]:

@@ -45,11 +45,11 @@ class Program:
         These are `get_attr` nodes, and calls of the modules that hold the tensor anywhere inside, but for
         what lies in a graph of its own, whose nodes say themselves what they read.
         """
-        return [node for node in self._readers[_memory(tensor)] if _alive(node)]
+        return [node for node in self._readers[memory_of(tensor)] if _alive(node)]
 
     def names(self, tensor: torch.Tensor) -> list[str]:
         """All qualified names under which `tensor`, or memory shared with it, is registered."""
-        return list(self._names[_memory(tensor)])
+        return list(self._names[memory_of(tensor)])
 
     def inside_opaque(self, module: nn.Module) -> bool:
         """Whether the Python code of an opaque part may call or read `module` unseen by any graph."""
@@ -109,7 +109,7 @@ class Program:
                 for mode, graph in module.graphs.items():
                     self.regions.append(Region(self, module, path, graph, mode))
         for name, tensor in _named_tensors(self.root):
-            self._names[_memory(tensor)].append(name)
+            self._names[memory_of(tensor)].append(name)
         for region in self.regions:
             for node in region.graph.nodes:
                 self.note(node, region)
@@ -121,7 +121,7 @@ class Program:
         elif node.op == "get_attr":
             value = region.attribute(node)
             if isinstance(value, torch.Tensor):
-                self._readers[_memory(value)].append(node)
+                self._readers[memory_of(value)].append(node)
 
     def _note_call(self, node: fx.Node, module: nn.Module) -> None:
         self._sites[module].append(node)
@@ -316,7 +316,7 @@ def _alive(node: fx.Node) -> bool:
     return not node._erased
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def memory_of(tensor: torch.Tensor) -> int:
     """What two tensors share exactly where writing one shows in the other."""
     try:
         return int(tensor.untyped_storage()._cdata)
@@ -332,7 +332,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _read_by_call(module: nn.Module) -> set[int]:
     outside = [module, *_outside_of_graphs(module)] if not isinstance(module, GraphModule) else []
     return {
-        _memory(t) for part in outside for t in (*part._parameters.values(), *part._buffers.values()) if t is not None
+        memory_of(t) for part in outside for t in (*part._parameters.values(), *part._buffers.values()) if t is not None
     }
 
 

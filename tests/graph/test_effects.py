@@ -127,6 +127,18 @@ def test_reads_of_one_memory_alias() -> None:
     assert Effects(region).aliases()(one) == {one, two}
 
 
+def test_reads_of_one_sparse_buffer_alias() -> None:
+    sparse = nn.Module()
+    sparse.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+    def build(graph: fx.Graph, x: fx.Node) -> object:
+        return graph.create_node("get_attr", "sparse.adjacency"), graph.create_node("get_attr", "sparse.adjacency")
+
+    region = region_of(build, sparse=sparse)
+    _, one, two, _ = region.graph.nodes
+    assert Effects(region).aliases()(one) == {one, two}
+
+
 def test_written_between() -> None:
     def build(graph: fx.Graph, x: fx.Node) -> object:
         start = call(graph, torch.sin, x)
