@@ -1,4 +1,4 @@
-"""Functions of torch that its ONNX exporter refuses, computed by others that it takes."""
+"""Functions of torch that its ONNX exporter refuses or computes otherwise, computed by others that it takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class ExportedOtherwise(TorchFunctionMode):
-    """While it is in force, attention has four axes, and products by groups of rows are those of matrices."""
+    """While it is in force, functions that the exporter does not take as they are are computed by others."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -68,7 +68,36 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = No
     return torch.matmul(a, b)[group, row]
 
 
+def _cross_entropy(input: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+    """F.cross_entropy of smoothed labels, or of shares of classes  =>  the functions that torch composes it of
+
+    ONNX has one operator for it that knows neither: the exporter drops the smoothing, and says nothing.
+
+    Args:
+        input, target: of which the mode is handed these by position.
+        options: all the others, by name.
+    """
+    smoothing = options["label_smoothing"]
+    if not smoothing and not target.is_floating_point():
+        return F.cross_entropy(input, target, **options)
+    reduction = torch.nn._reduction.get_enum(options["reduction"])
+    composed = torch.ops.aten.cross_entropy_loss.default.decompose
+    return composed(input, target, options["weight"], reduction, options["ignore_index"], smoothing)  # type: ignore[no-any-return]
+
+
 _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: _cross_entropy,
     F.scaled_dot_product_attention: _attention,
     torch._grouped_mm: _grouped_mm,
 }
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """log(sigmoid(x))  =>  -softplus(-x), of which the former is minus infinity where the sigmoid is no float."""
+    from onnxscript import opset18
+
+    return opset18.Neg(opset18.Softplus(opset18.Neg(x)))
+
+
+TRANSLATED: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.log_sigmoid.default: _log_sigmoid}
+"""Operators that the exporter writes otherwise: they come out of what it takes apart, too."""

@@ -12,7 +12,7 @@ from torch import nn
 from fxopt.engines.onnx.attention import transpose_keys
 from fxopt.engines.onnx.biases import hold_biases
 from fxopt.engines.onnx.empty import drop_empty_assignments
-from fxopt.engines.onnx.functions import ExportedOtherwise
+from fxopt.engines.onnx.functions import TRANSLATED, ExportedOtherwise
 from fxopt.engines.onnx.moved import pad_integers, split_weights
 from fxopt.engines.onnx.outputs import Outputs
 from fxopt.engines.onnx.products import part_sums, transpose_weights
@@ -50,6 +50,7 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
             kwargs=dict(given.kwargs),
             dynamo=True,
             dynamic_shapes=dynamic,
+            custom_translation_table=TRANSLATED,
             optimize=False,
             verbose=False,
         )

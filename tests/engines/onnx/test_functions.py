@@ -1,4 +1,4 @@
-"""Functions that torch's ONNX exporter refuses reach ONNX files as others that compute the same."""
+"""Functions that torch's ONNX exporter refuses, or computes otherwise, reach ONNX files as others."""
 
 from __future__ import annotations
 
@@ -108,6 +108,46 @@ def test_other_products_by_groups_stay() -> None:
     found = F.grouped_mm(a, b)
     with ExportedOtherwise():
         assert torch.equal(F.grouped_mm(a, b), found)
+
+
+class Loss(nn.Module):
+    """The cross-entropy of classes, of which the last is ignored, or of shares of them."""
+
+    def __init__(self, shares: bool, smoothing: float, reduction: str):
+        super().__init__()
+        ignored = -100 if shares else 4
+        self.of = nn.CrossEntropyLoss(torch.rand(5), None, ignored, None, reduction, smoothing)
+        self.shares = shares
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.of(x, y.softmax(1) if self.shares else y.argmax(1))
+
+
+# OpenVINO reads no loss of classes that is not one operator.
+@pytest.mark.parametrize(("engine", "shares"), [("onnxruntime", True), ("onnxruntime", False), ("openvino", True)])
+@pytest.mark.parametrize(("smoothing", "reduction"), [(0.0, "mean"), (0.3, "mean"), (0.3, "none")])
+def test_a_loss_keeps_its_smoothing(engine: str, shares: bool, smoothing: float, reduction: str) -> None:
+    needs(engine)
+    torch.manual_seed(0)
+    model = Loss(shares, smoothing, reduction).eval()
+    executable = fxopt.lower(model, (torch.randn(6, 5), torch.randn(6, 5)), engine)
+    given = torch.randn(9, 5), torch.randn(9, 5)
+    assert relative_error(model(*given), executable(*given)) < 1e-5
+
+
+class Confidence(nn.Module):
+    """Logarithms of a sigmoid that is no float any more, and what torch computes by such."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.logsigmoid(x), F.binary_cross_entropy_with_logits(x, (x < 0).float(), reduction="none")
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_logarithms_of_sigmoids_are_finite(engine: str) -> None:
+    needs(engine)
+    model, x = Confidence().eval(), torch.linspace(-300, 300, 64).reshape(4, 16)
+    for found, expected in zip(fxopt.lower(model, x, engine)(x), model(x), strict=True):
+        assert relative_error(expected, found) < 1e-5
 
 
 class AssignsToSlices(nn.Module):
