@@ -427,6 +427,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], str]
         DYNAMIC["early_exit"].example(),
         "cannot export one|tensors of real numbers that NumPy knows",
     ),
+    "gives a number in an object": (
+        Scores(lambda scores: Scored(scores, None, 3, scores.sum().item())).eval,  # type: ignore[arg-type]
+        (torch.randn(2, 4),),
+        "among the outputs holds a number that depends on what the inputs hold: give it as a tensor",
+    ),
     "writes an input": (
         Cached().eval,
         (torch.zeros(2, 3), torch.ones(2, 1)),

@@ -18,6 +18,8 @@ from fxopt.inputs import Inputs
 from fxopt.nested import flatten, is_object, tensors_in, with_tensors
 
 _NO_NUMPY = frozenset({torch.bfloat16})
+_SEEDS = (1, 2)
+"""Of inputs by which numbers that the module computes are told from constants."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
 
     Raises:
         EngineError: where an input is no tensor that NumPy could hold or an object, an output is no such tensor and no
-            constant, or the module writes into an input, a parameter or a buffer, which exporters leave out.
+            constant, also one within an object, or the module writes into an input, a parameter or a buffer, which
+            exporters leave out.
     """
     if inputs.objects:
         raise EngineError(
@@ -68,8 +71,15 @@ def outputs_of(engine: str, module: GraphModule, inputs: Inputs) -> Outputs:
     structure = pytree.tree_structure(output)
     if all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
         return Outputs(structure, None, counts=False)
+    numbers = _numbers(output)
+    if any(_gives_others(module, inputs.fresh(seed), numbers) for seed in _SEEDS):
+        raise EngineError(
+            f"engine '{engine}' computes tensors alone, and an object among the outputs holds a number that depends on "
+            "what the inputs hold: give it as a tensor, without `.item()`"
+        )
     example = with_tensors(output, lambda tensor: tensor.new_empty(0))
-    return Outputs(structure, example, _counts(module, inputs, _numbers(output)))
+    other = inputs.with_batch((inputs.batch_size or 0) + 1)
+    return Outputs(structure, example, counts=_gives_others(module, other, numbers))
 
 
 def _computed(module: GraphModule, output: Any) -> list[Any]:
@@ -85,14 +95,14 @@ def _computed(module: GraphModule, output: Any) -> list[Any]:
     return [value for value in others if value is not None and not is_object(value)]
 
 
-def _counts(module: GraphModule, inputs: Inputs, numbers: list[Any]) -> bool:
-    other = inputs.with_batch((inputs.batch_size or 0) + 1) if numbers else None
-    if other is None:
+def _gives_others(module: GraphModule, inputs: Inputs | None, numbers: list[Any]) -> bool:
+    """Whether the numbers among the outputs are others for these inputs."""
+    if inputs is None or not numbers:
         return False
     try:
         with torch.no_grad():
-            return _numbers(once(module, [module], other)[0]) != numbers
-    except Exception:  # of a size that the module does not take
+            return _numbers(once(module, [module], inputs)[0]) != numbers
+    except Exception:  # of sizes or values that the module does not take
         return False
 
 
