@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxopt.capture.copy_on_write import lazy_copy
 from fxopt.engines.contract import Built, Engine, Sizes
@@ -17,7 +16,7 @@ from fxopt.engines.written import refuse_writes
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.nested import tensors_in
+from fxopt.nested import tensors_in, with_tensors
 
 _WARM_UP_CALLS = 3
 
@@ -56,20 +55,19 @@ class CudaGraph(Engine):
         """See `Engine.build`."""
         inner = self._inner()
         built = Built(module) if inner is None else inner.build(module, inputs, choices)
-        leaves, structure = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
         # What the graph reads: the tensors of each call are copied into these.
-        held = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(held, structure)
+        held = inputs.map(lambda tensor: tensor.detach().clone())
+        own = held.tensors
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             # Kernels are chosen and workspaces taken before the recording.
-            with torch.cuda.stream(stream), refuse_writes(self.name, module, list(tensors_in(held))):
+            with torch.cuda.stream(stream), refuse_writes(self.name, module, own):
                 for _ in range(_WARM_UP_CALLS):
-                    built.run(*args, **kwargs)
+                    built.run(*held.args, **held.kwargs)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
-                output = built.run(*args, **kwargs)
+                output = built.run(*held.args, **held.kwargs)
         except RuntimeError as error:
             raise EngineError(
                 f"engine 'cudagraph' cannot record '{self.around}': {error}; a forward that waits for the GPU, by "
@@ -81,11 +79,10 @@ class CudaGraph(Engine):
         alive = (graph, built, [lazy_copy(tensor) for tensor in (*module.parameters(), *module.buffers())])
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            for own, given in zip(held, pytree.tree_leaves((args, kwargs)), strict=True):
-                if isinstance(own, torch.Tensor):
-                    own.copy_(given)
+            for tensor, given in zip(own, tensors_in((args, kwargs)), strict=True):
+                tensor.copy_(given)
             alive[0].replay()
-            return pytree.tree_map_only(torch.Tensor, torch.clone, output)
+            return with_tensors(output, torch.clone)
 
         return Built(run, built.reasons, built.choices, holds=built.holds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,6 +174,28 @@ def test_a_cuda_graph_is_replayed_on_its_own_tensors(graphs: list[Recording]) ->
         agree(one, model(*example))
     assert graphs[0].replays == 2
     assert one.data_ptr() != two.data_ptr(), "a later call leaves an output as it is"
+
+
+@dataclass
+class Batch:
+    """An object that holds a tensor."""
+
+    x: torch.Tensor
+
+
+class Cropped(nn.Module):
+    """Takes a tensor out of an object, and gives a part of it in another one."""
+
+    def forward(self, batch: Batch) -> Batch:
+        return Batch(batch.x[:, 1:])
+
+
+def test_a_cuda_graph_reads_and_gives_the_tensors_of_objects(graphs: list[Recording]) -> None:
+    module = fxopt.capture(Cropped().eval(), (Batch(torch.ones(3, 4)),)).module
+    run = CudaGraph(around="eager").build(module, Inputs((Batch(torch.ones(3, 4)),)), {}).run
+    one, two = run(Batch(torch.zeros(3, 4))), run(Batch(torch.full((3, 4), 2.0)))
+    assert torch.equal(one.x, torch.zeros(3, 3)), "a later call leaves an output as it is"
+    assert torch.equal(two.x, torch.full((3, 3), 2.0))
 
 
 def test_a_forward_that_waits_cannot_be_recorded(graphs: list[Recording]) -> None:
