@@ -15,6 +15,7 @@ from torch import nn
 from fxopt.contract import Skip
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.relative_error import TOLERANCE
 
 Run = Callable[..., Any]
 
@@ -90,8 +91,6 @@ class Engine(ABC):
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative error that the engine may add to outputs of a dtype."""
-        from fxopt.relative_error import TOLERANCE
-
         return TOLERANCE.get(dtype, 0.0)
 
     def within(self, max_error: float) -> Engine:

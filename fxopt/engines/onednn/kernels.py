@@ -18,7 +18,8 @@ from fxopt.modules import Activation
 from fxopt.modules.functional import tail
 
 Kernel = Callable[..., torch.Tensor]
-_FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+"""By the number of spatial dimensions."""
 _mkldnn = torch.ops.mkldnn
 
 
@@ -26,35 +27,30 @@ def packed(layer: Layer) -> Kernel:
     """oneDNN on a weight in the layout that it likes best, with the activation and the addition as post-ops."""
     if layer.kind == "linear":
         return _packed_linear(layer)
-    attr, scalars, algorithm = _post_op(layer.activation, _CONV_ATTRS)
-    after = None if attr else layer.activation
+    unary, after = _post_op(layer, _CONV_ATTRS)
     geometry: list[Any] = [list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups]
     if layer.kind == "conv_transpose":
         geometry.insert(1, list(layer.output_padding))
         weight = _mkldnn._reorder_convolution_transpose_weight(_apart(layer.weight), *geometry, list(layer.shape))
         run = _mkldnn._convolution_transpose_pointwise.default
         # No operator adds behind a transposed convolution.
-        unary = (attr or "none", scalars, algorithm) if layer.other is None else ("none", [], "")
-        rest = after if layer.other is None else layer.activation
-        return _then(lambda x: run(x, weight, layer.bias, *geometry, *unary), rest)
+        return _then(lambda x: run(x, weight, layer.bias, *geometry, *unary), after)
     flat = layer.spatial == 1
     shape, plain = list(layer.shape), layer.weight
     if flat:  # oneDNN packs no one-dimensional weights: a row is an image one pixel high
         shape, plain = [*shape[:2], 1, shape[2]], plain.unsqueeze(2)
         geometry = [[0, *layer.padding], [1, *layer.stride], [1, *layer.dilation], layer.groups]
     weight = _mkldnn._reorder_convolution_weight(_apart(plain), *geometry, shape)
+    conv = _mkldnn._convolution_pointwise.default
     if flat:
-        conv = _mkldnn._convolution_pointwise.default
 
         def rows(x: torch.Tensor) -> torch.Tensor:
-            unary = (attr or "none", scalars, algorithm) if layer.other is None else ("none", [], "")
             out: torch.Tensor = conv(x.unsqueeze(2), weight, layer.bias, *geometry, *unary)
             return out.squeeze(2).contiguous()
 
-        return _then(rows, after if layer.other is None else layer.activation)
+        return _then(rows, after)
     if layer.other is None:
-        conv = _mkldnn._convolution_pointwise.default
-        return _then(lambda x: conv(x, weight, layer.bias, *geometry, attr or "none", scalars, algorithm), after)
+        return _then(lambda x: conv(x, weight, layer.bias, *geometry, *unary), after)
     return _adding(layer, weight, geometry)
 
 
@@ -72,7 +68,7 @@ def _adding(layer: Layer, weight: torch.Tensor, geometry: list[Any]) -> Kernel:
     relu = layer.activation is not None and layer.activation.name == "relu"
     options: tuple[Any, ...] = ("add", None, "relu" if relu else None, [], None)
     after = None if relu else layer.activation
-    memory_format = _FORMATS[layer.spatial]
+    memory_format = FORMATS[layer.spatial]
     bias = layer.bias
     conv, beside = _mkldnn._convolution_pointwise.default, _mkldnn._convolution_pointwise.binary
     into = _mkldnn._convolution_pointwise_.binary
@@ -105,8 +101,8 @@ def _packed_linear(layer: Layer) -> Kernel:
             return out if after is None else after.apply_(out)
 
         return add
-    attr, scalars, algorithm = _post_op(layer.activation, _LINEAR_ATTRS)
-    return _then(lambda x: run(x, weight, bias, attr or "none", scalars, algorithm), None if attr else layer.activation)
+    unary, after = _post_op(layer, _LINEAR_ATTRS)
+    return _then(lambda x: run(x, weight, bias, *unary), after)
 
 
 def mkl(layer: Layer) -> Kernel | None:
@@ -137,7 +133,7 @@ def matmul(layer: Layer) -> Kernel | None:
 
 def plain(layer: Layer) -> Kernel:
     """As torch runs it, in channels_last."""
-    memory_format = _FORMATS.get(layer.spatial)
+    memory_format = FORMATS.get(layer.spatial)
     if memory_format is None:
         return _then(_operator(layer, layer.weight), layer.activation)
     run = _operator(layer, layer.weight.contiguous(memory_format=memory_format))
@@ -146,9 +142,9 @@ def plain(layer: Layer) -> Kernel:
 
 def apart(layer: Layer) -> Kernel | None:
     """As torch runs it without channels_last, whose kernels for few groups are slow; reordered before and after."""
-    if layer.groups == 1 or layer.spatial not in _FORMATS:
+    if layer.groups == 1 or layer.spatial not in FORMATS:
         return None
-    run, memory_format = _operator(layer, layer.weight.contiguous()), _FORMATS[layer.spatial]
+    run, memory_format = _operator(layer, layer.weight.contiguous()), FORMATS[layer.spatial]
     return _then(lambda x: run(x.contiguous()).contiguous(memory_format=memory_format), layer.activation)
 
 
@@ -226,11 +222,17 @@ _CONV_ATTRS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 _LINEAR_ATTRS = {name: _CONV_ATTRS[name] for name in ("relu", "gelu", "silu", "sigmoid", "tanh", "leaky_relu")}
 
 
-def _post_op(activation: Activation | None, table: Mapping[str, tuple[str, tuple[Any, ...]]]) -> tuple[str, Any, str]:
-    """Attribute, scalars and algorithm; an empty attribute where there is none."""
-    if activation is None or activation.name not in table:
-        return "", [], ""
+def _post_op(
+    layer: Layer, table: Mapping[str, tuple[str, tuple[Any, ...]]]
+) -> tuple[tuple[str, list[Any], str], Activation | None]:
+    """Attribute, scalars and algorithm that a product computes its activation by; and what is left of it for later.
+
+    That is all of it where something is added before.
+    """
+    activation = layer.activation
+    if activation is None or layer.other is not None or activation.name not in table:
+        return ("none", [], ""), activation
     attr, scalars = table[activation.name]
     arguments = dict(activation.arguments)
     values = [arguments[scalar] if isinstance(scalar, str) else scalar for scalar in scalars]
-    return attr, values, str(arguments.get("approximate", "none")) if attr == "gelu" else ""
+    return (attr, values, str(arguments.get("approximate", "none")) if attr == "gelu" else ""), None

@@ -11,14 +11,13 @@ import torch
 
 from fxopt.engines.layer import Layer
 from fxopt.engines.memory import LARGE_BYTES, hand_back
-from fxopt.engines.onednn.kernels import KERNELS, Kernel, places
+from fxopt.engines.onednn.kernels import FORMATS, KERNELS, Kernel, places
 
 _ROUNDS = 5
 _HOPELESS = 1.3
 """Kernels this much slower than the best in the first round are not timed again."""
 _MOST_PRODUCTS = 5 * 10**9
 """What a layer is tried on has fewer rows than the example, where it would multiply more often than this."""
-_FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def choose(layers: Sequence[Layer], budget_seconds: float) -> list[str]:
@@ -83,7 +82,7 @@ def _of_few_rows(layer: Layer) -> Layer:
 
 
 def _random(shape: torch.Size, layer: Layer) -> torch.Tensor:
-    memory_format = _FORMATS.get(layer.spatial, torch.contiguous_format)
+    memory_format = FORMATS.get(layer.spatial, torch.contiguous_format)
     # Drawn uniformly, since to draw from a normal distribution takes longer than a kernel does.
     return torch.empty(shape, dtype=layer.weight.dtype, memory_format=memory_format).uniform_(-1, 1)
 
