@@ -109,10 +109,7 @@ class _Casting:
         self._dtype = dtype
         self._low: dict[fx.Node, fx.Node] = {}
         self._masks: dict[fx.Node, fx.Node] = {}
-        effects = Effects(region)
-        aliases = effects.aliases()
-        written = {value for node in region.graph.nodes for value in effects.writes(node)}
-        self._written = frozenset[fx.Node]().union(*map(aliases, written))
+        self._written = Effects(region).written()
 
     def layer(self, affine: Affine) -> Change | Skip | None:
         """Let a layer compute in fewer bits."""

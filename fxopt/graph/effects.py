@@ -146,6 +146,16 @@ class Effects:
             return node.target in _PURE_FUNCTIONS or bool(_schemas(_operator_name(node)))
         return node.op == "get_attr"
 
+    def is_pure(self, node: fx.Node) -> bool:
+        """Whether `node` always gives the same for the same arguments, and does nothing else."""
+        return self.is_known(node) and not self.is_random(node) and not self.writes(node)
+
+    def written(self) -> frozenset[fx.Node]:
+        """The nodes whose memory something writes into, whether by them or by others that share it."""
+        aliases = self.aliases()
+        targets = {target for node in self._region.graph.nodes for target in self.writes(node)}
+        return frozenset[fx.Node]().union(*map(aliases, targets))
+
     def written_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> fx.Node | None:
         """The first node after `start` and before `end` that may write into the memory of `value`."""
         shared: frozenset[fx.Node] | None = None

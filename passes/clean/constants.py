@@ -26,13 +26,9 @@ class Sharing:
     def __init__(self, region: Region):
         self.effects = Effects(region)
         aliases = self.effects.aliases()
-        self._written: set[fx.Node] = set()
-        self._returned: set[fx.Node] = set()
-        for node in region.graph.nodes:
-            for value in self.effects.writes(node):
-                self._written |= aliases(value)
-            for value in node.all_input_nodes if node.op == "output" else ():
-                self._returned |= aliases(value)
+        returned = region.graph.output_node().all_input_nodes
+        self._written = self.effects.written()
+        self._shared = self._written.union(*map(aliases, returned))
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether something may write into memory that `node` shares."""
@@ -40,14 +36,13 @@ class Sharing:
 
     def is_private(self, node: fx.Node) -> bool:
         """Whether nothing writes into memory that `node` shares, here or where the outputs go."""
-        return node not in self._written and node not in self._returned
+        return node not in self._shared
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether `node` always gives the same for the same arguments, and does nothing else."""
         if node.op not in ("call_function", "call_method") or "empty" in str(node.target):
             return False
-        effects = self.effects
-        return effects.is_known(node) and not effects.is_random(node) and not effects.writes(node)
+        return self.effects.is_pure(node)
 
 
 def fold_constants(region: Region, max_bytes: int) -> Iterator[Change]:

@@ -97,23 +97,14 @@ def _reshape(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:
     if any(isinstance(item, torch.dtype) for item in (*node.args, *inner.args)):
         return None
     name = "view" if (_name(node), _name(inner)) == ("view", "view") else "reshape"
-    if name == "reshape" and _is_seen_to_alias(node, region):
+    # A reshape copies where it can't be a view, so that two of them may copy where one would not.
+    if name == "reshape" and node in Effects(region).written():
         return None
     change = Change(f"joined with the {_name(inner)!r} before it", region.qualified(node), source_of(node))
     with region.graph.inserting_before(node):
         shape = tuple(node.args[1:])
         region.replace(node, region.graph.call_method(name, (origin, *shape)))
     return change
-
-
-def _is_seen_to_alias(node: fx.Node, region: Region) -> bool:
-    """Whether it may show if the result shares memory with the input, because something writes there.
-
-    A reshape copies where it can't be a view, so that two of them may copy where one would not.
-    """
-    effects = Effects(region)
-    shared = effects.aliases()(node)
-    return any(target in shared for other in region.graph.nodes for target in effects.writes(other))
 
 
 def _permute(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:

@@ -87,7 +87,7 @@ def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
             reached.add(value)
             if _reads_sizes(value):
                 sizes.append(value)
-            elif value.op not in ("call_function", "call_method") or not _is_pure(value, effects):
+            elif value.op not in ("call_function", "call_method") or not effects.is_pure(value):
                 break
             else:
                 work.extend(value.all_input_nodes)
@@ -105,7 +105,3 @@ def _reads_sizes(node: fx.Node) -> bool:
 
 def _is_out_of_tensor(node: fx.Node) -> bool:
     return node.target is operator.truth or (node.op == "call_method" and node.target in _OUT_OF_TENSORS)
-
-
-def _is_pure(node: fx.Node, effects: Effects) -> bool:
-    return effects.is_known(node) and not effects.is_random(node) and not effects.writes(node)

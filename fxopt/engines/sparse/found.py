@@ -6,8 +6,7 @@ import torch
 
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
-from fxopt.engines.sparse.place import written_values
-from fxopt.graph import GraphModule
+from fxopt.graph import Effects, GraphModule
 
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -22,7 +21,8 @@ class Found(Layers):
 
     def __init__(self, module: GraphModule, device: str):
         super().__init__(module, lambda dtype: _why_not(dtype, device))
-        written = {region: written_values(region) for region in self.regions}
+        # Where memory is written, a copy of its value in another layout would go stale.
+        written = {region: Effects(region).written() for region in self.regions}
         self.named: dict[str, Layer] = {}
         self.stays_last: set[str] = set()
         for layer in self.layers:

@@ -28,13 +28,6 @@ _IN_PLACE: Mapping[Any, Any] = {
 """What computes the same in the memory of its argument."""
 
 
-def written_values(region: Region) -> set[fx.Node]:
-    """The values whose memory something writes: a copy of one in another layout would go stale."""
-    effects = Effects(region)
-    aliases = effects.aliases()
-    return {value for node in region.graph.nodes for target in effects.writes(node) for value in aliases(target)}
-
-
 class Placement:
     """Rewrites one graph.
 
@@ -69,7 +62,7 @@ class Placement:
     def run(self) -> None:
         """Replace all layers, and take out what nothing reads then."""
         made: list[fx.Node] = []
-        written = written_values(self._region)
+        written = Effects(self._region).written()
         for node in list(self._graph.nodes):
             layer = self._layers.get(node)
             if layer is not None:

@@ -91,8 +91,8 @@ def _idle(region: Region) -> list[Spot]:
 
 
 def _repeated(region: Region) -> list[Spot]:
-    effects, shared = Effects(region), Effects(region).aliases()
-    written = {member for node in region.graph.nodes for target in effects.writes(node) for member in shared(target)}
+    effects = Effects(region)
+    written = effects.written()
     first: dict[object, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     modes = Modes()
