@@ -138,8 +138,11 @@ class Loading:
                 near = ", ".join(f"'{each}'" for each in nearest_names([name], forms))
                 raise ArtifactError(f"'{self.source}' is for a layer '{name}' that the model hasn't; nearest: {near}")
         if not self.settings.restricted:
+            saved = self._beside().modules  # PEFT adapts none of these, though it lists them as targets
             for name, (form, _) in forms.items():
-                if name not in by_name and self.settings.is_target(name) and form.kind != "weight":
+                if name in by_name or name in saved or form.kind == "weight":
+                    continue
+                if self.settings.is_target(name):
                     raise ArtifactError(f"'{self.source}' targets '{name}' and has no weights for it: they are missing")
         state = self.module.state_dict()
         for key, tensor in self._rest.items():

@@ -68,6 +68,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mlp 3", "mlp", {"target_modules": ["lin1"]}),
     ("mlp 4", "mlp", {"target_modules": ["lin0", "lin1"]}),
     ("mlp 5", "mlp", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("saved targets", "mlp", {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"]}),
     ("mlp 6", "mlp", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
     ("mlp 7 dora", "mlp", {"target_modules": ["lin0"], **DORA}),
     ("mlp 8 dora", "mlp", {"target_modules": ["lin0", "lin1"], **DORA}),
