@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -87,13 +87,18 @@ class LowRank(WithSettings, nn.Module):
         self.beside = Beside()
 
     def settings(self) -> dict[str, Any]:
-        """What its factors are multiplied with, how it trains, and shapes of its tensors: a file may bring others."""
+        """What its factors are multiplied with, how it trains, and what a file may bring.
+
+        That is shapes of its tensors, and what is saved with it.
+        """
         shapes = {key: None if (tensor := getattr(self, key)) is None else list(tensor.shape) for key in _TENSORS}
-        return {**{key: getattr(self, key) for key in _SETTINGS}, "shapes": shapes}
+        return {**{key: getattr(self, key) for key in _SETTINGS}, "shapes": shapes, "beside": asdict(self.beside)}
 
     def set_to(self, settings: dict[str, Any]) -> None:
         """Set it to what `settings` gave; tensors of other shapes are to be filled then."""
         self.__dict__.update({key: settings[key] for key in _SETTINGS})
+        beside = settings["beside"]
+        self.beside = Beside(tuple(beside["modules"]), tuple(beside["tensors"]), beside["bias"])
         for key, shape in settings["shapes"].items():
             tensor = getattr(self, key)
             if shape is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import fxopt
@@ -247,15 +248,19 @@ def test_which_adapters_count_is_kept_with_a_result(change: Callable[[GraphModul
 def test_what_a_file_brought_is_kept_with_a_result(passes: str, name: str, tmp_path: Path) -> None:
     model, x = MLP().eval(), torch.randn(4, 10)
     other = capture(model, (x,)).module
-    inject(other, LoRA(rank=5, alpha=3.0))
+    inject(other, LoRA(rank=5, alpha=3.0, modules_to_save=("lin1",), targets=("lin0",)))
     randomize(other)
     save_adapter(other, tmp_path / "file")
     result = fxopt.optimize(model, x, passes, devices=())
     load_adapter(result.module, tmp_path / "file", name)
     set_adapter(result.module, name)
     artifact.save(result, tmp_path / "kept", {})
+    again = fxopt.load(tmp_path / "kept", model)
     with torch.no_grad():
-        assert torch.equal(fxopt.load(tmp_path / "kept", model)(x), other(x))
+        assert torch.equal(again(x), other(x))
+    save_adapter(again, tmp_path / "again", name)
+    files = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("file", "again"))
+    assert len({frozenset(key for key in file if "lora" not in key) for file in files}) == 1
 
 
 def test_what_can_not_be(tmp_path: Path) -> None:
