@@ -133,6 +133,7 @@ class Adapter(WithSettings, nn.Module):
         operators: what the uses of its weight compute.
         bias_slot: the bias of the layer, where it has one.
         active: names of the adapters that count, each with a factor.
+        edited: whether `load_adapter` edited the graph for it.
         merged: whether the weight holds the active adapters already.
         unmerged: the weight and the bias as they were before merging.
         batch: the adapter of each sample of a mixed batch; None where it is not mixed, () where none is to count.
@@ -153,6 +154,7 @@ class Adapter(WithSettings, nn.Module):
         self.operators: tuple[str, ...] = (form.kind,)
         self.bias_slot: str | None = None
         self.active: tuple[tuple[str, float], ...] = ()
+        self.edited = False
         self.merged = False
         self.batch: tuple[str, ...] | None = None
         self.unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
@@ -161,11 +163,18 @@ class Adapter(WithSettings, nn.Module):
         """Which adapters count.
 
         Raises:
-            PassError: the weight holds them, and what it was without them no file would have.
+            PassError: the weight holds them, and what it was without them no file would have; or no pass made the graph
+                that it is in.
         """
         if self.merged:
             raise PassError(
                 f"the weight of '{self.name}' holds its adapters; call unmerge(module) first, or run 'lora-merge'"
+            )
+        if self.edited:
+            raise PassError(
+                f"no recipe makes the graph again that 'load_adapter' made for '{self.name}': run the pass 'lora' on "
+                "it first, with 'dora' if the file has that; or keep the adapter as a file, by 'save_adapter', and "
+                "load that anew"
             )
         return {"active": self.active, "batch": self.batch, "names": self.names}
 
@@ -190,6 +199,11 @@ class Adapter(WithSettings, nn.Module):
     def names(self) -> tuple[str, ...]:
         """Of the adapters that this layer has."""
         return tuple(self._modules)
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether calls of it have to give the weight of the layer beside its output."""
+        return False
 
     def folded(self, weight: torch.Tensor, keep_zeros: bool = False) -> torch.Tensor:
         """The weight with all active adapters in it, computed in float64.
@@ -341,7 +355,7 @@ class LayerAdapter(Adapter):
 
     @property
     def takes_weight(self) -> bool:
-        """Whether any of its adapters needs the weight itself."""
+        """Whether any of its adapters needs it, as DoRA does."""
         return any(isinstance(low, LowRank) and low.magnitude is not None for low in self._modules.values())
 
 

@@ -61,7 +61,8 @@ class Loading:
         for name, entry in by_name.items():
             form, weight = forms[name]
             from_entry(entry, form, start(form, weight, self._recipe(entry))[0], self.settings)
-        if not any(isinstance(child, Adapter) for child in self.module.modules()):
+        before = {child: child.takes_weight for child in self.module.modules() if isinstance(child, Adapter)}
+        if not before:
             # As the pass `lora` leaves it; where that has been, what trains is the user's choice.
             self.module.requires_grad_(False)
         for region in Program(self.module).regions:
@@ -73,6 +74,9 @@ class Loading:
             region.graph.lint()
             region.module.recompile()
         self._fill(by_name)
+        for each in self.module.modules():
+            if isinstance(each, Adapter) and (each not in before or (each.takes_weight and not before[each])):
+                each.edited = True
         self._load_beside()
 
     def _insertion(self, region: Region, by_name: Mapping[str, Entry]) -> Insertion:

@@ -263,6 +263,23 @@ def test_what_a_file_brought_is_kept_with_a_result(passes: str, name: str, tmp_p
     assert len({frozenset(key for key in file if "lora" not in key) for file in files}) == 1
 
 
+@pytest.mark.parametrize("passes", ["lora{targets=lin1}", "lora{dora=true,targets=lin1}", "lora", "lora{dora=true}"])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_a_graph_that_a_file_made_is_not_kept_with_a_result(passes: str, name: str, tmp_path: Path) -> None:
+    model, x = MLP().eval(), torch.randn(4, 10)
+    other = capture(model, (x,)).module
+    inject(other, LoRA(rank=5, dora=True, targets=("lin0",)))
+    save_adapter(other, tmp_path / "file")
+    result = fxopt.optimize(model, x, passes, devices=())
+    load_adapter(result.module, tmp_path / "file", name)
+    if passes == "lora{dora=true}":
+        artifact.save(result, tmp_path / "kept", {})
+        assert torch.equal(fxopt.load(tmp_path / "kept", model)(x), result.module(x))
+        return
+    with pytest.raises(PassError, match="no recipe makes the graph again that 'load_adapter' made for 'lin0'"):
+        artifact.save(result, tmp_path / "kept", {})
+
+
 def test_what_can_not_be(tmp_path: Path) -> None:
     module, x = two()
     with pytest.raises(PassError, match="no adapter is called 'third'; there are"):
