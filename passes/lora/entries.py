@@ -15,6 +15,7 @@ from passes.lora.adapter import Adapter, Beside, LowRank, WeightAdapter
 from passes.lora.fold import slot_of
 from passes.lora.forms import Conv, ConvTranspose, Experts, Form
 from passes.lora.init import padded
+from passes.lora.slices import columns_of, mask_of
 
 if TYPE_CHECKING:
     from passes.lora.peft_config import Settings
@@ -47,6 +48,7 @@ class Entry:
         parameter: name of the parameter where PEFT has no adapter for the module but for the parameter, else "".
         depth: how many other adapters of parameters of the same module are around it.
         experts: how many matrices the parameter holds.
+        columns: the rows of each column of B that may differ from zero; () where all may. PEFT has nothing like it.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Entry:
     parameter: str = ""
     depth: int = 0
     experts: int = 1
+    columns: Sequence[Sequence[int]] = ()
 
     @property
     def label(self) -> str:
@@ -114,6 +117,7 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
         in_attention=projects,
         parameter="" if by_module else adapter.slot,
         experts=form.shape[0] if isinstance(form, Experts) else 1,
+        columns=() if low.mask is None else columns_of(low.mask),
     )
 
 
@@ -227,7 +231,8 @@ def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, mod
     magnitude, bias = roles.get("magnitude"), roles.get("bias")
     if settings.dora and magnitude is None:
         raise ArtifactError(f"the file has no '{_PREFIX}{path}.lora_magnitude_vector', which 'use_dora' needs")
-    return Entry(name, a, b, scale, magnitude, bias, embedding, False, projects, parameter, depth, experts)
+    columns = settings.columns.get(path, ())
+    return Entry(name, a, b, scale, magnitude, bias, embedding, False, projects, parameter, depth, experts, columns)
 
 
 def _parameters_at(module: nn.Module, path: str) -> list[str]:
@@ -254,7 +259,8 @@ def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> No
     like = low.A
     low.A = nn.Parameter(a.to(like).contiguous().clone(), requires_grad=like.requires_grad)
     low.B = nn.Parameter(b.to(like).contiguous().clone(), requires_grad=like.requires_grad)
-    low.mask = low.start_a = low.start_b = None
+    low.mask = mask_of(entry.columns, low.B.detach()) if entry.columns else None
+    low.start_a = low.start_b = None
     low.rank, low.scale, low.rslora, low.dropout = entry.rank, entry.scale, settings.rslora, settings.dropout
     low.alpha = entry.scale * (entry.rank**0.5 if settings.rslora else entry.rank)
     low.magnitude = low.bias = None

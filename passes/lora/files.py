@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from fxopt.errors import ArtifactError
@@ -23,6 +23,8 @@ from passes.lora.targets import nearest_names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+SLICES = "slices"
+"""What the metadata of the tensors call the columns of a sliced B, which PEFT has no option for."""
 
 
 def save_adapter(module: nn.Module, directory: str | Path, name: str = "default") -> None:
@@ -66,10 +68,12 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
     dropout = 0.0 if whole else max(low.dropout for low in lows)
     config = from_settings(root, entries, beside, lows[0].rslora, dropout)
     tensors = write_entries(entries) | write_beside(root, beside, entries)
+    columns = {entry.path: entry.columns for entry in entries if entry.columns}
+    metadata = {"format": "pt"} | ({SLICES: json.dumps(columns)} if columns else {})
     try:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS, metadata=metadata)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write the adapter to '{directory}': {error}") from error
@@ -154,7 +158,9 @@ def read(directory: str | Path) -> tuple[Settings, dict[str, torch.Tensor]]:
             raise ArtifactError(f"'{folder}' has no '{file}'; an adapter is saved as '{CONFIG}' and '{WEIGHTS}'")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            columns = json.loads((file.metadata() or {}).get(SLICES, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the adapter in '{folder}': {error}") from error
-    return to_settings(config, str(folder / CONFIG)), tensors
+    return replace(to_settings(config, str(folder / CONFIG)), columns=columns), tensors

@@ -10,7 +10,7 @@ import torch
 
 from passes.lora.adapter import LowRank
 from passes.lora.forms import Conv, Experts, Form
-from passes.lora.slices import ranges
+from passes.lora.slices import mask_of, ranges
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"]
 MOVES_WEIGHT = ("pissa", "olora", "loftq")
@@ -50,8 +50,7 @@ def start(form: Form, weight: torch.Tensor, recipe: Recipe) -> tuple[LowRank, to
     inner = recipe.rank if len(recipe.slices) else b_shape[1]
     low = LowRank(a, b, rank=min(recipe.rank, inner), alpha=recipe.alpha, rslora=recipe.rslora, dropout=recipe.dropout)
     if recipe.slices:
-        cut = tuple(ranges(each, b_shape[0]) for each in recipe.slices)
-        low.mask = _mask(b_shape, cut, recipe.rank).to(b)
+        low.mask = mask_of((ranges(each, b_shape[0]) for each in recipe.slices for _ in range(recipe.rank)), b)
     left = None
     if recipe.init in MOVES_WEIGHT:
         left = _take_out(form, weight, low, recipe)
@@ -121,13 +120,6 @@ def _rounded(matrix: torch.Tensor, bits: int) -> torch.Tensor:
     scale = matrix.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / top
     rounded: torch.Tensor = (matrix / scale).round() * scale
     return rounded
-
-
-def _mask(shape: tuple[int, ...], slices: tuple[tuple[int, int], ...], rank: int) -> torch.Tensor:
-    mask = torch.zeros(shape)
-    for number, (low, high) in enumerate(slices):
-        mask[low:high, number * rank : (number + 1) * rank] = 1
-    return mask
 
 
 def can_take_out(form: Form) -> bool:

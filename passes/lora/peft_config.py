@@ -35,6 +35,7 @@ class Settings:
         parameters: `target_parameters`.
         restricted: whether further options narrow the targets.
         bias: which biases are saved with it: `none`, `all`, `lora_only`.
+        columns: of each sliced B, by its path in the file; see `Entry`.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Settings:
     parameters: tuple[str, ...] = ()
     restricted: bool = False
     bias: str = "none"
+    columns: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def rank_of(self, name: str) -> int:
         """r of a layer."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from fxopt.errors import SpecError
 from passes.lora.forms import Conv, ConvTranspose, Embedding, Experts, Form
@@ -43,3 +45,17 @@ def ranges(text: str, rows: int) -> tuple[int, int]:
         return third * _THIRDS.index(text), third * (_THIRDS.index(text) + 1)
     low, _, high = text.partition("-")
     return int(low), int(high)
+
+
+def mask_of(columns: Iterable[Sequence[int]], b: torch.Tensor) -> torch.Tensor:
+    """1 where B may differ from zero: in each column from the first of two rows to before the second."""
+    mask = torch.zeros_like(b)
+    for column, (low, high) in enumerate(columns):
+        mask[low:high, column] = 1
+    return mask
+
+
+def columns_of(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """What `mask_of` was given."""
+    rows = [column.nonzero() for column in mask.flatten(1).T]
+    return [(int(each.min()), int(each.max()) + 1) for each in rows]

@@ -370,6 +370,21 @@ def test_trained_here_and_loaded_there(peft: Any, tmp_path: Path, model: str) ->
         merge(captured, (x,))
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, lambda *sizes: nn.Conv1d(*sizes, 1)], ids=["linear", "conv"])
+def test_slices_of_a_file_still_train_alone(peft: Any, tmp_path: Path, kind: Callable[..., nn.Module]) -> None:
+    plain, x = nn.Sequential(kind(8, 24)), torch.randn(2, 8, 8)
+    module, fresh = (capture(plain, (x,)).module for _ in range(2))
+    inject(module, LoRA(rank=2, targets=("0",), slices=("v", "0-5")))
+    randomize(module)
+    save_adapter(module, tmp_path)
+    load_adapter(fresh, tmp_path)
+    masks = [each.get_submodule("lora.0.default").mask for each in (module, fresh)]
+    assert torch.equal(*masks)
+    with torch.no_grad():
+        assert rounding(fresh(x), module(x)) <= ROUNDINGS
+        assert rounding(from_peft(peft, plain, tmp_path)(x), module(x)) <= ROUNDINGS
+
+
 def test_what_is_saved_whole_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
     x = torch.randn(3, 4)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
