@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,10 +14,8 @@ from passes.lora.adapter import Adapter, Beside, LowRank, WeightAdapter
 from passes.lora.fold import slot_of
 from passes.lora.forms import Conv, ConvTranspose, Experts, Form
 from passes.lora.init import padded
+from passes.lora.settings import Settings
 from passes.lora.slices import columns_of, mask_of
-
-if TYPE_CHECKING:
-    from passes.lora.peft_config import Settings
 
 _PREFIX = "base_model.model."
 _BASE = "base_layer"

@@ -18,7 +18,8 @@ from passes.lora.active import adapters, names, root_of, saved_with, takes_part
 from passes.lora.adapter import Adapter, Beside, WeightAdapter
 from passes.lora.entries import alike, nested, read_entries, to_entry, write_beside, write_entries
 from passes.lora.load import Loading
-from passes.lora.peft_config import Settings, from_settings, to_settings
+from passes.lora.peft_config import configuration
+from passes.lora.settings import Settings, to_settings
 from passes.lora.targets import nearest_names
 
 CONFIG = "adapter_config.json"
@@ -66,7 +67,7 @@ def save_adapter(module: nn.Module, directory: str | Path, name: str = "default"
     # PEFT takes no dropout where it adapts a weight as a whole, which it does with all parameters of no layer.
     whole = any(isinstance(adapter, WeightAdapter) for adapter in found.values()) or any(e.parameter for e in entries)
     dropout = 0.0 if whole else max(low.dropout for low in lows)
-    config = from_settings(root, entries, beside, lows[0].rslora, dropout)
+    config = configuration(root, entries, beside, lows[0].rslora, dropout)
     tensors = write_entries(entries) | write_beside(root, beside, entries)
     columns = {entry.path: entry.columns for entry in entries if entry.columns}
     metadata = {"format": "pt"} | ({SLICES: json.dumps(columns)} if columns else {})

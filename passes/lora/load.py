@@ -22,7 +22,7 @@ from passes.lora.fold import put
 from passes.lora.forms import Form
 from passes.lora.init import Recipe, start
 from passes.lora.insert import Insertion, parameter_of
-from passes.lora.peft_config import Settings
+from passes.lora.settings import Settings
 from passes.lora.sites import Site, find_sites
 from passes.lora.targets import nearest_names
 
