@@ -22,6 +22,9 @@ from passes.lora.sites import Site, find_sites
 from passes.lora.slices import check_slice
 from passes.lora.targets import ALL_LINEAR, check_target, first_meant, is_meant, nearest_names
 
+_MOST = 2**16
+"""The highest rank: beyond the smaller side of a weight none adds anything, and no layer has one as long."""
+
 
 @dataclass(frozen=True)
 class LoRA(Pass):
@@ -163,8 +166,8 @@ def _of(adapter: Adapter, name: str) -> list[LowRank]:
 
 def _check(lora: LoRA) -> None:
     for name, value in (("rank", lora.rank), *((f"rank_pattern.{k}", v) for k, v in lora.rank_pattern.items())):
-        if value < 1:
-            raise SpecError(f"lora: '{name}' is 1 or more, not {value}")
+        if not 1 <= value <= _MOST:
+            raise SpecError(f"lora: '{name}' is 1 to {_MOST}, not {value}")
     for name, number in (("alpha", lora.alpha), *((f"alpha_pattern.{k}", v) for k, v in lora.alpha_pattern.items())):
         if number is not None and not math.isfinite(number):
             raise SpecError(f"lora: '{name}' is a number, not {number}")

@@ -438,7 +438,9 @@ class TestTargets:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"rank": 0}, "'rank' is 1 or more, not 0"),
+            ({"rank": 0}, "'rank' is 1 to 65536, not 0"),
+            ({"rank": 10**12}, "'rank' is 1 to 65536, not 1000000000000"),
+            ({"rank_pattern": {"*": 10**12}}, r"'rank_pattern.\*' is 1 to 65536, not 1000000000000"),
             ({"dropout": 1.0}, "'dropout' is 0 or more and below 1"),
             ({"targets": ("re:(",)}, "the regular expression '\\(', which is wrong"),
             ({"targets": ("op:liner",)}, "did you mean 'op:linear'"),
