@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +26,8 @@ _NAME = "fxgpu"
 # These take tensors of two devices.
 _MIXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::copy_", "aten::_to_copy", "aten::set_"}
 _MIXED |= {"aten::_index_put_impl_", "aten::_copy_from", "aten::_unsafe_index"}
+# These copy below the modes.
+_FROM_DATA = {"tensor", "as_tensor", "asarray"}
 
 
 class _Backend(_DummyBackendModule):
@@ -48,7 +52,8 @@ def meetings(subject: Subject) -> tuple[list[Meeting], str]:
         state = {name: _moved(value, device) for name, value in _named(module)}
         inputs = subject.inputs.map(lambda tensor: _moved(tensor, device))
         try:
-            with telling_modules(module, stack), watch, _Words(device):
+            made_here = watch.noting(torch.from_numpy)
+            with telling_modules(module, stack), watch, _Words(device, watch), patch("torch.from_numpy", made_here):
                 torch.func.functional_call(module, state, inputs.args, dict(inputs.kwargs))
         except Exception as raised:  # what was found until then still holds
             first = (str(raised).splitlines() or ["no message"])[0]
@@ -83,24 +88,37 @@ def _is_fake(device: Any) -> bool:
 class _Words(TorchFunctionMode):
     """Takes "cuda" for the fake device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, watch: _Devices):
         super().__init__()
-        self.device = device
+        self.device, self.watch = device, watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         kwargs = dict(kwargs or {})
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return _is_fake(args[0].device)
+        if name == "type" and "torch.cuda" in str(args[1:]):
+            kind = getattr(torch.cuda, str(args[1]).strip("<>'").rpartition(".")[2])
+            return args[0].to(self.device, kind.dtype)
         if name == "cuda":
             return torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device=self.device)
         if "cuda" in str(kwargs.get("device")):
             kwargs["device"] = self.device
-        if name in ("tensor", "as_tensor") and _is_fake(kwargs.get("device")):
-            # These copy below the modes, where the fake device has no kernels.
+        if name in _FROM_DATA and _is_fake(kwargs.get("device")):  # it has no kernels below the modes
             device = kwargs.pop("device")
             return _moved(func(*args, **kwargs), torch.device(device))
+        if name in _FROM_DATA and not isinstance(args[0], torch.Tensor):
+            func = self.watch.noting(func)
         if name == "to":
             args = tuple(self.device if isinstance(a, (str, torch.device)) and "cuda" in str(a) else a for a in args)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if "same device" not in str(error):
+                raise
+            # Some ask for one device before any operator runs, as an LSTM does of its hidden state.
+            args, kwargs = self.watch.together(name, args, kwargs)
+            return func(*args, **kwargs)
 
 
 def _by_zeros(func: Any, args: Any, kwargs: Any) -> Any:
@@ -133,14 +151,8 @@ class _Devices(TorchDispatchMode):
             return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        foreign = [leaf for leaf in given if leaf.device.type == "cpu" and leaf.dim()]
-        if foreign and name not in _MIXED and any(leaf.device.type == _NAME for leaf in given):
-            for leaf in foreign:
-                self._note(name, leaf)
-            there = torch.device(_NAME, 0)
-            args, kwargs = pytree.tree_map_only(
-                torch.Tensor, lambda x: _moved(x, there) if any(x is leaf for leaf in foreign) else x, (args, kwargs)
-            )
+        if name not in _MIXED and any(leaf.device.type == _NAME for leaf in given):
+            args, kwargs = self.together(name, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except RuntimeError as error:
@@ -152,6 +164,28 @@ class _Devices(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf not in self.made:
                 self.made[leaf] = self._origin(name, given)
         return result
+
+    def together(self, name: str, args: Any, kwargs: Any) -> Any:
+        """What an operator is given, with each tensor of the CPU noted and moved."""
+
+        def moved(leaf: torch.Tensor) -> torch.Tensor:
+            if leaf.device.type != "cpu" or not leaf.dim():
+                return leaf
+            self._note(name, leaf)
+            return _moved(leaf, torch.device(_NAME, 0))
+
+        return pytree.tree_map_only(torch.Tensor, moved, (args, kwargs))
+
+    def noting(self, func: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """A function that makes a tensor of plain data, with what it makes known by the line that called it."""
+
+        @functools.wraps(func)
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made = func(*args, **kwargs)
+            self.made[made] = (running(f"made here by '{func.__name__}'"), func.__name__, None)
+            return made
+
+        return noted
 
     def _faked(self, leaf: torch.Tensor) -> torch.Tensor:
         """A tensor from before the run, as the fake one that stands for it."""

@@ -13,6 +13,8 @@ from passes.audit.rule import Rule
 
 _MOVES = ("_to_copy", "clone")
 _FACTORIES = {"zeros", "ones", "full", "arange", "empty", "eye", "linspace", "rand", "randn", "tensor"}
+_FACTORIES |= {"as_tensor"}
+_MOVERS = {"to", "cpu", "cuda", "type"}
 
 
 def _tensor(evidence: Evidence, body: code.Body) -> str:
@@ -39,13 +41,19 @@ def _fix(evidence: Evidence, place: Place) -> Fix | None:
             if (at.line, at.column) != (place.line, place.column) or call.end_lineno != place.line:
                 continue
             given = {item.arg for item in call.keywords}
-            free = name.startswith("torch.") and not given & {"device", None}
+            free = name.startswith("torch.") and not given & {"device", None} and not _is_moved(call, body)
             if free and name.removeprefix("torch.") in _FACTORIES and call.end_col_offset:
                 close = code.column(place.path, place.line, call.end_col_offset) - 1
                 start = len(linecache.getline(place.path, place.line)[: close - 1].rstrip(" ,")) + 1
                 text = f", device={tensor}.device"
                 return Fix(place.path, place.line, start, place.line, close, text, "make it on the device of the input")
     return None
+
+
+def _is_moved(call: ast.Call, body: code.Body) -> bool:
+    """Whether what it gives is moved in the same expression: then that is what has to change."""
+    moves = (each.func for each in body.calls() if isinstance(each.func, ast.Attribute) and each.func.attr in _MOVERS)
+    return any(part is call for function in moves for part in ast.walk(function.value))
 
 
 class FactoryWithoutDevice(Rule):

@@ -154,6 +154,10 @@ LEFT = {
         "FX101",
         of("pass").replace("        super()", "        self.scale = torch.ones(4)\n        super()"),
     ),
+    "a tensor that is moved at once": (
+        "FX202",
+        of("self.place = 'cpu'", "return self.fc(x) + torch.ones(4).to(self.place)"),
+    ),
     "two tensors at once": ("FX101", of("self.mean, self.scale = torch.zeros(4), torch.ones(4)")),
     "a tensor with a gradient": ("FX101", of("self.scale = torch.ones(4, requires_grad=True)")),
     "an attribute of the class": ("FX101", of("self.scale = torch.ones(4)") + "    scale = None\n"),

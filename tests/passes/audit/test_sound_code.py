@@ -49,6 +49,7 @@ SCALE = """class Scale(nn.Module):
             def forward(self, x):
                 return self.weight * x[:, None]
         self.scale = Scale()"""
+SHIFT = "s = torch.ones(3)\n"
 NORMED = "return x / (x.norm(dim=-1, keepdim=True) + 1e-8)"
 CODE = {
     "arms that exclude each other": (
@@ -157,7 +158,24 @@ CODE = {
     ),
     "functions in a list": ("FX102", "self.acts = [nn.ReLU(), nn.Flatten()]", "return self.acts[0](self.fc(x))", False),
     "a dropout in a list": ("FX102", "self.acts = [nn.Dropout()]", "return self.acts[0](self.fc(x))", True),
+    "to a device in a variable": ("FX204", "self.place = 'cpu'", "return self.fc(x.to(self.place))", False),
+    "to the device that is written": ("FX204", "", "return self.fc(x.to('cpu'))", True),
     "from numbers of Python": ("FX204", "", "return self.fc(x) * torch.FloatTensor([1, 2, 3])", False),
+    "moved where the input is": ("FX202", "", f"{SHIFT}if x.is_cuda:\n    s = s.cuda()\nreturn self.fc(x) + s", False),
+    "of the type for where the input is": (
+        "FX202",
+        "",
+        f"{SHIFT}kind = torch.cuda.FloatTensor if x.is_cuda else torch.FloatTensor\nreturn self.fc(x) + s.type(kind)",
+        False,
+    ),
+    "made of numbers": ("FX202", "", "return self.fc(x) + torch.tensor([1.0, 2.0, 3.0])", True),
+    "made of an array": ("FX202", "", "import numpy\nreturn self.fc(x) + torch.from_numpy(numpy.ones(3))", True),
+    "a hidden state": (
+        "FX202",
+        "self.rnn = nn.LSTM(3, 3)",
+        "h = torch.zeros(1, 3)\nreturn self.rnn(self.fc(x), (h, h))[0]",
+        True,
+    ),
     "not kept": ("FX602", "", "self.size = x.shape[0]\nx.square().mean()\nreturn self.fc(x)", True),
     "without gradients": ("FX603", "", NO_GRAD, False),
     "in fewer bits": ("FX603", "", AUTOCAST, False),
