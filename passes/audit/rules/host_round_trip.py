@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Iterator
 
 from fxopt.findings import Finding, Severity
@@ -13,8 +14,10 @@ from passes.audit.rule import Rule
 _TO_HOST = {"item", "cpu", "numpy", "tolist", "__int__", "__float__", "__bool__", "__index__"}
 
 
-def _texts(step: Step) -> list[str]:
-    return [value for value in (*step.args, *step.kwargs.values()) if isinstance(value, str)]
+def _names_cpu(step: Step) -> bool:
+    """Whether it moves to the CPU wherever it runs: a device in a variable is another one on other machines."""
+    texts = [value for value in (*step.args, *step.kwargs.values()) if isinstance(value, str)]
+    return "cpu" in texts and step.place is not None and "cpu" in linecache.getline(step.place.path, step.place.line)
 
 
 class HostRoundTrip(Rule):
@@ -39,8 +42,7 @@ class HostRoundTrip(Rule):
         """All places that have the fault."""
         seen, reported = evidence.forward, set()
         for step in seen.steps if seen else []:
-            # A device that was taken from a tensor is no fixed one.
-            to_host = step.name == "to" and any(value == "cpu" for value in _texts(step))
+            to_host = step.name == "to" and _names_cpu(step)
             if step.place is None or not (to_host or step.name in _TO_HOST) or in_decision(step.place):
                 continue
             key = (step.place.path, step.place.line)
