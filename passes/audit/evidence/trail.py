@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -81,6 +81,33 @@ def called(evidence: Evidence) -> dict[tuple[str, Place | None], list[Activation
         place = place_of(evidence, each.module, "") if by_module else each.place
         found.setdefault((each.module, place), []).append(each)
     return found
+
+
+def wholes(chosen: set[str], parameters: Iterable[str]) -> dict[str, str]:
+    """The modules of which all parameters are chosen, each with the first of them.
+
+    Of modules inside each other it is the outer one. A parameter whose module has others that are not chosen stands
+    for itself.
+    """
+    every = list(parameters)
+    left = {around for name in every if name not in chosen for around in _around(name)}
+    found: dict[str, str] = {}
+    for name in every:
+        if name in chosen:
+            found.setdefault(next((around for around in _around(name) if around not in left), name), name)
+    return found
+
+
+def where(evidence: Evidence, whole: str, name: str) -> tuple[Place | None, str]:
+    """The place of what `wholes` gave, and the module that it is or is in."""
+    path, _, leaf = name.rpartition(".")
+    return (place_of(evidence, path, leaf), path) if whole == name else (place_of(evidence, whole, ""), whole)
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules around a parameter, but for the root, from the outside in."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def place_of(evidence: Evidence, path: str, leaf: str) -> Place | None:

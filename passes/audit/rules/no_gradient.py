@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fxopt.findings import Finding, Place
 from passes.audit.evidence import Evidence, code
-from passes.audit.evidence.trail import place_of
+from passes.audit.evidence.trail import where, wholes
 from passes.audit.rule import Rule
 
 
@@ -40,12 +40,12 @@ class NoGradient(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        back, reported = evidence.backward, set()
-        for name, norm in back.norms.items() if back else []:
-            path, _, leaf = name.rpartition(".")
-            if norm is None and back is not None and name in back.used and path not in reported:
-                reported.add(path)
-                cuts = tuple(_cuts(evidence, path))
-                place = cuts[0] if len(cuts) == 1 else place_of(evidence, path, leaf)
-                related = tuple(each for each in cuts if each is not place)
-                yield self.found(f"'{name}' is used, but no gradient reaches it", place, path, related)
+        back = evidence.backward
+        norms = back.norms if back is not None else {}
+        cut = {name for name, norm in norms.items() if norm is None and back is not None and name in back.used}
+        for whole, name in wholes(cut, norms).items():
+            own, path = where(evidence, whole, name)
+            cuts = tuple(_cuts(evidence, path))
+            place = cuts[0] if len(cuts) == 1 else own
+            related = tuple(each for each in cuts if each is not place)
+            yield self.found(f"'{whole}' is used, but no gradient reaches it", place, path, related)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fxopt.findings import Finding
 from passes.audit.evidence import Evidence
-from passes.audit.evidence.trail import place_of
+from passes.audit.evidence.trail import where, wholes
 from passes.audit.rule import Rule
 
 
@@ -30,9 +30,8 @@ class UnusedParameter(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
-        back, reported = evidence.backward, set()
-        for name, norm in back.norms.items() if back else []:
-            path, _, leaf = name.rpartition(".")
-            if norm is None and back is not None and name not in back.used and path not in reported:
-                reported.add(path)
-                yield self.found(f"'{name}' takes no part in the forward", place_of(evidence, path, leaf), path)
+        back = evidence.backward
+        norms = back.norms if back is not None else {}
+        unused = {name for name, norm in norms.items() if norm is None and back is not None and name not in back.used}
+        for whole, name in wholes(unused, norms).items():
+            yield self.found(f"'{whole}' takes no part in the forward", *where(evidence, whole, name))
