@@ -12,9 +12,16 @@ from passes.audit.rule import Rule
 _DEVICES = ("cuda", "mps", "xpu", "hpu", "npu")
 
 
-def _names_device(node: ast.expr) -> bool:
+def _names_device(node: ast.expr, body: code.Body) -> bool:
+    """Whether it is the name of a device, one of two names, or a variable of the function that is."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.device" and node.args:
         node = node.args[0]
+    if isinstance(node, ast.IfExp):
+        return _names_device(node.body, body) or _names_device(node.orelse, body)
+    if isinstance(node, ast.Name):
+        assigned = [each for each in ast.walk(body.node) if isinstance(each, ast.Assign)]
+        values = [each.value for each in assigned if node.id in map(ast.unparse, each.targets)]
+        return any(not isinstance(value, ast.Name) and _names_device(value, body) for value in values)
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(_DEVICES)
 
 
@@ -42,7 +49,7 @@ class FixedDevice(Rule):
             for call in body.calls():
                 name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
                 devices = [item.value for item in call.keywords if item.arg == "device"]
-                fixed = any(map(_names_device, [*devices, *(call.args if name == "to" else [])]))
+                fixed = any(_names_device(each, body) for each in [*devices, *(call.args if name == "to" else [])])
                 if fixed or (name == "cuda" and not call.args):
                     text = ast.unparse(call)
                     yield self.found(f"'{text}' always means the same device", code.at(body.path, call), body.module)

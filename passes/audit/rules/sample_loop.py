@@ -9,11 +9,31 @@ from fxopt.findings import Finding, Precision
 from passes.audit.evidence import Evidence, code
 from passes.audit.rule import Rule
 
+_SIZES = ("len({0})", "{0}.shape[0]", "{0}.size(0)", "{0}.size()[0]")
+_SHAPES = ("{0}.shape", "{0}.size()")
 
-def _over_batch(node: ast.expr, arguments: set[str]) -> bool:
-    """`range` over the first dimension of an argument of the forward."""
+
+def _is_batch_size(node: ast.expr, body: code.Body) -> bool:
+    """Whether it is the first dimension of an argument of the forward, or a variable that holds that."""
+    if not isinstance(node, ast.Name):
+        return _is_of_argument(node, _SIZES, body)
+    assigned = [each for each in ast.walk(body.node) if isinstance(each, ast.Assign) and len(each.targets) == 1]
+    pairs = [(each.targets[0], each.value) for each in assigned]
+    if any(ast.unparse(target) == node.id and _is_of_argument(value, _SIZES, body) for target, value in pairs):
+        return True
+    firsts = [(target.elts[0], value) for target, value in pairs if isinstance(target, ast.Tuple) and target.elts]
+    return any(ast.unparse(first) == node.id and _is_of_argument(value, _SHAPES, body) for first, value in firsts)
+
+
+def _is_of_argument(node: ast.expr, forms: tuple[str, ...], body: code.Body) -> bool:
+    """Whether it is one of these forms of an argument that was not bound anew before."""
     text = ast.unparse(node)
-    return any(text in (f"range(len({n}))", f"range({n}.shape[0])", f"range({n}.size(0))") for n in arguments)
+    bound = {
+        name.id
+        for name in ast.walk(body.node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store) and name.lineno < node.lineno
+    }
+    return any(text == form.format(item.arg) for item in body.arguments if item.arg not in bound for form in forms)
 
 
 class SampleLoop(Rule):
@@ -38,8 +58,10 @@ class SampleLoop(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
         for body in evidence.bodies:
-            arguments = {item.arg for item in body.arguments} if body.node.name == "forward" else set()
-            for node in ast.walk(body.node):
-                if isinstance(node, (ast.For, ast.comprehension)) and _over_batch(node.iter, arguments):
-                    message = f"'{ast.unparse(node.iter)}' goes over the samples one by one"
-                    yield self.found(message, code.at(body.path, node.iter), body.module)
+            for node in ast.walk(body.node) if body.node.name == "forward" else ():
+                loop = node.iter if isinstance(node, (ast.For, ast.comprehension)) else None
+                if not isinstance(loop, ast.Call) or ast.unparse(loop.func) != "range" or len(loop.args) != 1:
+                    continue
+                if _is_batch_size(loop.args[0], body):
+                    message = f"'{ast.unparse(loop)}' goes over the samples one by one"
+                    yield self.found(message, code.at(body.path, loop), body.module)

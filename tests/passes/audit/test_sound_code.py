@@ -49,6 +49,7 @@ SCALE = """class Scale(nn.Module):
             def forward(self, x):
                 return self.weight * x[:, None]
         self.scale = Scale()"""
+EACH = "return torch.stack([self.fc(x[i]) for i in range(n)])"
 SHIFT = "s = torch.ones(3)\n"
 NORMED = "return x / (x.norm(dim=-1, keepdim=True) + 1e-8)"
 CODE = {
@@ -176,6 +177,17 @@ CODE = {
         "h = torch.zeros(1, 3)\nreturn self.rnn(self.fc(x), (h, h))[0]",
         True,
     ),
+    "a device by what the machine has": (
+        "FX201",
+        "",
+        "d = torch.device('cuda' if torch.cuda.is_available() else 'cpu')\nreturn self.fc(x.to(d))",
+        True,
+    ),
+    "a device of a parameter": ("FX201", "", "d = self.fc.weight.device\nreturn self.fc(x.to(d))", False),
+    "samples counted before": ("FX502", "", f"n = x.size(0)\nx = x * 2\n{EACH}", True),
+    "samples counted with the rest": ("FX502", "", f"n, m = x.shape\n{EACH}", True),
+    "steps of what was turned": ("FX502", "", f"x = x.T\nn = x.size(0)\n{EACH.replace('fc(x[i])', 'fc(x.T)')}", False),
+    "the other dimension": ("FX502", "", f"m, n = x.shape\n{EACH.replace('x[i]', 'x')}", False),
     "not kept": ("FX602", "", "self.size = x.shape[0]\nx.square().mean()\nreturn self.fc(x)", True),
     "without gradients": ("FX603", "", NO_GRAD, False),
     "in fewer bits": ("FX603", "", AUTOCAST, False),
@@ -210,6 +222,15 @@ def test_what_is_dropped_at_random_is_not_unused(name, write):
     deep = "\nimport random\nmodel = nn.Sequential(*(Module() for _ in range(4)))\n"
     subject, _ = subject_of(f"{write(source + deep)}:model", ["1x3"])
     assert not {"FX401", "FX407"} & {finding.rule for finding in Audit().inspect(subject).findings}
+
+
+@pytest.mark.parametrize(("rule", "forward"), [("FX401", "return self.fc(x)"), ("FX406", "return self.fc(x) + T")])
+def test_a_part_that_does_not_learn_is_told_of_once(rule, forward, write):
+    init = "self.tower = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))"
+    source = CLASS.format(init=init, forward=forward.replace("T", "self.tower(x).detach()"))
+    subject, _ = subject_of(f"{write(source)}:Module", ["2x3"])
+    found = [finding for finding in Audit().inspect(subject).findings if finding.rule == rule]
+    assert [(finding.module, finding.message.partition(" ")[0]) for finding in found] == [("tower", "'tower'")]
 
 
 LINES = {
