@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
-from passes.audit.evidence.driver import UNWRITTEN, call, copied, floating, kept, telling_modules, tensors
+from passes.audit.evidence.driver import UNWRITTEN, call, copied, floating, kept, random_state, telling_modules, tensors
 from passes.audit.evidence.places import raised, running
 from passes.audit.evidence.spread import Spread, flat, spread
 
@@ -85,7 +85,8 @@ class Forward:
     Attributes:
         steps: every call.
         operators: the operators below the calls, with the place of each first use.
-        random: places that drew random numbers.
+        random: places that drew random numbers of torch.
+        draws_others: whether the forward drew those of Python or numpy.
         spoiled: the first places where numbers became NaN or infinite, with the operator.
         differs: whether two runs gave different outputs.
         error: what the forward raised, and where.
@@ -101,6 +102,7 @@ class Forward:
     steps: list[Step] = field(default_factory=list)
     operators: dict[Any, tuple[Place | None, str]] = field(default_factory=dict)
     random: list[tuple[Place | None, str]] = field(default_factory=list)
+    draws_others: bool = False
     spoiled: list[tuple[Place | None, str, str]] = field(default_factory=list)
     differs: bool = False
     error: tuple[Exception, Place | None] | None = None
@@ -244,6 +246,7 @@ def run_forward(subject: Subject) -> Forward:
     seen, stack = Forward(), list[str]()
     module = copied(subject, training=False)
     with kept(), torch.no_grad():
+        before = random_state()[:-1]
         try:
             with telling_modules(module, stack), _measured(module, seen), Watch(seen, stack), Tape(seen, stack) as tape:
                 first = call(module, subject)
@@ -255,7 +258,8 @@ def run_forward(subject: Subject) -> Forward:
         except Exception as error:  # whatever a user's model raises
             seen.error = (error, raised(error))
             return seen
-        if seen.random:
+        seen.draws_others = random_state()[:-1] != before
+        if seen.random or seen.draws_others:
             torch.default_generator.manual_seed(1)
             second = call(module, subject)
             pairs = list(zip(tensors(first), tensors(second), strict=False))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxopt.findings import Finding
-from passes.audit.evidence import Evidence
+from fxopt.findings import Finding, Place
+from passes.audit.evidence import Evidence, code
 from passes.audit.rule import Rule
 
 
@@ -32,7 +32,20 @@ class RandomInEval(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """All places that have the fault."""
         seen = evidence.forward
-        for place, path in dict.fromkeys(seen.random) if seen and seen.differs else []:
-            # A dropout that stays in training mode has a rule of its own.
-            if place is not None and not isinstance(evidence.module_at(path), _DropoutNd):
+        if seen is None or not seen.differs:
+            return
+        # A dropout that stays in training mode has a rule of its own.
+        places = [each for each in seen.random if not isinstance(evidence.module_at(each[1]), _DropoutNd)]
+        places += _draws(evidence) if seen.draws_others else []
+        for place, path in dict.fromkeys(places):
+            if place is not None:
                 yield self.found("two runs in evaluation differ, since this draws random numbers", place, path)
+
+
+def _draws(evidence: Evidence) -> Iterator[tuple[Place, str]]:
+    """Where the text of a forward draws from the generators of Python and numpy: functions there are methods of one."""
+    for body in evidence.bodies:
+        for call in body.calls():
+            owner = type(getattr(body.resolve(call.func), "__self__", None))
+            if owner.__module__.startswith(("random", "numpy.random")):
+                yield code.at(body.path, call), body.module

@@ -16,6 +16,8 @@ from fxopt.inputs import Inputs
 from passes.audit import Audit
 
 CLASS = """
+import random
+import numpy
 class Module(nn.Module):
     def __init__(self):
         super().__init__()
@@ -170,7 +172,7 @@ CODE = {
         False,
     ),
     "made of numbers": ("FX202", "", "return self.fc(x) + torch.tensor([1.0, 2.0, 3.0])", True),
-    "made of an array": ("FX202", "", "import numpy\nreturn self.fc(x) + torch.from_numpy(numpy.ones(3))", True),
+    "made of an array": ("FX202", "", "return self.fc(x) + torch.from_numpy(numpy.ones(3))", True),
     "a hidden state": (
         "FX202",
         "self.rnn = nn.LSTM(3, 3)",
@@ -188,6 +190,15 @@ CODE = {
     "samples counted with the rest": ("FX502", "", f"n, m = x.shape\n{EACH}", True),
     "steps of what was turned": ("FX502", "", f"x = x.T\nn = x.size(0)\n{EACH.replace('fc(x[i])', 'fc(x.T)')}", False),
     "the other dimension": ("FX502", "", f"m, n = x.shape\n{EACH.replace('x[i]', 'x')}", False),
+    "chance of Python": ("FX405", "", "return self.fc(x) * random.random()", True),
+    "chance of numpy": ("FX405", "", "return self.fc(x) + numpy.random.normal(0, 1)", True),
+    "chance of Python in training": (
+        "FX405",
+        "",
+        "return self.fc(x) * (random.random() if self.training else 1)",
+        False,
+    ),
+    "chance that changes nothing": ("FX405", "", "random.random()\nreturn self.fc(x)", False),
     "not kept": ("FX602", "", "self.size = x.shape[0]\nx.square().mean()\nreturn self.fc(x)", True),
     "without gradients": ("FX603", "", NO_GRAD, False),
     "in fewer bits": ("FX603", "", AUTOCAST, False),
@@ -219,7 +230,7 @@ DROPPED = {
 @pytest.mark.parametrize("name", DROPPED)
 def test_what_is_dropped_at_random_is_not_unused(name, write):
     source = CLASS.format(init="", forward=DROPPED[name].replace("\n", "\n        "))
-    deep = "\nimport random\nmodel = nn.Sequential(*(Module() for _ in range(4)))\n"
+    deep = "\nmodel = nn.Sequential(*(Module() for _ in range(4)))\n"
     subject, _ = subject_of(f"{write(source + deep)}:model", ["1x3"])
     assert not {"FX401", "FX407"} & {finding.rule for finding in Audit().inspect(subject).findings}
 
