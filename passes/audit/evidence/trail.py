@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,8 +21,10 @@ DANGEROUS = (*ROOTS, *DIVISIONS)
 _VIEWS = {"unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "to", "float", "transpose", "contiguous"}
 _VIEWS |= {"__getitem__", "permute", "type_as", "mT", "sqrt"}
 # What can well be zero for a harmless input. A plain sum often is of weights, or of a softmax.
-_SPREADS = {"var", "std", "norm", "linalg_norm", "vector_norm", "linalg_vector_norm", "abs", "relu", "sub"}
+_NORMS = {"norm", "linalg_norm", "vector_norm", "linalg_vector_norm"}
+_SPREADS = {*_NORMS, "var", "std", "abs", "relu", "sub"}
 _SHARES = {"softmax", "sigmoid", "relu", "abs", "norm"}
+_CLAMPS = ("clamp", "clamp_min", "clip", "clamp_", "clamp_min_")
 
 
 def divisor(step: Step) -> Value | None:
@@ -49,7 +51,19 @@ def source(operand: Value, made: dict[int, Step], name: str) -> str:
             inner = made.get(step.inputs[0].number)
             if inner is not None and (inner.name == "square" or (inner.name == "pow" and 2 in inner.args)):
                 return "the sum of squares"
+        if "sqrt" in name and step.name in _CLAMPS and _low(step) == 0:
+            return step.name
+        if step.name == "__rsub__" and name.startswith("log") and 1 in step.args:
+            return "".join(f"1 - {each}" for each in _behind(step, made) & {"softmax", "sigmoid"})
+        if step.name == "mul" and name in DIVISIONS:
+            return next(iter(sorted(_behind(step, made) & _NORMS)), "")
     return ""
+
+
+def _behind(step: Step, made: dict[int, Step]) -> set[str]:
+    """The names of the steps in front of a step, past views and casts; none where one of them is guarded."""
+    found = [each for value in step.inputs for each in through(made.get(value.number), made)]
+    return set() if any(map(epsilon, found)) else {each.name for each in found}
 
 
 def through(step: Step | None, made: dict[int, Step]) -> Iterator[Step]:
@@ -65,11 +79,13 @@ def through(step: Step | None, made: dict[int, Step]) -> Iterator[Step]:
 
 def epsilon(step: Step) -> float:
     """The small positive number that a step adds, or clamps to; 0 where it does neither."""
-    if step.name in ("add", "add_", "clamp", "clamp_min", "clip", "clamp_", "clamp_min_"):
-        low = step.kwargs.get("min", step.args[1] if len(step.args) > 1 else 0)
-        if isinstance(low, (int, float)) and low > 0:
-            return float(low)
-    return 0.0
+    low = _low(step) if step.name in ("add", "add_", *_CLAMPS) else None
+    return float(low) if isinstance(low, (int, float)) and low > 0 else 0.0
+
+
+def _low(step: Step) -> Any:
+    """What a step adds, or clamps to from below."""
+    return step.kwargs.get("min", step.args[1] if len(step.args) > 1 else None)
 
 
 def called(evidence: Evidence) -> dict[tuple[str, Place | None], list[Activation]]:
