@@ -89,6 +89,11 @@ def test_nothing_is_said_of_what_low_precision_holds(name):
     assert run_in_half(subject(KEPT[name])) == []
 
 
+def test_what_is_made_of_an_overflow_is_not_told_of_again():
+    losses = run_in_half(subject(lambda x: torch.where(x > 0, x, -9e15 * torch.ones_like(x)).softmax(-1)))
+    assert [(loss.slip.kind, loss.operator) for loss in losses] == [("overflow", "mul")]
+
+
 class Mixes(nn.Module):
     def __init__(self):
         super().__init__()
