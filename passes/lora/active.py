@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch.fx as fx
 from torch import nn
 
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule
-from passes.lora.adapter import BASE, Adapter, Beside, LayerAdapter
+from passes.lora.adapter import BASE, Adapter, Beside
+from passes.lora.samples import without_samples
 from passes.lora.targets import nearest_names
 
 
@@ -123,52 +122,24 @@ def disable(module: nn.Module) -> None:
         adapter.batch = ()
 
 
-def _without_samples(module: nn.Module) -> Iterator[Adapter]:
-    """The adapters that something is given which does not come from the inputs."""
-    for captured in module.modules():
-        for graph in captured.graphs.values() if isinstance(captured, GraphModule) else ():
-            known = _with_samples(graph)
-            for node in graph.nodes:
-                called = captured.get_submodule(str(node.target)) if node.op == "call_module" else None
-                if isinstance(called, LayerAdapter) and node.args[0] not in known:
-                    yield called
-
-
-def _with_samples(graph: fx.Graph) -> set[fx.Node]:
-    """The values that come from the inputs, or have their number of samples."""
-    found = set[fx.Node]()
-    for node in graph.nodes:
-        of_sizes = node.target is operator.getitem and getattr(node.args[0], "target", None) in ("size", getattr)
-        sizes = node.target == "size" or of_sizes
-        if sizes and node.args[1:] not in ((), (0,)):  # another size than the number of samples
-            continue
-        if node.target is getattr and node.args[1] in ("device", "dtype"):
-            continue
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 @contextmanager
 def mixed_batch(module: nn.Module, each: Sequence[str]) -> Iterator[None]:
     """In this context each sample of a batch has its own adapter, by name; `base` stands for none.
 
-    Samples are counted along the first axis, in all layers.
+    Samples are counted along the first axis, of the inputs and in all layers.
 
     Raises:
-        PassError: a name that no adapter has, an adapter of a layer that sees no samples, or the weights hold adapters.
+        PassError: a name that no adapter has, an adapter of a layer that sees no samples, or along another axis, or the
+            weights hold adapters.
     """
     known = names(module)
     for name in each:
         if name != BASE and name not in known:
             raise PassError(f"no adapter is called '{name}'; there are {', '.join(map(repr, known))}, and 'base'")
     found = unmerged(module)
-    for adapter in _without_samples(module):
-        if not set(each).isdisjoint(adapter.names):
-            raise PassError(
-                f"'{adapter.name}' sees no samples, since what it is given does not come from the inputs, as positions "
-                "don't: in a mixed batch it can't have adapters; leave it out by 'exclude'"
-            )
+    for layer, why in without_samples(module):
+        if not set(each).isdisjoint(layer.names):
+            raise PassError(f"'{layer.name}' {why}: in a mixed batch it can't have adapters; leave it out by 'exclude'")
     before = [adapter.batch for adapter in found]
     try:
         for adapter in found:

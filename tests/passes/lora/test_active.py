@@ -341,6 +341,53 @@ def test_a_mixed_batch_where_positions_are_embedded(
         assert torch.allclose(module(x)[0], expected, atol=1e-6)
 
 
+class Turns(nn.Module):
+    """Its second layer sees steps before samples."""
+
+    def __init__(self, turn: Callable[[torch.Tensor], torch.Tensor], back: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.turn, self.back = turn, back
+        self.first, self.norm, self.second, self.last = (
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.turn(self.first(x))
+        return self.last(self.back(self.second(self.norm(y) + y[:1])))
+
+
+@pytest.mark.parametrize(
+    ("turn", "back", "is_turned"),
+    [
+        (lambda x: x.transpose(0, 1), lambda x: x.transpose(1, 0), True),
+        (lambda x: torch.permute(x, (1, 0, 2)), lambda x: x.permute(-2, 0, 2), True),
+        (lambda x: x.transpose(1, 2).transpose(1, 2), lambda x: x, False),
+        (lambda x: x.view(2, 4, 2, 4).permute(2, 0, 1, 3)[0].repeat(1, 1, 2), lambda x: x, False),
+        (lambda x: x.transpose(0, 1).reshape(4, 2, 8).transpose(0, 1).contiguous(), lambda x: x, False),
+        (lambda x: x[None].transpose(0, 1)[:, 0], lambda x: x, False),
+        (lambda x: torch.stack([x, x]).transpose(0, 1)[:, 0], lambda x: x, False),
+    ],
+)
+def test_a_mixed_batch_where_samples_are_not_along_the_first_axis(
+    turn: Callable[[torch.Tensor], torch.Tensor], back: Callable[[torch.Tensor], torch.Tensor], is_turned: bool
+) -> None:
+    x = torch.randn(2, 4, 8)
+    module = capture(Turns(turn, back).eval(), (x,)).module
+    inject(module, LoRA(adapter="first"))
+    if is_turned:
+        with (
+            pytest.raises(PassError, match="'second' sees samples along axis 1"),
+            mixed_batch(module, ["first", "base"]),
+        ):
+            pass
+        return
+    with torch.no_grad(), mixed_batch(module, ["first", "base"]):
+        module(x)
+
+
 def test_a_whole_weight_takes_no_mixed_batch() -> None:
     x = torch.randn(2, 4, 6)
     module = capture(Recurrents().eval(), (x,)).module
