@@ -32,6 +32,12 @@ def available(points: Iterable[EntryPoint] | None = None) -> Mapping[str, type[P
     return _installed() if points is None else _collect(points)
 
 
+def load_own() -> None:
+    """Import the library that comes with fxopt, which a directory on the path of imports may have another one of."""
+    for point in entry_points(group=GROUP, name="fxopt"):
+        point.load()
+
+
 @functools.cache
 def _installed() -> Mapping[str, type[Pass]]:
     points = entry_points(group=GROUP)

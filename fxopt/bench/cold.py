@@ -64,11 +64,13 @@ def cold_start(
         "train": train,
         "device": device,
         "threads": threads,
+        "path": list(map(str, sys.path)),
         "started": time.time(),
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "fxopt.bench.cold", json.dumps(order)],
+            # Not what is named as fxopt in that directory.
+            [sys.executable, "-P", "-m", "fxopt.bench.cold", json.dumps(order)],
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -97,6 +99,7 @@ def _measure(order: dict[str, Any]) -> ColdStart:
 
     from fxopt.target import load
 
+    sys.path[:] = order["path"]
     began = time.perf_counter()
     if order["threads"] is not None:
         torch.set_num_threads(order["threads"])

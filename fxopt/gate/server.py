@@ -67,7 +67,7 @@ def started(python: str, log: Path) -> Server:
     with log.open("a", encoding="utf-8") as said:
         try:
             process = subprocess.Popen(
-                [python, "-m", "fxopt.gate.worker"],
+                [python, "-P", "-m", "fxopt.gate.worker"],  # not what is named as fxopt in the current directory
                 stdin=subprocess.PIPE,
                 stdout=said,
                 stderr=said,

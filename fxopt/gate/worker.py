@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from fxopt.errors import FxoptError
 from fxopt.gate.server import STACK
 from fxopt.gate.side import Side
+from fxopt.registry import load_own
 
 
 def listen(lines: Iterable[str]) -> None:
@@ -43,8 +44,8 @@ def listen(lines: Iterable[str]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in lines:
         if os.fork() == 0:
-            with contextlib.suppress(OSError):
-                os.close(0)
+            # A model that asks for input is told that there is none; of the orders it must not read any.
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             _serve_alone(json.loads(line))
     # Nobody is there any more: the gate was killed. Forks that are busy would not notice for long.
     if os.getpgrp() == os.getpid():
@@ -62,7 +63,7 @@ def serve(order: dict[str, Any], side: Side | None = None) -> None:
             # Where memory comes to lie changes speed by a percent or two: each process gets another layout.
             padding = [bytearray(size) for size in _sizes(order["seed"])]
             if side is None:
-                _move(Path(order["directory"]), order["moved"], order["kept"])
+                _move(order)
                 side = Side(order)
             connection.send_bytes(json.dumps({"value": None}).encode())
             _answer(connection, side)
@@ -115,17 +116,18 @@ def _answering(connection: Connection) -> Iterator[None]:
         connection.send_bytes(json.dumps(answer).encode())
 
 
-def _move(directory: Path, moved: list[list[str]], kept: list[str]) -> None:
+def _move(order: dict[str, Any]) -> None:
     """Go there; what was importable from the other checkout, but for environments in it, is imported from this one."""
-    os.chdir(directory)
-    environments = [Path(sys.prefix).resolve(), *map(Path, kept)]
-    for source, target in moved:
+    os.chdir(order["directory"])
+    environments = [Path(sys.prefix).resolve(), *map(Path, order["kept"])]
+    for source, target in order["moved"]:
         for index, entry in enumerate(sys.path):
             path = Path(entry or ".").resolve()
             if path.is_relative_to(source) and not any(map(path.is_relative_to, environments)):
                 sys.path[index] = str(Path(target) / path.relative_to(source))
-        sys.path.insert(0, target)
-    sys.path.insert(0, str(directory))
+    if order["passes"]:
+        load_own()  # while nothing beside the model can be taken for it
+    sys.path[:0] = [order["directory"], *(target for _, target in order["moved"])]
 
 
 def _sizes(seed: int) -> list[int]:

@@ -9,6 +9,7 @@ import sys
 import jsonschema
 import pytest
 
+from fxopt.bench import cold_start
 from fxopt.record import schema
 
 
@@ -51,6 +52,14 @@ def test_a_cold_start_begins_where_the_command_did(write, tmp_path):
     write("import os\nexample_inputs = torch.randn(2, 3)\nos.chdir('elsewhere')\n")
     done = bench("model.py", "--format", "json", "--batch", "1")
     assert "not_measured" not in json.loads(done.stdout)["cold_start"]
+
+
+def test_a_cold_start_imports_what_the_command_does_and_takes_no_file_for_fxopt(write, tmp_path, monkeypatch):
+    write("import beside\nexample_inputs = torch.randn(2, 3)", "nets/model.py")
+    write("", "beside.py")
+    write("", "fxopt.py")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert cold_start("nets/model.py").first_call > 0
 
 
 @pytest.mark.parametrize(

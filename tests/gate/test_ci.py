@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from fxopt.errors import BaselineError, GateError
-from fxopt.gate import contest, processes
+from fxopt.gate import Job, Plan, contest, processes, run_gate
+from fxopt.gate.contest import Contest
+from fxopt.gate.processes import Launcher
 from fxopt.gate.revision import Repository
 from tests.gate.conftest import MODEL, QUICK, ROOT, SLOWER, Repo
 
@@ -206,6 +208,19 @@ def test_imports_of_the_base_come_from_the_base(repo: Repo):
     target = repo.only(output_error=0.1, code=3, timed=False)
     failed = [check for check in target["checks"] if check["status"] == "failed"]
     assert [(check["name"], check["after"]) for check in failed] == [("output error", "5.0e-01")]
+
+
+@pytest.mark.parametrize("name", ["fxopt", "passes"])
+def test_a_file_with_the_name_of_a_part_of_fxopt_is_not_taken_for_it(repo: Repo, name: str):
+    repo.commit(**{name: "raise ValueError('it was imported')"})
+    repo.patch.chdir(repo.path)
+    with Launcher() as repo.launcher:
+        repo.only(passes="fuse", timed=False)
+
+
+def test_a_model_that_asks_for_input_is_told_that_there_is_none(repo: Repo):
+    repo.commit(model=f"input()\n{MODEL}")
+    assert "EOFError" in repo.only(code=2)["notes"][0]
 
 
 def test_a_base_that_would_run_the_code_of_the_head_is_refused(repo: Repo, tmp_path):
