@@ -150,7 +150,7 @@ def _user_code(doing: str, directory: Path) -> Iterator[None]:
         raise LoadError(f"{doing}: {where}: {error.msg}{line}") from error
     except (Exception, SystemExit) as error:
         where = _location(error, directory)
-        raise LoadError(f"{doing}: {where}{type(error).__name__}: {error}{_advice(error)}") from error
+        raise LoadError(f"{doing}: {where}{type(error).__name__}: {error}{_advice(error, directory)}") from error
     finally:
         sys.path[:] = path
         sys.argv = arguments
@@ -168,7 +168,9 @@ def _location(error: BaseException, directory: Path) -> str:
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}: " if own else ""
 
 
-def _advice(error: BaseException) -> str:
+def _advice(error: BaseException, directory: Path) -> str:
+    if isinstance(error, ImportError) and error.name and (hidden := _hidden(error.name, directory)):
+        return f"; '{hidden}' is not what is imported: another module has that name, so rename it"
     if isinstance(error, ModuleNotFoundError):
         return f"; install it where fxopt runs ({sys.executable})"
     if isinstance(error, ImportError) and "relative import" in str(error):
@@ -176,6 +178,15 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return "; put what should only run as a script under `if __name__ == '__main__':`"
     return ""
+
+
+def _hidden(module: str, directory: Path) -> Path | None:
+    """The file or package of the user's that an installed module of the same name hides."""
+    top = module.partition(".")[0]
+    taken = getattr(sys.modules.get(top), "__file__", None)
+    if taken is None or Path(taken).is_relative_to(directory):
+        return None
+    return next(filter(Path.exists, (directory / f"{top}.py", directory / top)), None)
 
 
 def _similar_file(path: Path) -> str:

@@ -118,6 +118,16 @@ def test_what_is_wrong_is_said(write, source, target, message):
     assert message in fails(target)
 
 
+@pytest.mark.parametrize(
+    ("file", "line"), [("numpy.py", "from numpy import own"), ("numpy/own.py", "import numpy.own")]
+)
+def test_a_file_that_an_imported_module_of_its_name_hides_is_named(write, tmp_path, file, line):
+    write("", file, header="")
+    write(line)
+    hidden = tmp_path / file.partition("/")[0]
+    assert f"'{hidden}' is not what is imported: another module has that name, so rename it" in fails("model.py")
+
+
 def test_a_forward_may_import_what_lies_beside_its_file(write, monkeypatch, tmp_path):
     write("SCALE = 2.0", "beside_the_net.py")
     write("Net.forward = lambda self, x: self.fc(x) * __import__('beside_the_net').SCALE")
