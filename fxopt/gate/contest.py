@@ -119,8 +119,9 @@ class Contest:
         return {"verdict": str(verdict), "latency": latency, "cause": cause, "notes": notes}
 
     def _windows(self, tell: Callable[[str], None]) -> list[Window]:
-        tell("build base and head")
-        prepare_all(self._sides.values(), "build")
+        if not self._job.engine:
+            tell("build base and head")
+            prepare_all(self._sides.values(), "build")
         starts = {side: functools.partial(self._start, side, None, None) for side in self._sides}
         threshold, windows = self._job.limits.latency, list[Window]()
         while not windows or wants_another(windows, threshold, _WINDOWS):
@@ -140,11 +141,11 @@ class Contest:
             "device": job.device,
             "threads": job.threads,
         }
-        # The head first: what neither side has is no new target, but a wrong call.
+        # The head first, here and wherever both are asked: what neither can do is a wrong call, not a lack of the base.
         head, base = self._launcher.start(
             *((self._checkouts[side], order | {"weights": self._weights(side)}) for side in ("head", "base"))
         )
-        self._sides = {"base": base, "head": head}
+        self._sides = {"head": head, "base": base}
         inputs = str(self._launcher.directory / "inputs.pt")
         self._sides["base"].ask("give_inputs", keep=inputs)
         prepare_all(self._sides.values(), "take_inputs", kept=inputs)
@@ -169,7 +170,8 @@ class Contest:
 
     def _start(self, side: str, stages: int | None, changes: int | None) -> Worker:
         worker = self._launcher.twin(self._sides[side])
-        if (stages, changes) != (None, None):
+        # An engine is built by each process that is timed: what it holds does not survive a fork.
+        if self._job.engine or (stages, changes) != (None, None):
             try:
                 worker.prepare("build", stages=stages, changes=changes)
             except BaseException:

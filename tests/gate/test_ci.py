@@ -117,8 +117,11 @@ def test_what_is_held_to_limits_is_what_the_engine_runs(repo: Repo):
     target = repo.only(engine="onednn", timed=False, output_error=1e-4)
     checks = {check["name"]: check for check in target["checks"]}
     assert checks["output error"]["status"] == "ok" and checks["peak memory"]["status"] == "not checked"
-    target = repo.only(engine="cudnn", timed=False, code=5)
-    assert "engine 'cudnn'" in target["notes"][0]
+
+
+def test_an_engine_that_neither_side_can_have_is_a_wrong_call(repo: Repo):
+    target = repo.only(engine="cudnn", timed=False, code=2)
+    assert target["notes"][0].startswith("head: engine 'cudnn'")
 
 
 def test_an_unknown_engine_is_a_wrong_call(repo: Repo):
@@ -148,20 +151,22 @@ def test_a_side_loads_its_own_weights_and_a_base_without_any_those_of_the_head(r
 
 
 @pytest.mark.parametrize(
-    ("more", "loads"),
+    ("more", "engine", "loads"),
     [
-        pytest.param("", 2, id="once a side"),
+        pytest.param("", "", 2, id="once a side"),
+        pytest.param("", "onednn", 2, id="once a side, in whose process no engine is built"),
         pytest.param(
             "\nimport threading, time\nthreading.Thread(target=time.sleep, args=(1e5,), daemon=True).start()\n",
+            "",
             2 + 2 + 9,
             id="once a process where a thread runs, which no fork would have",
         ),
     ],
 )
-def test_what_is_timed_is_a_fork_where_that_is_sound(repo: Repo, tmp_path, more, loads):
+def test_what_is_timed_is_a_fork_where_that_is_sound(repo: Repo, tmp_path, more, engine, loads):
     log = tmp_path / "loads"
     repo.commit(model=f"{MODEL}\nopen({str(log)!r}, 'a').write('x')\n{more}")
-    target = repo.only(passes="clean,fuse", latency=9.0)
+    target = repo.only(passes="clean,fuse", engine=engine, latency=9.0)
     assert target["latency"]["processes"] == 9
     assert len(log.read_text()) == loads
 
