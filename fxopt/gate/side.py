@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from fxopt.evaluation import evaluated
 from fxopt.inputs import Inputs
 from fxopt.pipeline import aimed_at, run_passes
 from fxopt.record import plain
+from fxopt.relative_error import relative_error
 from fxopt.rewriting import run_pass
 from fxopt.target import load
 from fxopt.verify import Oracle
@@ -196,8 +196,7 @@ class Side:
                 return f"the passes fail with the weights of the base: {error}"
         if [one.shape for one in outputs] != [one.shape for one in other["outputs"]]:
             return "the outputs have other shapes than in the base"
-        errors = [_relative(*pair) for pair in zip(outputs, other["outputs"], strict=True)]
-        return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+        return max(map(relative_error, other["outputs"], outputs), default=0.0)
 
     def _hold_still(self, cores: Sequence[int] | None = None) -> None:
         """Until the process ends, as many threads as are asked for, and nothing that disturbs."""
@@ -238,13 +237,6 @@ class Side:
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-
-
-def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    one, two = mine.double(), theirs.double()
-    scale = float(two.abs().max()) if two.numel() else 0.0
-    gap = float((one - two).abs().max()) if two.numel() else 0.0
-    return gap / scale if scale else gap
 
 
 def _graph(module: Any) -> list[dict[str, str]]:

@@ -506,6 +506,24 @@ def test_inputs_that_are_objects_are_the_same_on_both_sides(repo: Repo):
     assert repo.only("model.py", timed=False)["inputs"] == "4x3x16x16 float32, Cache(1 float32)"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "error"),
+    [
+        ("torch.view_as_complex(y)", "torch.view_as_complex(y * torch.tensor([1.0, 2.0]))", True),
+        ("y.masked_fill(y > 0, float('-inf'))", "y.masked_fill(0 < y, float('-inf'))", False),
+    ],
+    ids=["an imaginary part counts", "equal infinities are no error"],
+)
+def test_outputs_of_every_kind_of_number_are_compared(repo: Repo, before, after, error):
+    text = MODEL.replace("return self.fc(self", "y = self.fc(self") + "\n"
+    returns = text.replace(".mean((2, 3)))", ".mean((2, 3)))\n        return {}")
+    repo.commit(model=returns.format(before))
+    repo.write(model=returns.format(after))
+    target = repo.only(timed=False, output_error=1e-3, code=3 if error else 0)
+    (check,) = [check for check in target["checks"] if check["name"] == "output error"]
+    assert check["status"] == ("failed" if error else "ok")
+
+
 def test_the_mode_that_evaluate_leaves_is_not_that_of_the_outputs(repo: Repo):
     repo.commit(model=MODEL + "\ndef evaluate(module): return {'one': 1.0}\n")
     repo.write(model=MODEL + "\ndef evaluate(module):\n    module.train()\n    return {'one': 1.0}\n")
