@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -138,9 +139,9 @@ def _value_difference(
         same = type(expected) is type(found) and (expected is found or bool(expected == found))
         if widened and isinstance(expected, torch.dtype) and expected in _WIDE and isinstance(found, torch.dtype):
             same = True
-        if isinstance(expected, float) and isinstance(found, float):
-            same = same or (math.isnan(expected) and math.isnan(found))
-            finite = math.isfinite(expected) and math.isfinite(found)
+        if any(isinstance(expected, kind) and isinstance(found, kind) for kind in (float, complex)):
+            same = same or (cmath.isnan(expected) and cmath.isnan(found))
+            finite = cmath.isfinite(expected) and cmath.isfinite(found)
             error = 0.0 if same else abs(expected - found) / (abs(expected) or 1.0) if finite else math.inf
             return Difference(error, _allowed(promise, {torch.float32, *dtypes}), what)
         return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")

@@ -336,9 +336,12 @@ def test_values_without_a_hash_are_compared_with_those_of_a_float64_run(value, e
         (math.nan, 1.0, math.inf),
         (1.0, math.inf, math.inf),
         (2.0, 1.0, 0.5),
+        (complex(math.nan, 1), complex(math.nan, 1), 0.0),
+        (complex(1, math.nan), 1j, math.inf),
+        (3 + 4j, 3 + 3j, 0.2),
     ],
 )
-def test_numbers_that_are_not_finite_differ_from_others_alone(expected: float, found: float, error: float) -> None:
+def test_numbers_that_are_not_finite_differ_from_others_alone(expected: complex, found: complex, error: float) -> None:
     before, after = (Outcome((each,), None, {}, {}) for each in (expected, found))
     assert compare_outcomes([before], [after], Promise.CLOSE).error == error
 

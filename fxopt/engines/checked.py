@@ -38,7 +38,7 @@ def checked(executable: Executable, run: Run, inputs: Inputs) -> float:
     rounding = max(rounding_of_torch(place), executable.rounding if engine.integers else 0.0)
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected[0], found[0], strict=True)):
-        if isinstance(want, float) and isinstance(got, float):  # what `item()` made of a tensor
+        if isinstance(want, (float, complex)) and isinstance(got, (float, complex)):  # what `item()` made of a tensor
             want, got = torch.tensor(want), torch.tensor(got)
         if not isinstance(want, torch.Tensor):
             if type(want) is not type(got) or want != got:
