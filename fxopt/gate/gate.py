@@ -95,7 +95,8 @@ def run_gate(
                 sides = stack.enter_context(_both_sides(repository, commit, plan, tell, launcher))
             one = Contest(job, *sides, files=repository.changed_files(commit), locked=known.get(job.name))
             result = one.run(plan.find_causes, lambda stage, name=name: tell(f"{name}: {stage}"))  # type: ignore[misc]
-            journal.add(asdict(job), result)
+            if EXIT_CODES.get(result["verdict"], 0) in (0, EXIT_CODES["REGRESSION"]):
+                journal.add(asdict(job), result)  # what failed may be repaired by then, as by installing a package
             found.append(result)
         journal.remove()
     return {

@@ -469,6 +469,33 @@ def test_targets_of_a_file_are_resumed_where_a_run_was_stopped(repo: Repo):
     assert "found by the run before" not in repo.ci().stderr
 
 
+def test_what_failed_is_tried_again_by_a_run_that_goes_on(repo: Repo, monkeypatch):
+    """It may be the environment that was repaired meanwhile."""
+    broken, stopped = repo.path.parent / "broken", [True]
+    broken.touch()
+    repo.commit(
+        model=f"import os\nif os.path.exists({str(broken)!r}): raise OSError('not there')\n{MODEL}", other=MODEL
+    )
+    jobs = tuple(Job(name, name, timed=False) for name in ("other.py", "model.py", "other.py:model"))
+
+    def stop(self: Contest, *arguments: Any) -> dict[str, Any]:
+        if self._job.name == "other.py:model" and stopped:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    run = Contest.run
+    monkeypatch.setattr(Contest, "run", stop)
+    monkeypatch.chdir(repo.path)
+    with pytest.raises(KeyboardInterrupt):
+        run_gate(Plan(jobs, "HEAD", repo.path), launcher=repo.launcher)
+    broken.unlink()
+    stopped.clear()
+    said: list[str] = []
+    record = run_gate(Plan(jobs, "HEAD", repo.path), said.append, repo.launcher)
+    assert [target["verdict"] for target in record["targets"]] == ["OK"] * 3
+    assert [text for text in said if "found by the run before" in text] == ["1/3 other.py: found by the run before"]
+
+
 def test_an_untracked_file_that_is_written_anew_is_another_change(repo: Repo, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(repo.path)
     assert Repository.here().changes() == ""
