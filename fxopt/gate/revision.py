@@ -63,12 +63,14 @@ class Repository:
         if done.returncode == 0:
             return done.stdout.strip()
         advice = "`git branch --all` and `git tag` list what there is"
+        if revision == "HEAD":
+            advice = "nothing was committed there yet: commit the model first"
         remote, slash, branch = revision.partition("/")
         if slash and remote in _git(self.root, "remote").stdout.split():
             advice = f"`git fetch {remote} {branch}` gets it, if it is there"
         elif _git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
             advice = "this clone is shallow: fetch the history first, by `git fetch --unshallow` or `fetch-depth: 0`"
-        raise GateError(f"--base: there is no commit '{revision}' in '{self.root}'; {advice}")
+        raise GateError(f"there is no commit '{revision}' in '{self.root}'; {advice}")
 
     def changes(self) -> str:
         """What the working tree holds beyond its commit, as a diff; untracked files by what tells that one was written.
@@ -143,7 +145,9 @@ def compare_with(repository: Repository, base: str) -> str:
 
 def _check_out(root: Path, commit: str, tree: Path) -> None:
     """Put a commit of the repository at `root` into a new or empty directory, and those of its submodules below."""
-    done = _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+    # A hook of the user's is for their own working tree: one may install packages, and one that fails stops git.
+    quietly = ("-c", f"core.hooksPath={os.devnull}")
+    done = _git(root, *quietly, "worktree", "add", "--detach", "--quiet", str(tree), commit)
     if done.returncode != 0:
         raise GateError(f"cannot check out '{commit}' of '{root}' beside the working tree: {done.stderr.strip()}")
     for path in _submodules(root):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -629,6 +630,18 @@ def test_wrong_calls(repo: Repo, arguments, code, said):
     assert done.returncode == code, done.stderr + done.stdout
     assert said in done.stderr + " ".join(done.stdout.split()) and "Traceback" not in done.stderr
     assert repo.left_behind() == []
+
+
+def test_a_repository_without_a_commit(make_repo):
+    with pytest.raises(GateError, match="nothing was committed there yet"):
+        make_repo("new").gate()
+
+
+def test_a_hook_of_the_user_is_not_run_for_the_base(repo: Repo):
+    hook = repo.path / ".git" / "hooks" / "post-checkout"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    repo.only(timed=False)
 
 
 def test_a_branch_that_was_never_fetched_says_how_to_get_it(repo: Repo):
