@@ -176,6 +176,8 @@ def test_the_page_in_a_browser(tmp_path):
                 assert screen.locator("h1").inner_text() == "✗ REGRESSION"
                 assert screen.locator("svg[role=img]").count() == 5
                 assert all(plot.bounding_box()["width"] > 500 for plot in screen.locator("svg").all())
+                said = screen.get_by_text("failed: 890.0 % more").bounding_box()
+                assert said["x"] + said["width"] <= width, "a check can be read without scrolling"
                 changed = screen.locator("tr.changed").first.locator("td").all_inner_texts()
                 assert changed == ["+", "", "stem.1 = BatchNorm2d model.py:13"]
                 screen.screenshot(path=tmp_path / f"{width}.png", full_page=True)

@@ -19,22 +19,28 @@ def distributions(times: Mapping[str, Sequence[float]]) -> str:
     figure, axes = _figure(3.0)
     both = np.concatenate([np.asarray(times["base"]), np.asarray(times["head"])]) * 1e3
     # A stalled call would squeeze all the others into one bin.
-    edges = np.linspace(both.min(), np.quantile(both, 0.98), 41)
+    bins = min(40, round(2 * len(both) ** 0.5))
+    edges = np.linspace(both.min(), np.quantile(both, 0.98), bins + 1)
+    medians = {side: float(np.median(times[side])) * 1e3 for side in ("base", "head")}
     for side, style, colour in (("base", "-", "#1b5e8c"), ("head", "--", "#b3450f")):
-        values = np.clip(np.asarray(times[side]) * 1e3, edges[0], edges[-1])
-        counts, _ = np.histogram(values, edges)
+        counts, _ = np.histogram(np.clip(np.asarray(times[side]) * 1e3, edges[0], edges[-1]), edges)
         axes.stairs(counts, edges, linestyle=style, color=colour, linewidth=1.6)
-        median = float(np.median(values))
+        median = medians[side]
         axes.axvline(median, linestyle=style, color=colour, linewidth=1)
+        # The label of the smaller one stands before it, that of the other behind.
+        first = (median, side) == min((other, name) for name, other in medians.items())
         axes.annotate(
             f"{side} {words.duration(median)}",
-            (median, 1.0 if side == "base" else 0.88),
+            (median, 1.0),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            xytext=(4, -10),
+            xytext=(-4 if first else 4, -10),
+            horizontalalignment="right" if first else "left",
             color=colour,
             fontsize=9,
         )
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.15)  # for the labels
     axes.set_xlabel("milliseconds a call (the slowest 2 % are in the last bin)")
     axes.set_ylabel("samples")
     return _svg(figure, "How long calls of the base and of the head took")
