@@ -11,6 +11,10 @@ from fxopt.report.section import Section, Table
 
 _WIDTH = 100
 _INDENT = "  "
+_GAP = "  "
+"""Between two columns of a grid."""
+_NARROWEST = 12
+"""Characters that are left of a column whose cells are broken into lines."""
 
 
 def table(sections: Sequence[Section]) -> str:
@@ -31,17 +35,21 @@ def _lines(section: Section) -> Iterator[str]:
 
 def _grid(content: Table) -> str:
     align = ["right" if index in content.right else "left" for index in range(len(content.headings))]
-    text = tabulate(content.rows, content.headings, tablefmt="simple", colalign=align, disable_numparse=True)
+    least = [len(heading + _GAP) for heading in content.headings]  # as wide as tabulate makes them
+    columns = zip(content.headings, *content.rows, strict=True)
+    widths = [max(each, *map(len, cells)) for each, cells in zip(least, columns, strict=True)]
+    over = len(_INDENT + _GAP.join("." * width for width in widths)) - _WIDTH
+    for column in sorted(range(len(widths)), key=lambda column: -widths[column]):
+        cut = min(over, widths[column] - max(least[column], _NARROWEST))
+        widths[column], over = widths[column] - max(cut, 0), over - max(cut, 0)
+    rows = [["\n".join(_broken(cell, width)) for cell, width in zip(row, widths, strict=True)] for row in content.rows]
+    text = tabulate(rows, content.headings, tablefmt="simple", colalign=align, disable_numparse=True)
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def _wrapped(start: str, text: str) -> list[str]:
-    lines = textwrap.wrap(
-        text,
-        width=_WIDTH,
-        initial_indent=start,
-        subsequent_indent=" " * len(start),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return lines or [start.rstrip()]
+    return _broken(text, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+
+
+def _broken(text: str, width: int, **indents: str) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **indents)

@@ -11,8 +11,8 @@ from fxopt.record.shape import LatencyRecord, Number
 
 def machine(found: Mapping[str, Any]) -> str:
     """A fingerprint in one line: CPU, then software."""
-    cpu = f"{found.get('cpu', 'unknown CPU')}, {found.get('cores', '?')} cores, {found.get('cpu_capability', '')}"
-    threads = f"{found.get('threads', '?')} threads"
+    cpu = f"{found['cpu']}, {number_of(found['cores'], 'core')}, {found['cpu_capability']}"
+    threads = number_of(found["threads"], "thread")
     if "interop_threads" in found:
         threads += f", {number_of(found['interop_threads'], 'operator')} at once"
     return f"{cpu}; torch {found.get('torch', '?')}, {threads}, {found.get('os', '?')}"

@@ -39,6 +39,15 @@ def test_table_and_markdown_say_the_verdict_the_cause_and_the_rest():
         assert "+0.1 % after the model itself" in text
 
 
+def test_the_terminal_is_narrow():
+    record = example()
+    record["targets"][0]["latency"]["verdict"] = "INCONCLUSIVE"
+    record["targets"][0]["checks"][0]["message"] = "more than is allowed of it " * 6
+    text = render(record)
+    assert max(map(len, text.splitlines())) <= 100
+    assert " ".join(text.split()).count("more than is allowed") == 12
+
+
 def test_a_new_target_is_noted_and_not_called_wrong():
     record = example()
     record["targets"] = [target for target in record["targets"] if target["verdict"] == "new"]
