@@ -19,7 +19,8 @@ def survey_sections(record: Mapping[str, Any]) -> list[Section]:
     for device, measured in record["devices"].items():
         if "not_measured" not in measured:
             found += [_throughput(device, measured), *_profile(device, measured)]
-    return [*found, _memory(record), _cold(record)]
+    found += [_memory(record), _cold(record)]
+    return [section for section in found if section.facts or section.table or section.notes]
 
 
 def _latency(record: Mapping[str, Any]) -> Section:
