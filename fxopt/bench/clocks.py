@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Clocks:
 
 
 ReadClocks = Callable[[], Clocks]
+_SAME = 0.01
+"""Share by which the clocks of two sides may differ and their times still be compared."""
 
 
 def clock_reader(device: torch.device) -> ReadClocks | str:
@@ -56,6 +59,11 @@ def median_clocks(readings: Sequence[Clocks]) -> Clocks:
     """What one arm ran at: the median clock, and whatever held it back at any time."""
     reasons = dict.fromkeys(reason for reading in readings for reason in reading.throttled)
     return Clocks(statistics.median(reading.sm_mhz for reading in readings), tuple(reasons))
+
+
+def clocks_differ(one_mhz: float, other_mhz: float) -> bool:
+    """Whether times taken at the one clock say nothing beside those taken at the other."""
+    return abs(math.log(one_mhz / other_mhz)) > math.log1p(_SAME)
 
 
 def _handle(pynvml: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from fxopt.bench.clocks import Clocks, median_clocks
 from fxopt.bench.cuda import CudaTimer
 from fxopt.bench.device import measurable
 from fxopt.bench.drift import drift_notes
-from fxopt.bench.statistics import median_interval
+from fxopt.bench.statistics import median_interval, preemption_notes
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Sample, Timer
 from fxopt.inputs import Inputs
@@ -118,7 +118,7 @@ def measure_latency(
         preempted=preempted,
         wall_ms=1e3 * statistics.median(walls) if walls else None,
         clocks=median_clocks(clocks) if clocks else None,
-        notes=(*_alarms(times, preempted), *clock.limits),
+        notes=(*preemption_notes(preempted, "calls", had_threads), *drift_notes(times), *clock.limits),
     )
 
 
@@ -127,12 +127,3 @@ def percentile(times: Sequence[float], part: float, fewest: int) -> float | None
     if len(times) < fewest:
         return None
     return 1e3 * sorted(times)[math.ceil(part * len(times)) - 1]
-
-
-def _alarms(times: Sequence[float], preempted: float | None) -> list[str]:
-    notes = []
-    if preempted is not None and preempted > 0.3:
-        notes.append(
-            f"{100 * preempted:.0f} % of the calls were preempted: fewer threads or a quiet machine would help"
-        )
-    return [*notes, *drift_notes(times)]

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fxopt.bench.clocks import Clocks
+from fxopt.bench.clocks import Clocks, clocks_differ
 
 FEWEST_PAIRS = 6
 """Fewer pairs carry no 95 % statement: even if all agree, chance does that once in 2 ** (pairs - 1)."""
 
-
-_SAME_CLOCK = 0.01
-"""Share by which the clocks of two arms may differ and their times still be compared."""
+_CROWDED = 0.3
+"""Share of times with an interruption from which on that is worth a word."""
 
 
 class Verdict(enum.StrEnum):
@@ -195,11 +194,11 @@ def hold_clocks(judgement: Judgement, before: Clocks, after: Clocks) -> Judgemen
         if clocks.throttled:
             notes.append(f"the GPU was held back while {name!r} ran: {', '.join(clocks.throttled)}")
     verdict = judgement.verdict
-    if abs(math.log(after.sm_mhz / before.sm_mhz)) > math.log1p(_SAME_CLOCK):
+    if clocks_differ(before.sm_mhz, after.sm_mhz):
         verdict = Verdict.INCONCLUSIVE
         notes.append(
-            f"the GPU ran at {before.sm_mhz:.0f} MHz before and {after.sm_mhz:.0f} MHz after, more than "
-            f"{_percent(_SAME_CLOCK)} apart: `nvidia-smi --lock-gpu-clocks` holds it still"
+            f"the GPU ran at {before.sm_mhz:.0f} MHz before and {after.sm_mhz:.0f} MHz after, too far apart to be "
+            "compared: `nvidia-smi --lock-gpu-clocks` holds it still"
         )
     return Judgement(verdict, judgement.noise_floor, tuple(notes))
 
@@ -223,10 +222,15 @@ def _advice(
         notes.append(
             f"the difference is about as large as the margin of {_percent(margin)}: a smaller margin would tell"
         )
-    if preempted is not None and preempted > 0.3:
-        fewer = "fewer threads or " if threads > 1 else ""
-        notes.append(f"{_percent(preempted)} of the pairs were preempted: {fewer}a quiet machine would help")
-    return notes
+    return [*notes, *preemption_notes(preempted, "pairs", threads)]
+
+
+def preemption_notes(preempted: float | None, what: str, threads: int) -> list[str]:
+    """What to do where the system took a core away in many of the pairs, or calls."""
+    if preempted is None or preempted <= _CROWDED:
+        return []
+    fewer = "fewer threads or " if threads > 1 else ""
+    return [f"{_percent(preempted)} of the {what} were preempted: {fewer}a quiet machine would help"]
 
 
 def _percent(share: float) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Sequence
 
+from fxopt.bench.clocks import clocks_differ
 from fxopt.bench.drift import drift_notes
-from fxopt.bench.statistics import FEWEST_PAIRS
+from fxopt.bench.statistics import FEWEST_PAIRS, preemption_notes
 from fxopt.gate.window import Window, joined
-
-_SAME_CLOCK = 0.01
 
 
 class GateVerdict(enum.StrEnum):
@@ -53,7 +51,7 @@ def judge_windows(windows: Sequence[Window], threshold: float) -> GateVerdict:
     INCONCLUSIVE.
     """
     everything = joined(windows)
-    if clocks_differ(everything) or len(everything.times("base")) < FEWEST_PAIRS:
+    if _at_other_clocks(everything) or len(everything.times("base")) < FEWEST_PAIRS:
         return GateVerdict.INCONCLUSIVE
     ratio = everything.effect.ratio
     beyond_noise, seen = max(ratio, 1 / ratio) - 1 > everything.noise.reach, 0
@@ -66,17 +64,11 @@ def judge_windows(windows: Sequence[Window], threshold: float) -> GateVerdict:
     return GateVerdict.OK if tight and (seen == 0 or len(windows) > 2) else GateVerdict.INCONCLUSIVE
 
 
-def clocks_differ(window: Window) -> bool:
-    """Whether the GPU ran the two sides at clocks that are too far apart."""
-    clocks = window.clocks
-    return clocks is not None and abs(math.log(clocks["head"] / clocks["base"])) > math.log1p(_SAME_CLOCK)
-
-
 def advice(window: Window, threshold: float, threads: int) -> list[str]:
     """What would help where it is inconclusive."""
     notes = []
     effect, noise = window.effect, window.noise
-    if clocks_differ(window):
+    if _at_other_clocks(window):
         notes.append("the GPU ran the two sides at different clocks: `nvidia-smi --lock-gpu-clocks` holds it still")
     if noise.reach > threshold:
         notes.append(
@@ -87,9 +79,8 @@ def advice(window: Window, threshold: float, threads: int) -> list[str]:
         notes.append(f"the interval is {100 * effect.width:.1f} % wide: a larger --budget would help")
     else:
         notes.append(f"the difference is about as large as the threshold of {100 * threshold:.1f} %")
-    if (window.preempted or 0) > 0.3:
-        fewer = "fewer --threads or " if threads > 1 else ""
-        notes.append(
-            f"{100 * (window.preempted or 0):.0f} % of the pairs were preempted: {fewer}a quiet machine would help"
-        )
-    return [*notes, *drift_notes(window.times("base"))]
+    return [*notes, *preemption_notes(window.preempted, "pairs", threads), *drift_notes(window.times("base"))]
+
+
+def _at_other_clocks(window: Window) -> bool:
+    return window.clocks is not None and clocks_differ(window.clocks["base"], window.clocks["head"])
