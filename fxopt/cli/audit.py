@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fxopt.cli.options import Debug, InputTexts, Quiet
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
 from fxopt.cli.stdout import kept_for_the_report
@@ -37,10 +38,7 @@ def audit(
         list[str] | None,
         typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET..."),
     ] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
-    ] = None,
+    inputs: InputTexts = None,
     style: Annotated[Style, typer.Option("--format", help="How to print.")] = Style.TEXT,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 at findings as bad as this.")] = FailOn.ERROR,
     baseline: Annotated[Path | None, typer.Option(help="Accept the findings listed there.", metavar="FILE")] = None,
@@ -54,8 +52,8 @@ def audit(
     ] = False,
     rules: Annotated[bool, typer.Option("--rules", help="List all rules.")] = False,
     explain: Annotated[str | None, typer.Option(help="Explain a rule.", metavar="RULE")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Find buffer, device, registration, numerics, training and deployment faults, at your own line."""
     if write and not fix:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxopt.cli.formats import MOST_THREADS, Format
+from fxopt.cli.options import MOST_THREADS, Debug, Format, InputTexts, Quiet, Style, TargetName
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
@@ -21,12 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-TargetName = Annotated[
-    str, typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET")
-]
-InputTexts = Annotated[
-    list[str] | None, typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.")
-]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU.", min=1, max=MOST_THREADS)]
 Budget = Annotated[float, typer.Option(help="Time to measure: `10s`.", parser=seconds, metavar="SECONDS")]
@@ -34,9 +28,6 @@ StoreFile = Annotated[Path, typer.Option("--file", help="The file of baselines."
 Branch = Annotated[
     str | None, typer.Option("--branch", help="Keep them on this git branch instead of a file.", metavar="NAME")
 ]
-Style = Annotated[Format, typer.Option("--format", help="How to print.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print the report only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 _FILE = Path("fxopt-baselines.jsonl")
 

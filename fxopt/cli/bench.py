@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from fxopt.cli.formats import MOST_SEED, MOST_THREADS, Device, Format
+from fxopt.cli.options import (
+    MOST_THREADS,
+    Debug,
+    Device,
+    Format,
+    InputTexts,
+    Quiet,
+    Seed,
+    Style,
+    TargetName,
+    Train,
+    Weights,
+)
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
@@ -25,16 +37,9 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
 
 
 def bench(
-    target: Annotated[
-        str, typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET")
-    ],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Load these weights first: safetensors or a saved state_dict.", metavar="FILE")
-    ] = None,
+    target: TargetName,
+    inputs: InputTexts = None,
+    weights: Weights = None,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.ALL,
     batches: Annotated[
         str, typer.Option("--batch", help="Batch sizes to measure the throughput at.", metavar="N,N")
@@ -52,11 +57,11 @@ def bench(
         float, typer.Option(help="Time that measuring one device may take: `10s`.", parser=seconds, metavar="SECONDS")
     ] = 10.0,
     cold: Annotated[bool, typer.Option(help="Measure the start of a fresh process too.")] = True,
-    style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)] = 0,
-    train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    style: Style = Format.TABLE,
+    seed: Seed = 0,
+    train: Train = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Measure a model: latency, throughput, memory, cold start, and where the time goes."""
     sizes = _numbers("--batch", batches, 1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxopt.cli.formats import MOST_THREADS, Format
+from fxopt.cli.options import MOST_THREADS, Debug, Format, InputTexts, Quiet, Style
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
@@ -26,10 +26,7 @@ def ci(
     base: Annotated[str, typer.Option(help="The revision that this change started from.", metavar="REV")] = "HEAD",
     passes: Annotated[str | None, typer.Option(help="What to do to both sides first.", metavar="SPEC")] = None,
     engine: Annotated[str | None, typer.Option(help="Run both sides by an engine.", metavar="NAME")] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
-    ] = None,
+    inputs: InputTexts = None,
     weights: Annotated[Path | None, typer.Option(help="Load these weights into both sides.", metavar="FILE")] = None,
     fail_over: Annotated[
         str | None, typer.Option(help="Slow-down from which it fails.", metavar="SHARE", show_default="5%")
@@ -66,7 +63,7 @@ def ci(
     update_lock: Annotated[bool, typer.Option("--update-lock", help="Write the matches to fxopt.lock.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped run has found.")] = False,
     base_python: Annotated[Path | None, typer.Option(help="Interpreter for the base.", metavar="FILE")] = None,
-    style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
+    style: Style = Format.TABLE,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the record there.", metavar="FILE")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML there.", metavar="FILE")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.", metavar="FILE")] = None,
@@ -76,8 +73,8 @@ def ci(
     source_url: Annotated[
         str | None, typer.Option(help="Where lines of code are shown: https://.../{file}#L{line}.", metavar="URL")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Compare the working tree with a revision: latency, accuracy, memory, size, coverage and matches.
 

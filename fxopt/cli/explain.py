@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fxopt.cli.options import Debug, InputTexts, TargetName, Train, Weights
 from fxopt.cli.stdout import kept_for_the_report
 
 
@@ -21,20 +21,13 @@ class Form(enum.StrEnum):
 
 
 def explain(
-    target: Annotated[
-        str, typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET")
-    ],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Load these weights first: safetensors or a saved state_dict.", metavar="FILE")
-    ] = None,
+    target: TargetName,
+    inputs: InputTexts = None,
+    weights: Weights = None,
     form: Annotated[Form, typer.Option("--format", help="How to print.")] = Form.TEXT,
     fake: Annotated[bool, typer.Option("--fake", help="Capture without values, for models too large to run.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    train: Train = False,
+    debug: Debug = False,
 ) -> None:
     """Show the graph of a model by module, what is not in it and why, and what it assumes of the inputs."""
     # What the user's code prints is no part of the answer.

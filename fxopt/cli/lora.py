@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fxopt.cli.options import Debug, InputTexts, Weights
 from fxopt.cli.stdout import kept_for_the_report
 
 app = typer.Typer(help="Show, export and merge adapters.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -18,13 +19,6 @@ TargetName = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Where to write.", metavar="PATH")]
 Name = Annotated[str, typer.Option("--adapter", help="Name of the adapter.", metavar="NAME")]
-InputTexts = Annotated[
-    list[str] | None, typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.")
-]
-Weights = Annotated[
-    Path | None, typer.Option(help="Load these weights first: safetensors or a saved state_dict.", metavar="FILE")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxopt.cli.formats import Format
+from fxopt.cli.options import Format
 
 if TYPE_CHECKING:
     from fxopt.spec import PassDescription

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fxopt.cli.formats import MOST_SEED, MOST_THREADS, Device, Format
+from fxopt.cli.options import (
+    MOST_THREADS,
+    Debug,
+    Device,
+    Format,
+    InputTexts,
+    Quiet,
+    Seed,
+    Style,
+    TargetName,
+    Train,
+    Weights,
+)
 from fxopt.cli.progress import progress
 from fxopt.cli.seconds import seconds
 from fxopt.cli.share import share
@@ -26,27 +38,20 @@ class Run(TyperCommand):
 
 
 def run(
-    target: Annotated[
-        str, typer.Argument(help="model.py, model.py:Name, package.module or package.module:name.", metavar="TARGET")
-    ],
+    target: TargetName,
     passes: Annotated[
         str,
         typer.Option(help="What to do, in order: `fuse,qat{bits=8}`. `fxopt passes` lists them.", metavar="SPEC"),
     ] = DEFAULT_PASSES,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="1x3x224x224, or ids=1x128:int64:0..30000; repeatable.", metavar="INPUT"),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Load these weights first: safetensors or a saved state_dict.", metavar="FILE")
-    ] = None,
+    inputs: InputTexts = None,
+    weights: Weights = None,
     device: Annotated[Device, typer.Option(help="Where to measure the latency.")] = Device.ALL,
-    style: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.TABLE,
+    style: Style = Format.TABLE,
     out: Annotated[
         Path | None, typer.Option(help="Keep the result there: report, weights, recipe and code.", metavar="DIR")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.", min=1, max=MOST_THREADS)] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)] = 0,
+    seed: Seed = 0,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -84,9 +89,9 @@ def run(
             metavar="SECONDS",
         ),
     ] = None,
-    train: Annotated[bool, typer.Option("--train", help="Keep the module in the mode its file left it in.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the report only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    train: Train = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Capture a model, rewrite it by passes, verify each, measure the latency before and after, and report."""
     with progress(quiet) as stage:
