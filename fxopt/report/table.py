@@ -48,8 +48,12 @@ def _grid(content: Table) -> str:
 
 
 def _wrapped(start: str, text: str) -> list[str]:
-    return _broken(text, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+    return _broken(text, _WIDTH, start) or [start.rstrip()]
 
 
-def _broken(text: str, width: int, **indents: str) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **indents)
+def _broken(text: str, width: int, start: str = "") -> list[str]:
+    """Lines of so many characters; the first one begins so, the others below."""
+    below = " " * len(start)
+    return textwrap.wrap(
+        text, width, initial_indent=start, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+    )
