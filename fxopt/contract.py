@@ -70,6 +70,8 @@ class Pass(ABC):
     """Names of passes that can't be in the same pipeline."""
     for_speed: ClassVar[bool] = False
     """Whether it is there to make modules faster: under `--prove` it stays only if they are."""
+    quantizes: ClassVar[bool] = False
+    """Whether it puts quantisers in: `--sensitivity` and `--max-drop` are for these."""
 
     @property
     def bound(self) -> float | None:

@@ -118,8 +118,7 @@ def optimize(
         raise SpecError(
             "max_error: it is for engines, and none is asked for; give one, such as `auto`, or leave it out"
         )
-    # What quantises changes outputs.
-    if (sensitivity or max_drop is not None) and all(each.promise is not Promise.CHANGES for each in pipeline):
+    if (sensitivity or max_drop is not None) and not any(each.quantizes for each in pipeline):
         name = "sensitivity" if sensitivity else "max_drop"
         raise SpecError(f"{name}: it goes with a pass that quantises, and there is none; add one, such as `fuse,ptq`")
     if prove is not None:

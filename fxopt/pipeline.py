@@ -109,7 +109,7 @@ def run_passes(
             _check_bound(each, oracle.error(outcomes, _looser(loosest, each)))
         verify_seconds = time.perf_counter() - began
         proves = prover is not None and each.for_speed and bool(done.changes)
-        ranks = precision is not None and bool(done.changes) and precision.concerns(done.module)
+        ranks = precision is not None and each.quantizes and bool(done.changes)
         if prover and proves:
             done = prover.prove(each, before, done, batches)
         if precision and ranks:

@@ -14,7 +14,6 @@ from fxopt.contract import Change, Pass, Skip
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import FakeQuantize, State
 from fxopt.prove import Proven
 from fxopt.rewriting import run_pass
 from fxopt.sensitivity import sensitivity
@@ -38,11 +37,6 @@ class Precision:
     original: nn.Module
     max_drop: float | None = None
     progress: Callable[[str], None] = lambda stage: None
-
-    def concerns(self, module: nn.Module) -> bool:
-        """Whether there are quantisers that are not final yet."""
-        states = [child.state for child in module.modules() if isinstance(child, FakeQuantize)]
-        return bool(states) and State.FROZEN not in states
 
     def hold(self, each: Pass, before: GraphModule, after: Proven, calibration: Sequence[Inputs]) -> Proven:
         """What is left of a pass that quantised, with the ranking of its layers.

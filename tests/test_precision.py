@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.errors import PassError
+from fxopt.errors import PassError, SpecError
 from fxopt.record import schema
 from fxopt.report import render
-from passes import PTQ, QAT, Clean, Fuse, QuantizeFreeze
+from passes import PTQ, QAT, Clean, Fuse
 from passes.qat import sensitivity
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -136,10 +136,15 @@ def test_what_is_missing_is_named(options: dict[str, object], message: str) -> N
         fxopt.optimize(model(), X, [Clean(), Fuse(), QAT()], devices=(), **options)  # type: ignore[arg-type]
 
 
-def test_a_frozen_module_is_ranked_no_more() -> None:
-    passes = [Fuse(), PTQ(), QuantizeFreeze()]
-    result = fxopt.optimize(model(), X, passes, devices=(), calibration_data=[X])
-    passes = [QAT(), QuantizeFreeze()]
-    again = fxopt.optimize(result.module, X, passes, devices=(), calibration_data=[X], sensitivity=True)
-    assert not any(entry.ranking for entry in again.ledger.entries)
-    assert len(sensitivity(result.module, [X])) == 4
+@pytest.mark.parametrize("behind", ["quantize-freeze", "sparsify"])
+def test_what_a_pass_does_that_quantises_nothing_is_not_ranked(behind: str) -> None:
+    result = held(None, f"ptq,{behind}")
+    quantised, other = result.ledger.entries
+    assert other.changes and not other.ranking
+    assert len(quantised.ranking) == len(sensitivity(result.module, [X])) == 4
+
+
+@pytest.mark.parametrize("passes", ["fuse", "cast{dtype=bf16}", "sparsify,quantize-freeze"])
+def test_an_accuracy_is_held_where_a_pass_quantises_alone(passes: str) -> None:
+    with pytest.raises(SpecError, match="sensitivity: it goes with a pass that quantises, and there is none; add one"):
+        held(0.1, passes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fxopt.contract import Pass
 from fxopt.errors import PassError, SpecError
@@ -18,6 +18,8 @@ from passes.qat.targets import TARGETS, Target
 @dataclass(frozen=True)
 class Quantization(Pass):
     """The options that `qat` and `ptq` share."""
+
+    quantizes: ClassVar[bool] = True
 
     bits: int = field(default=8, metadata={"help": "width of weights and inputs: 2 to 8, or 16"})
     weights: str = field(default="", metadata={"help": "int8, int4, …: of weights, where another than bits"})
