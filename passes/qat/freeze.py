@@ -68,51 +68,57 @@ class QuantizeFreeze(Pass):
 
 def _freeze_inside(node: fx.Node, module: nn.Module, region: Region) -> Iterator[Change | Skip]:
     """Freeze a layer, or those in a module that is called as one."""
-    line, program = source_of(node), region.program
     for path, owner in list(module.named_modules()):
         where = f"{region.qualified(node)}.{path}" if path else region.qualified(node)
-        fakes = {name: child for name, child in owner._modules.items() if isinstance(child, FakeQuantize)}
-        if not fakes:
-            continue
-        with torch.no_grad():
-            shared, own = _on_the_grid(owner, program)
-            bias = {"bias": owner.folded_bias()} if isinstance(owner, Fused) else {}
-        joined = isinstance(owner, Fused) and owner.bn is not None
-        if not shared and not own and not joined and all(map(_rests, fakes.values())):
-            continue  # a run before this one froze it: a schedule of training freezes ranges alone
-        for leaf, weight in shared.items():
-            program.replace_parameter(owner.get_parameter(leaf), weight)
-        frozen = rebuild(owner, type(owner), **own, **bias)
-        if isinstance(frozen, Fused):
-            frozen.reads = ()
-        if isinstance(frozen, nn.RNNBase):
-            frozen.__dict__["_flat_weights"] = [getattr(frozen, name) for name in frozen._flat_weights_names]
-        norm = frozen._modules.pop("bn", None)
-        for name, fake in fakes.items():
-            frozen._modules[name] = _frozen(fake)
-            if not fake.ready:
-                del frozen._modules[name]
-                yield Skip(f"{where}.{name}", _NO_RANGE)
-        program.replace_module(owner, frozen)
-        folded = ", batch norm folded" if norm is not None else ""
-        widths = " and ".join(dict.fromkeys(f"int{fake.bits}" for _, fake in _weights(owner)))
-        yield Change(f"weight on the grid of {widths}{folded}", where, line)
-        for leaf, fake in _weights(owner):
-            rows = frozen.get_parameter(leaf).flatten(1)
-            dead = int((rows == 0).all(1).sum()) if fake.axis == 0 and not isinstance(owner, nn.Embedding) else 0
-            if dead:
-                reason = f"{dead} of its {len(rows)} channels are 0 at int{fake.bits}: they carry nothing"
-                yield Skip(where, reason, line)
+        if any(isinstance(child, FakeQuantize) for child in owner._modules.values()):
+            yield from _freeze_layer(owner, where, source_of(node), region.program)
 
 
-def _on_the_grid(owner: nn.Module, program: Program) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _freeze_layer(owner: nn.Module, where: str, line: str, program: Program) -> Iterator[Change | Skip]:
+    fakes = {name: child for name, child in owner._modules.items() if isinstance(child, FakeQuantize)}
+    with torch.no_grad():
+        shared, own, stays = _on_the_grid(owner, program)
+        bias = {"bias": owner.folded_bias()} if isinstance(owner, Fused) else {}
+    joined = isinstance(owner, Fused) and owner.bn is not None
+    if joined and stays:
+        yield Skip(where, "its batch norm is not folded: what else reads its weight takes it as it is", line)
+        return
+    if not shared and not own and not joined and all(map(_rests, fakes.values())):
+        return  # a run before this one froze it: a schedule of training freezes ranges alone
+    for leaf, weight in shared.items():
+        program.replace_parameter(owner.get_parameter(leaf), weight)
+    frozen = rebuild(owner, type(owner), **own, **bias)
+    if isinstance(frozen, Fused):
+        frozen.reads = ()
+    if isinstance(frozen, nn.RNNBase):
+        frozen.__dict__["_flat_weights"] = [getattr(frozen, name) for name in frozen._flat_weights_names]
+    frozen._modules.pop("bn", None)
+    for name, fake in fakes.items():
+        frozen._modules[name] = _frozen(fake)
+        if not fake.ready:
+            del frozen._modules[name]
+            yield Skip(f"{where}.{name}", _NO_RANGE)
+    program.replace_module(owner, frozen)
+    widths = " and ".join(dict.fromkeys(f"int{fake.bits}" for _, fake in _weights(owner)))
+    how = f"rounded to {widths} at each call, since it is read otherwise too" if stays else f"on the grid of {widths}"
+    yield Change(f"weight {how}{', batch norm folded' if joined else ''}", where, line)
+    for leaf, fake in _weights(owner):
+        rows = frozen.get_parameter(leaf).flatten(1)
+        dead = int((rows == 0).all(1).sum()) if fake.axis == 0 and not isinstance(owner, nn.Embedding) else 0
+        if dead:
+            reason = f"{dead} of its {len(rows)} channels are 0 at int{fake.bits}: they carry nothing"
+            yield Skip(where, reason, line)
+
+
+def _on_the_grid(owner: nn.Module, program: Program) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:
     """The rounded values of the weights of a layer, for all that read them and for the layer alone.
 
     A weight that a node reads otherwise, by the name that it has in the layer, stays as it is: its quantiser rounds it
-    at each call.
+    at each call. The last value says whether there is one.
     """
     shared: dict[str, torch.Tensor] = {}
     own: dict[str, torch.Tensor] = {}
+    stays = False
     for leaf, fake in _weights(owner):
         fake.eval()
         held = owner.get_parameter(leaf)
@@ -124,7 +130,9 @@ def _on_the_grid(owner: nn.Module, program: Program) -> tuple[dict[str, torch.Te
             shared[leaf] = value
         elif all(same for by_name, same in readings if by_name):
             own[leaf] = value
-    return shared, own
+        else:
+            stays = True
+    return shared, own, stays
 
 
 def _readings(parameter: nn.Parameter, program: Program) -> Iterator[tuple[bool, torch.Tensor]]:

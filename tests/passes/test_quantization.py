@@ -874,9 +874,33 @@ class TestFreeze:
         calibrate(program, [tokens])
         with torch.no_grad():
             simulated = program(tokens)
-            assert rewrite(QuantizeFreeze(), program).changes
+            frozen = rewrite(QuantizeFreeze(), program)
             assert torch.equal(program(tokens), simulated)
+            table = program.get_parameter("embed.weight")
+            lies = torch.equal(program.get_submodule("embed.weight_fake_quant")(table), table)
+        (what,) = (change.what for change in frozen.changes if change.where == "embed")
+        assert what.startswith("weight on the grid" if lies else "weight rounded to int")
         assert not rewrite(QuantizeFreeze(), program).changes
+
+    def test_a_norm_stays_whose_layer_has_a_weight_that_is_read_otherwise_too(self) -> None:
+        class Penalised(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.block = ConvBlock(3, 4)
+
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return self.block(x), self.block.conv.weight.square().sum()
+
+        x = torch.randn(*IMAGES)
+        program = captured(Penalised().train(), (x,))
+        rewrite(Fuse(), program)
+        rewrite(QAT(), program)
+        for _ in range(3):
+            program(x)
+        simulated = program.eval()(x)
+        outcome = rewrite(QuantizeFreeze(), program)
+        assert any("its batch norm is not folded" in reason for reason in outcome.reasons)
+        assert_close(program(x), simulated, 0)
 
     def test_tied_layers_stay_tied(self) -> None:
         program = captured(TiedHead().eval(), (TOKENS,))
