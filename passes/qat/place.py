@@ -89,10 +89,10 @@ class _Placing:
             yield Skip(name, why, source_of(node))
         elif isinstance(layer, Affine):
             yield from self._layer(layer)
+        elif (found := factors(node, region)) and (layer is None or any(each.read for each in found)):
+            yield from self._product(node, found)
         elif layer is not None:
             yield layer
-        elif found := factors(node, region):
-            yield from self._product(node, found)
         elif takes_tables(self._target) and (table := added_table(node, region)):
             quantize_parameter(table[0], node, table[1], self._scheme.for_weight, region)
             yield Change(self._scheme.what(True, False), name, source_of(node))

@@ -14,15 +14,15 @@ from torch import nn
 from fxopt.graph import Region, behind_mask, read_parameter
 from passes.qat.insert import calls_fake_quantize
 
-_PAIR = ((0, "input"), (1, "mat2"))
-_BEHIND_A_SUM = ((1, "mat1"), (2, "mat2"))
-_FACTORS: dict[Any, tuple[tuple[int, str], ...]] = {
-    **dict.fromkeys((operator.matmul, torch.matmul, "matmul", "__matmul__"), ((0, "input"), (1, "other"))),
-    **dict.fromkeys((torch.mm, torch.bmm, "mm", "bmm"), _PAIR),
-    **dict.fromkeys((torch.addmm, "addmm"), _BEHIND_A_SUM),
-    **dict.fromkeys((torch.baddbmm, "baddbmm"), ((1, "batch1"), (2, "batch2"))),
-    F.scaled_dot_product_attention: ((0, "query"), (1, "key"), (2, "value")),
+_FACTORS: dict[Any, tuple[tuple[int, str, int], ...]] = {
+    **dict.fromkeys((operator.matmul, torch.matmul, "matmul", "__matmul__"), ((0, "input", 0), (1, "other", 1))),
+    **dict.fromkeys((torch.mm, torch.bmm, "mm", "bmm"), ((0, "input", 0), (1, "mat2", 1))),
+    **dict.fromkeys((torch.addmm, "addmm"), ((1, "mat1", 0), (2, "mat2", 1))),
+    **dict.fromkeys((torch.baddbmm, "baddbmm"), ((1, "batch1", 0), (2, "batch2", 1))),
+    F.scaled_dot_product_attention: ((0, "query", 0), (1, "key", 0), (2, "value", 1)),
+    F.linear: ((0, "input", 0), (1, "weight", 0)),
 }
+"""The arguments that each multiplies: place, name, and which axis of a matrix counts outputs there."""
 _TRANSPOSES: frozenset[Any] = frozenset({torch.t, "t", torch.transpose, "transpose", getattr})
 _FLOATS: dict[Any, str] = {
     F.embedding: "only an nn.Embedding has a form that looks up integers",
@@ -53,17 +53,12 @@ class Factor:
     axis: int | None = None
 
 
-def is_attention(node: fx.Node) -> bool:
-    """Whether it is `scaled_dot_product_attention`."""
-    return node.target is F.scaled_dot_product_attention
-
-
 def factors(node: fx.Node, region: Region) -> tuple[Factor, ...]:
     """What `node` multiplies; nothing where it is no product of floating-point tensors."""
     if node.op not in ("call_function", "call_method"):
         return ()
     found = []
-    for position, (index, name) in enumerate(_FACTORS.get(node.target, ())):
+    for index, name, outputs in _FACTORS.get(node.target, ()):
         value = node.args[index] if len(node.args) > index else node.kwargs.get(name)
         if not isinstance(value, fx.Node) or not _is_float(value):
             return ()
@@ -75,9 +70,8 @@ def factors(node: fx.Node, region: Region) -> tuple[Factor, ...]:
         if parameter is None:
             found.append(Factor(value, index, name))
             continue
-        outputs = (position + len(chain) - 1) % 2  # the left factor's rows, the right one's columns
-        reader = chain[-2] if len(chain) > 1 else node
-        found.append(Factor(value, index, name, read, reader, outputs if parameter.dim() == 2 else None))
+        reader, axis = chain[-2] if len(chain) > 1 else node, (outputs + len(chain) - 1) % 2
+        found.append(Factor(value, index, name, read, reader, axis if parameter.dim() == 2 else None))
     return tuple(found)
 
 

@@ -236,8 +236,17 @@ class TestInsertion:
         model = Functional().eval()
         x = torch.randn(3, 4)
         outcome = run(QAT(), model, (x,))
-        assert sorted(quantizers(outcome.module)) == ["input_fake_quant.weight", "weight_fake_quant.weight"]
-        assert "its weight or bias is computed" in outcome.reasons[0]
+        named = quantizers(outcome.module)
+        assert sorted(named) == [
+            "input_fake_quant.linear_1",
+            "input_fake_quant.weight",
+            "weight_fake_quant.weight",
+            "weight_fake_quant.weight_1",
+        ]
+        assert {name: fake.axis for name, fake in named.items() if "weight_fake" in name} == {
+            "weight_fake_quant.weight": 0,
+            "weight_fake_quant.weight_1": 1,
+        }
         finished(outcome, x)
         assert_close(outcome.module(x), model(x), 0.5)
         assert not rewrite(QAT(), outcome.module).changes

@@ -58,6 +58,17 @@ class ByHand(nn.Module):
         return F.linear(F.linear(x, self.weight, self.bias).relu(), self.weight, self.bias)
 
 
+class Decodes(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight transposed, with a bias that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.bias = nn.Linear(16, 8), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.encoder(x).relu(), self.encoder.weight.t(), 2 * self.bias)
+
+
 def linear(**more: nn.Module) -> dict[str, nn.Module]:
     return {"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), **more}
 
@@ -70,6 +81,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     ),
     "addmm": (lambda: Sums(), torch.randn(4, 16)),
     "function": (lambda: ByHand(), torch.randn(4, 16)),
+    "decoder": (lambda: Decodes(), torch.randn(4, 16)),
     "reused": (lambda: Calls(lambda m, x: m.a(F.gelu(m.a(x))), a=nn.Linear(16, 16)), TOKENS),
     "recurrent": (lambda: Calls(lambda m, x: m.a(m.gru(x)[0]), **linear(gru=nn.GRU(16, 16))), TOKENS),
     "gelu": (lambda: Calls(lambda m, x: m.b(F.gelu(m.a(x))), **linear()), TOKENS),
@@ -153,6 +165,8 @@ KERNELS: dict[tuple[str, str], tuple[str, str]] = {
     ("attention", "openvino"): ("2 FullyConnected", ""),
     ("addmm", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("function", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
+    ("decoder", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
+    ("decoder", "inductor"): ("2 qlinear", ""),
     ("reused", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("reused", "openvino"): ("2 FullyConnected", ""),
     ("recurrent", "onnxruntime"): ("1 MatMulIntegerToFloat", "GRU runs in floats: onnxruntime has no integer kernel"),
@@ -170,7 +184,7 @@ KERNELS: dict[tuple[str, str], tuple[str, str]] = {
 
 @pytest.mark.parametrize(("name", "target"), KERNELS)
 def test_what_was_placed_for_a_runtime_becomes_its_integer_kernels(name: str, target: str) -> None:
-    pytest.importorskip(target)
+    pytest.importorskip({"inductor": "torch"}.get(target, target))
     integers, left = KERNELS[name, target]
     outcome, x = placed(name, target, "int7")  # products of wider ones saturate on some CPUs
     calibrate(outcome.module, [(x,)])
