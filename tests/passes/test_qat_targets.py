@@ -166,6 +166,7 @@ KERNELS: dict[tuple[str, str], tuple[str, str]] = {
     ("addmm", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("function", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("decoder", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
+    ("decoder", "openvino"): ("none", "2 MatMul run in one kernel with what is around them"),
     ("decoder", "inductor"): ("2 qlinear", ""),
     ("reused", "onnxruntime"): ("2 MatMulIntegerToFloat", ""),
     ("reused", "openvino"): ("2 FullyConnected", ""),
