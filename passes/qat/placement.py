@@ -16,7 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt.graph import Affine, Region, inherit, read_affine
+from fxopt.graph import Affine, Effects, Region, inherit, read_affine
 from fxopt.modules import FakeQuantize, Fused
 from passes.qat.insert import calls_fake_quantize, name_of_other_mode
 from passes.qat.targets import PASSED_ON, PASSED_ON_MODULES, POOL_MODULES, POOLS, is_call_of
@@ -47,7 +47,7 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
 
     What leads to an output of the graph with no layer between stays a float.
     """
-    ahead = _with_layers_ahead(region)
+    ahead, effects, end = _with_layers_ahead(region), Effects(region), region.graph.output_node()
     quantised: dict[fx.Node, fx.Node] = {}  # a value, and the call of its quantiser
     count = 0
     for node in list(region.graph.nodes):
@@ -55,9 +55,9 @@ def quantize_outputs(region: Region, wanted: Callable[[fx.Node], bool], make: Ca
             continue
         if is_call_of(node, region, PASSED_ON, PASSED_ON_MODULES):
             source = node.all_input_nodes[0]
-            call = source if calls_fake_quantize(source, region) else None
-            if call is not None:
-                quantised[node] = _after(node, region, str(call.target))
+            # What reads it behind a write would read the values of before.
+            if calls_fake_quantize(source, region) and effects.written_between(node, node, end) is None:
+                quantised[node] = _after(node, region, str(source.target))
             continue
         if not wanted(node):
             continue

@@ -13,7 +13,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt.graph import Region
+from fxopt.graph import Effects, Region
 from fxopt.modules import Fused
 
 Target = Literal["generic", "onnxruntime", "openvino", "inductor"]
@@ -115,6 +115,9 @@ def before_what_passes_on(node: fx.Node, value: fx.Node, region: Region, target:
         what reads the value that is to be quantised, and that value.
     """
     if target == "openvino":
+        effects = Effects(region)
         while len(value.users) == 1 and is_call_of(value, region, PASSED_ON, PASSED_ON_MODULES):
+            if effects.written_between(value, value, node) is not None:
+                break
             node, value = value, value.all_input_nodes[0]
     return node, value

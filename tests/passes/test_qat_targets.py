@@ -212,6 +212,26 @@ def test_a_file_for_onnxruntime_holds_nothing_that_is_not_read(name: str, tmp_pa
     assert not [node.name for node in graph.node if not read.intersection(node.output)]
 
 
+@pytest.mark.parametrize("target", ["generic", "onnxruntime", "openvino", "inductor"])
+def test_a_view_is_quantised_with_what_was_written_into_it(target: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            rows = y.flatten(1)
+            y.relu_()
+            return self.head(rows)
+
+    torch.manual_seed(0)
+    model, x = Writes().eval(), torch.randn(2, 3, 8, 8)
+    program = run(QAT(target=target), model, (x,)).module  # type: ignore[arg-type]
+    calibrate(program, [x])
+    assert_close(program(x), model(x), 0.02)
+
+
 def test_openvino_gets_the_value_before_what_only_picks_from_it() -> None:
     outcome, _ = placed("pools", "openvino")
     calls = outcome.calls
