@@ -24,6 +24,7 @@ from passes.qat.targets import (
     rounds_biases,
     takes_tables,
     why_float,
+    why_input_float,
     why_layer_float,
     why_product_float,
     why_recurrent_float,
@@ -106,11 +107,14 @@ class _Placing:
         if reason:
             yield Skip(name, reason, source_of(node))
 
-    def _layer(self, layer: Affine) -> Iterator[Change]:
+    def _layer(self, layer: Affine) -> Iterator[Change | Skip]:
         node = layer.node
         weight = quantize_weight(layer, self._scheme.for_weight, self._region)
         hint = str((node if layer.weight_node is None else layer.weight_node).target)
-        value = self._quantize(node, layer.input, 0, "input", hint)
+        reason = why_input_float(layer, self._target)
+        if reason:
+            yield Skip(self._region.qualified(node), reason, source_of(node))
+        value = not reason and self._quantize(node, layer.input, 0, "input", hint)
         if rounds_biases(self._target):
             self._note_reader(node)
         if weight or value:

@@ -13,7 +13,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt.graph import Effects, Region
+from fxopt.graph import Affine, Effects, Region
 from fxopt.modules import Fused
 
 Target = Literal["generic", "onnxruntime", "openvino", "inductor"]
@@ -70,6 +70,32 @@ def why_layer_float(kind: str, target: Target) -> str:
     if target == "inductor" and kind not in ("linear", "conv1d", "conv2d"):
         return f"TorchInductor has no integer kernel for {kind}"
     return ""
+
+
+def why_input_float(layer: Affine, target: Target) -> str:
+    """Why the input of a convolution or linear layer stays a float, where the layer does not; "" where it does not."""
+    if target == "openvino" and layer.kind != "linear" and not _depends_on_inputs(layer.input):
+        return "its input is a constant: OpenVINO takes the integers of one by another zero point"
+    return ""
+
+
+def _depends_on_inputs(value: fx.Node) -> bool:
+    """Whether an input reaches it, by more than its sizes."""
+    work, seen = [value], set[fx.Node]()
+    while work:
+        node = work.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen and not _reads_sizes(node):
+            work += node.all_input_nodes
+        seen.add(node)
+    return False
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel")
 
 
 def why_recurrent_float(target: Target) -> str:

@@ -232,6 +232,29 @@ def test_a_view_is_quantised_with_what_was_written_into_it(target: str) -> None:
     assert_close(program(x), model(x), 0.02)
 
 
+@pytest.mark.parametrize("values", [lambda k, x: k, lambda k, x: k.expand(len(x), -1, -1, -1)], ids=["one", "rows"])
+def test_a_convolution_of_a_constant_reads_floats_in_openvino(values: Callable[..., torch.Tensor]) -> None:
+    pytest.importorskip("openvino")
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.project = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 8, 1)
+            self.register_buffer("positions", torch.randn(1, 4, 8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) + self.project(values(self.get_buffer("positions"), x))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    outcome = run(QAT(target="openvino", weights="int7"), Positions().eval(), (x,))
+    calibrate(outcome.module, [x])
+    rewrite(QuantizeFreeze(), outcome.module)
+    assert any(reason.startswith("project: its input is a constant") for reason in outcome.reasons)
+    with torch.no_grad():
+        assert_close(fxopt.lower(outcome.module, x, engine="openvino")(x), outcome.module(x), 1e-4)
+
+
 def test_openvino_gets_the_value_before_what_only_picks_from_it() -> None:
     outcome, _ = placed("pools", "openvino")
     calls = outcome.calls
