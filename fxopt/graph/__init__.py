@@ -9,6 +9,7 @@ from fxopt.graph.observe import observe
 from fxopt.graph.product import Product, behind_mask, read_parameter, read_product
 from fxopt.graph.region import Program, Region
 from fxopt.graph.sharing import also_used, why_called_elsewhere, why_shared
+from fxopt.graph.sizes import reads_sizes
 from fxopt.graph.source import Source, inherit, source_of
 from fxopt.graph.strides import hide_strides, why_noticed
 from fxopt.graph.values import replace_values, scale_by_input, scale_by_output, shift_behind, why_shift_stays
@@ -37,6 +38,7 @@ __all__ = [
     "read_norm",
     "read_parameter",
     "read_product",
+    "reads_sizes",
     "replace_values",
     "scale_by_input",
     "scale_by_output",

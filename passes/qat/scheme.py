@@ -44,7 +44,6 @@ class Scheme:
         activations: str,
         per_channel: bool,
         observer: str,
-        learned: bool = False,
     ) -> Scheme:
         """The scheme that options name.
 
@@ -67,7 +66,6 @@ class Scheme:
             value[1] == "",
             per_channel,
             cast("Observer", observer),
-            learned,
         )
 
     def for_weight(self, channel_axis: int | None, weight: torch.Tensor) -> FakeQuantize:

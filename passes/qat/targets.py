@@ -13,7 +13,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt.graph import Affine, Effects, Region
+from fxopt.graph import Affine, Effects, Region, reads_sizes
 from fxopt.modules import Fused
 
 Target = Literal["generic", "onnxruntime", "openvino", "inductor"]
@@ -86,16 +86,10 @@ def _depends_on_inputs(value: fx.Node) -> bool:
         node = work.pop()
         if node.op == "placeholder":
             return True
-        if node not in seen and not _reads_sizes(node):
+        if node not in seen and not reads_sizes(node):
             work += node.all_input_nodes
         seen.add(node)
     return False
-
-
-def _reads_sizes(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "device", "dtype")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel")
 
 
 def why_recurrent_float(target: Target) -> str:

@@ -17,11 +17,9 @@ import torch.fx as fx
 
 from fxopt.capture.guards import guard, guard_tensor
 from fxopt.errors import GuardError
-from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead, observe
+from fxopt.graph import Effects, GraphModule, Program, Region, eliminate_dead, observe, reads_sizes
 from fxopt.inputs import Inputs
 
-_OF_SHAPE = ("size", "dim", "numel")
-_ATTRIBUTES = ("shape", "ndim", "device", "dtype")
 _OUT_OF_TENSORS = ("item", "tolist")
 
 
@@ -85,7 +83,7 @@ def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
             if value in reached:
                 continue
             reached.add(value)
-            if _reads_sizes(value):
+            if reads_sizes(value):
                 sizes.append(value)
             elif value.op not in ("call_function", "call_method") or not effects.is_pure(value):
                 break
@@ -95,12 +93,6 @@ def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
             if node.target is guard_tensor or any(map(_is_out_of_tensor, reached)):
                 found[node] = sizes
     return found
-
-
-def _reads_sizes(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return node.args[1] in _ATTRIBUTES
-    return node.op == "call_method" and node.target in _OF_SHAPE
 
 
 def _is_out_of_tensor(node: fx.Node) -> bool:
