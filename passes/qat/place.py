@@ -94,6 +94,7 @@ class _Placing:
             yield from self._product(node, found)
         elif layer is not None:
             yield layer
+            return
         elif takes_tables(self._target) and (table := added_table(node, region)):
             quantize_parameter(table[0], node, table[1], self._scheme.for_weight, region)
             yield Change(self._scheme.what(True, False), name, source_of(node))
