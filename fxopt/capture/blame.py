@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
+from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
 from fxopt.capture.frames import is_users
+from fxopt.capture.state import State
 from fxopt.graph import Source
 
 _ITSELF = "raised by the forward of"
@@ -19,6 +21,11 @@ _ITSELF = "raised by the forward of"
 def paths_of(root: nn.Module) -> dict[int, str]:
     """The first qualified name of each module below `root`, by identity."""
     return {id(child): path for path, child in reversed(list(root.named_modules(remove_duplicate=False)))}
+
+
+def is_within(path: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of the others, or lies in one."""
+    return any(not other or path == other or path.startswith(f"{other}.") for other in others)
 
 
 def raised_in(error: BaseException, root: nn.Module) -> tuple[str, str]:
@@ -71,6 +78,35 @@ def drew_numbers(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     with _watched(enter, leave):
         root(*args, **kwargs)
     return list(drew)
+
+
+def changed_around(root: nn.Module, call: Call, opaque: Iterable[str]) -> list[str]:
+    """The modules in opaque ones that other code changes than that of the opaque one, in two calls of `root` in a row.
+
+    A first call may find nothing to change, as where it sets back a state that is not there yet.
+    """
+    paths = paths_of(root)
+    left = {id(module): State(module) for module in map(root.get_submodule, opaque)}
+    changed: dict[str, None] = {}
+
+    def look(state: State) -> None:
+        for module, _ in (*state.changed(by_value=True), *state.changed_tree()):
+            changed[paths[id(module)]] = None
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if id(module) in left:
+            look(left[id(module)])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in left:
+            left[id(module)] = State(module)
+
+    with _watched(enter, leave), suppress(Exception):  # the caller knows already whether it runs
+        call.run(root)
+        call.run(root)
+    for state in left.values():
+        look(state)
+    return list(changed)
 
 
 @contextmanager

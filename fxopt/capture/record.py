@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxopt.capture.blame import is_within
 from fxopt.capture.captured import Guard
 from fxopt.capture.exporting import exporting, same_tensors
 from fxopt.capture.interception import intercept
@@ -260,7 +261,7 @@ def _record_reassigned(
         if old is after:
             continue
         owner = name.rpartition(".")[0]
-        if any(owner == path or owner.startswith(f"{path}.") for path in opaque):
+        if is_within(owner, opaque):
             continue
         if old is None or old.dtype != after.dtype:
             recorder.block(f"it replaces its buffer '{name}' by one of another dtype", path=owner)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fxopt.capture.blame import came_from, drew_numbers, paths_of, raised_in
+from fxopt.capture.blame import came_from, changed_around, drew_numbers, is_within, paths_of, raised_in
 from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
 from fxopt.capture.fake import NEEDS_VALUES
@@ -82,7 +82,7 @@ def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Rea
         recording = record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque), state=state)
         attempt = _Attempt(recording, dict(recording.blocked))
         if not fake:
-            _find_what_stays(attempt, root, call, state, began)
+            _find_what_stays(attempt, root, call, state, began, opaque)
             _find_made_unseen(attempt, root, call, state, began, opaque)
     except Exception as error:
         attempt = _Attempt(None, {})
@@ -131,32 +131,44 @@ def _find_made_unseen(
             attempt.blocked.setdefault(met.path, (reason, met.location))
 
 
-def _find_what_stays(attempt: _Attempt, root: nn.Module, call: Call, state: State, began: RandomState) -> None:
-    """Block the modules whose calls leave something behind that the next call reads, and no graph keeps."""
-    assert attempt.recording is not None
+def _find_what_stays(
+    attempt: _Attempt, root: nn.Module, call: Call, state: State, began: RandomState, opaque: Mapping[str, Reason]
+) -> None:
+    """Block the modules whose calls leave something behind that the next call reads, and no graph keeps.
+
+    What an opaque module leaves in itself is kept: its own code runs.
+    """
     paths = paths_of(root)
-    blocked, notes = attempt.blocked, attempt.notes
+    found: dict[str, Reason] = {}
     drew, built, changed = began.python_drew(), state.changed_tree(), state.changed()
     for module, name in built:
-        _block(blocked, paths[id(module)], f"its forward registers '{name}', which a graph can't")
+        _block(found, paths[id(module)], f"its forward registers '{name}', which a graph can't")
     if changed and not built:
-        _compare_with_second_call(attempt, root, call, state, began, changed)
+        _compare_with_second_call(attempt, found, root, call, state, began, changed)
     if drew:
         state.restore()
         began.restore()
         fresh = call.fresh()
         for path in drew_numbers(root, fresh.args, fresh.kwargs):
-            _block(blocked, path, "it draws from Python's or numpy's random numbers, which a graph can't")
+            _block(found, path, "it draws from Python's or numpy's random numbers, which a graph can't")
+    whole = {path for path in found if is_within(path, opaque)}
+    if whole:
+        state.restore()
+        began.restore()
+        for path in whole - set(changed_around(root, call, opaque)):
+            del found[path]
+    attempt.blocked = {**found, **attempt.blocked}
     for module, name in changed:
         path = paths[id(module)]
-        if path not in blocked:
-            notes[f"'{name}', an attribute that the forward of '{path or type(root).__name__}' sets, is not kept"] = (
-                None
-            )
+        if path not in attempt.blocked and not is_within(path, opaque):
+            attempt.notes[
+                f"'{name}', an attribute that the forward of '{path or type(root).__name__}' sets, is not kept"
+            ] = None
 
 
 def _compare_with_second_call(
     attempt: _Attempt,
+    found: dict[str, Reason],
     root: nn.Module,
     call: Call,
     state: State,
@@ -170,12 +182,12 @@ def _compare_with_second_call(
     except Exception as error:
         for module, name in changed:
             reason = f"its second call raises {type(error).__name__}, after '{name}' changed"
-            _block(attempt.blocked, paths[id(module)], reason)
+            _block(found, paths[id(module)], reason)
         return
     for module, name in again:
-        _block(attempt.blocked, paths[id(module)], f"each call changes its attribute '{name}', which a graph can't")
-    for module, name in changed if differs and not attempt.blocked else ():
-        _block(attempt.blocked, paths[id(module)], f"its second call does something else, by its attribute '{name}'")
+        _block(found, paths[id(module)], f"each call changes its attribute '{name}', which a graph can't")
+    for module, name in changed if differs and not (found or attempt.blocked) else ():
+        _block(found, paths[id(module)], f"its second call does something else, by its attribute '{name}'")
 
 
 def _block(blocked: dict[str, Reason], path: str, reason: str) -> None:
@@ -191,22 +203,14 @@ def further(root: nn.Module, blocked: Mapping[str, Reason], opaque: Mapping[str,
     modules = dict(root.named_modules(remove_duplicate=False))
     result = {}
     for path, reason in blocked.items():
-        while path and (_is_whole(path, opaque) or isinstance(modules.get(path), (nn.ModuleList, nn.ModuleDict))):
+        while path and (is_within(path, opaque) or isinstance(modules.get(path), (nn.ModuleList, nn.ModuleDict))):
             path = path.rpartition(".")[0]
         result[path] = reason
     return result
 
 
-def _is_whole(path: str, opaque: Mapping[str, Reason]) -> bool:
-    return any(path == other or path.startswith(f"{other}.") for other in opaque)
-
-
 def _outermost(opaque: Mapping[str, Reason]) -> dict[str, Reason]:
-    return {
-        path: reason
-        for path, reason in opaque.items()
-        if not any(path != other and (not other or path.startswith(f"{other}.")) for other in opaque)
-    }
+    return {path: reason for path, reason in opaque.items() if not is_within(path, opaque.keys() - {path})}
 
 
 def _first_line(error: BaseException) -> str:

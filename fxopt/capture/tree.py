@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxopt.capture.below import calls_from, put_graphs_below, with_unchosen
-from fxopt.capture.blame import came_from
+from fxopt.capture.blame import came_from, changed_around, is_within, paths_of
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Constant, Opaque
 from fxopt.capture.chance import RandomState
@@ -162,11 +162,21 @@ class Builder:
             return {}
         began = RandomState()
         seen = calls_from(root, call, inside, islands)
+        written = {paths_of(root)[id(part)] for part, _ in (*state.changed(), *state.changed_tree())}
         state.restore()
         began.restore()
         found.hidden_calls += seen.hidden_calls
+        kept = {name for name in seen.calls if any(is_within(part, [name]) for part in written)}
+        if kept:
+            around = changed_around(root, call, kept)
+            kept = {name for name in kept if any(is_within(part, [name]) for part in around)}
+            state.restore()
+            began.restore()
 
         def capture(child: nn.Module, example: Call, name: str) -> GraphModule | None:
+            if name in kept:
+                found.note(f"'{_join(path, name)}' is not captured: the code around it sets its attributes")
+                return None
             if _hands_on(child):
                 found.note(f"'{_join(path, name)}' is not captured: the code around it may read what its hooks leave")
                 return None

@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from fxopt.capture.blame import is_within, paths_of
 from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
 from fxopt.capture.guards import guard_mode
@@ -45,12 +46,13 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
     try:
         fresh = call.fresh()
         other = record(root, fresh.args, fresh.kwargs, opaque=opaque, state=state)
-        changed = state.changed_tree()
+        paths = paths_of(root)
+        changed = [pair for pair in state.changed_tree() if not is_within(paths[id(pair[0])], opaque)]
         if not changed:
             numbers = [
                 (module, name)
                 for module, name in state.changed()
-                if isinstance(getattr(module, name, None), (int, float))
+                if isinstance(getattr(module, name, None), (int, float)) and not is_within(paths[id(module)], opaque)
             ]
             # What is set once, such as that something has been set up, is the same for all calls after it.
             if numbers and any(second_call(root, call, other.output, state, began)):

@@ -6,6 +6,7 @@ import random
 import threading
 import warnings
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -561,7 +562,40 @@ class FromArray(nn.Module):
         return x + torch.from_numpy(x.detach().numpy() * 2)
 
 
+class Replaces(nn.Module):
+    """Registers another parameter at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        self.scale = nn.Parameter(self.scale.detach() * 0.9)
+        return x * self.scale
+
+
+class SetByOthers(nn.Module):
+    """Counts the calls of a part in that part, whose own code counts too."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.part = Counter()
+
+    def forward(self, x):
+        self.part.calls += 2
+        return self.part(self.fc(x))
+
+
+def inside(part: type[nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(4, 4), part(), nn.Linear(4, 4))
+
+
 ODD: dict[str, Case] = {
+    "counter_inside": Case(inside(Counter), normal(3, 4)),
+    "replaces_inside": Case(inside(Replaces), normal(3, 4)),
+    "python_dropout_inside": Case(inside(PythonDropout), normal(3, 4)),
+    "set_by_others": Case(SetByOthers, normal(3, 4)),
     "made_unseen": Case(MadeUnseen, normal(3, 4)),
     "reads_global": Case(ReadsGlobal, normal(3, 4)),
     "reads_hook": Case(ReadsHook, normal(3, 4)),

@@ -38,6 +38,10 @@ WHOLE = {
     "opaque_inside": {"route": "it decides on a number that depends on the values of the input"},
     "mode_inside_opaque": {"": "it decides on a number that depends on the values of the input"},
     "python_dropout": {"": "it draws from Python's or numpy's random numbers"},
+    "counter_inside": {"1": "each call changes its attribute 'calls'"},
+    "replaces_inside": {"1": "its forward registers 'scale'"},
+    "python_dropout_inside": {"1": "it draws from Python's or numpy's random numbers"},
+    "set_by_others": {"": "each call changes its attribute 'calls'"},
 }
 """What can't be captured, by path, and why."""
 ONE_MODE = {"opaque_in_training"}
