@@ -1,4 +1,4 @@
-"""What torch's function mode does not see: module calls, the mode flag, builtins, regions, autograd functions.
+"""What torch's function mode does not see: module calls, the mode flag, builtins, regions, autograd functions, classes.
 
 All of it is replaced for the time of one recording, on the recording thread only, and put back whatever
 happens.
@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from fxopt.capture.constructors import constructors
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.structure import without_numbers
@@ -50,6 +51,8 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
         stack.enter_context(_autograd_functions(recorder, is_recording))
         stack.enter_context(_arrays(recorder, is_recording))
         stack.enter_context(_vmap(recorder, is_recording))
+        for owner, name, value in constructors(recorder, is_recording):
+            stack.enter_context(replaced(owner, name, value))
         stack.enter_context(recorder)
         yield
 
@@ -254,7 +257,8 @@ def _arrays(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[No
     def from_numpy(array: Any) -> torch.Tensor:
         tensor = original(array)
         if is_recording():
-            recorder.fixed.add(recorder.known(tensor).node.target)
+            with recorder.paused():
+                recorder.take_as_fixed(tensor)
         return tensor
 
     with replaced(torch, "from_numpy", from_numpy):

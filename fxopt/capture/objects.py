@@ -77,7 +77,7 @@ class Objects(Tensors):
         if isinstance(value, torch.device) and id(value) in self._devices:
             return self._devices[id(value)][1]
         if isinstance(value, _LITERALS):
-            return value
+            return str(value) if isinstance(value, str) else value
         if isinstance(value, type) and value in _DTYPES:
             return _DTYPES[value]
         if isinstance(value, type):

@@ -101,6 +101,8 @@ def is_in_place(name: str) -> bool:
 def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:
     """How an fx node calls `function`: ("call_method" or "call_function", target, arguments)."""
     method = _method_name(function)
+    if method == "new" or isinstance(function, type):
+        args = _with_sizes(args, 0 if method is None else 1)
     if method is None:
         return "call_function", function, args
     name = method
@@ -113,6 +115,12 @@ def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if name.startswith("__r") and f"__{name[3:]}" in _DUNDERS and len(args) == 2:
         return "call_function", _DUNDERS[f"__{name[3:]}"], (args[1], args[0])
     return "call_method", name, args
+
+
+def _with_sizes(args: tuple[Any, ...], place: int) -> tuple[Any, ...]:
+    """Old constructors take a `torch.Size` for sizes, and any other sequence for values."""
+    alone = len(args) == place + 1 and isinstance(args[place], torch.Size)
+    return (*args[:place], *args[place]) if alone else args
 
 
 def _method_name(function: Any) -> str | None:

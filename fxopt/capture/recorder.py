@@ -10,6 +10,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx as fx
 from torch import nn
@@ -20,7 +21,7 @@ from fxopt.capture.decisions import Decisions
 from fxopt.capture.provenance import Depends
 from fxopt.capture.sizes import TracedSize
 from fxopt.capture.tape import Unrecordable
-from fxopt.capture.tensors import Origin, holds_tensor, is_tensor
+from fxopt.capture.tensors import Origin, holds_tensor, is_tensor, leaves
 from fxopt.capture.traced import Traced, plain, traced
 
 _FREE = frozenset({getattr, operator.getitem, operator.pos, operator.neg, operator.abs}) | {
@@ -81,6 +82,10 @@ class Recorder(Decisions, TorchFunctionMode):
         if name in operators.VALUE_READS or name in operators.CONCRETE_READS:
             return self._read(name, func, args, kwargs, result)
         if not holds_tensor(result) and name not in operators.IN_PLACE_NAMES and name not in operators.STATE_SETTERS:
+            return result
+        given = list(leaves((args, kwargs)))
+        if any(isinstance(leaf, np.ndarray) for leaf in given) and not holds_tensor(given):
+            self.take_as_fixed(result)
             return result
         self.calls += 1
         try:

@@ -97,6 +97,10 @@ class Tensors(Tape):
             self.values[tensor] = value
         return value
 
+    def take_as_fixed(self, tensor: torch.Tensor) -> None:
+        """Take a tensor for a constant: it was made of an array, and what reads a tensor into one is guarded."""
+        self.fixed.add(self.known(tensor).node.target)
+
     def adopt_tensor(self, node: fx.Node, tensor: torch.Tensor, origin: Origin) -> torch.Tensor:
         """Let `node` stand for a tensor."""
         if self._written and tensor not in self.values and _has_memory(tensor):

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
 from tests.models import Case, normal
@@ -587,11 +589,25 @@ class SetByOthers(nn.Module):
         return self.part(self.fc(x))
 
 
+class MadeByClasses(nn.Module):
+    """Makes its tensors as code of torch 0.4 does, and of arrays."""
+
+    def forward(self, x):
+        rows = x.size(0)
+        noise = Variable(x.data.new(x.size()).normal_())
+        start = Variable(torch.zeros(rows, 4)) + torch.FloatTensor(rows, 4).fill_(0.5) + torch.Tensor(x.size()).zero_()
+        picked = x[:, torch.LongTensor([3, 0, 1, 2])] * torch.Tensor([1.0, 2.0, 3.0, rows])
+        sums = torch.Tensor([x.detach().sum(), 1.0]).type(torch.DoubleTensor).sum().float()
+        weights = Variable(torch.from_numpy(np.arange(4, dtype="float32"))) + torch.tensor(np.ones(4, "float32"))
+        return Variable(start + noise + picked * weights), sums, isinstance(x, torch.FloatTensor)
+
+
 def inside(part: type[nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(4, 4), part(), nn.Linear(4, 4))
 
 
 ODD: dict[str, Case] = {
+    "made_by_classes": Case(MadeByClasses, normal(3, 4)),
     "counter_inside": Case(inside(Counter), normal(3, 4)),
     "replaces_inside": Case(inside(Replaces), normal(3, 4)),
     "python_dropout_inside": Case(inside(PythonDropout), normal(3, 4)),
