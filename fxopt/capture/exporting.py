@@ -3,7 +3,7 @@
 Libraries guard checks that need the values of an input, such as a warning about padding, with
 `torch.compiler.is_exporting()`, so that exporters get past them. Capture answers no, since the user's eager
 path is what it is held to. Only where that path can't be recorded does it ask again with yes, and takes what
-it then gets if the outputs are the same.
+it then gets if the outputs are the same. Compilers leave out the checks of `torch.distributions` too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def exporting() -> Iterator[None]:
     with ONE_AT_A_TIME, ExitStack() as stack:
         for question in ("is_exporting", "is_compiling"):
             stack.enter_context(replaced(torch.compiler, question, lambda: True))
+        stack.enter_context(replaced(torch.distributions.Distribution, "_validate_args", False))
         yield
 
 

@@ -602,12 +602,27 @@ class MadeByClasses(nn.Module):
         return Variable(start + noise + picked * weights), sums, isinstance(x, torch.FloatTensor)
 
 
+class Policy(nn.Module):
+    """Draws from a distribution, which checks the values that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        mean, spread = self.fc(x).chunk(2, 1)
+        drawn = torch.distributions.Normal(mean, spread.exp())
+        action = drawn.rsample()
+        return action, drawn.log_prob(action), torch.distributions.Categorical(logits=mean).entropy()
+
+
 def inside(part: type[nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(4, 4), part(), nn.Linear(4, 4))
 
 
 ODD: dict[str, Case] = {
     "made_by_classes": Case(MadeByClasses, normal(3, 4)),
+    "policy": Case(Policy, normal(3, 4)),
     "counter_inside": Case(inside(Counter), normal(3, 4)),
     "replaces_inside": Case(inside(Replaces), normal(3, 4)),
     "python_dropout_inside": Case(inside(PythonDropout), normal(3, 4)),
