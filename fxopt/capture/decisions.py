@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Decisions(Objects):
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._sums: dict[fx.Node, Sum] = {}
         self._compared: set[Any] = set()
+        self._decided: list[tuple[fx.Node, str, Guard]] = []
 
     def size(self, known: Value, dim: int, size: int) -> Any:
         """A size of a tensor as a traced number."""
@@ -138,5 +139,26 @@ class Decisions(Objects):
             return
         self._compared.add(key)
         location = str(user_source() or "")
-        self.guards[Guard(assumption, location)] = None
+        made = Guard(assumption, location)
+        self.guards[made] = None
+        self._decided.append((node, self.path, made))
         self.emit("call_function", guard, (node, relation, expected, answer, assumption, location))
+
+    def block_decisions_on(self, written: Set[str]) -> None:
+        """Block modules that decided on parameters or buffers that are written: the next call may decide otherwise."""
+        for node, path, made in self._decided if written else ():
+            names = {name for name in _read_by(node) if name in written}
+            if names:
+                reason = f"it decides on '{min(names)}', which the forward writes ({made.assumption})"
+                self.blocked.setdefault(path, (reason, made.location))
+
+
+def _read_by(node: fx.Node) -> Iterator[str]:
+    """The attributes that a node is computed of."""
+    seen, work = {node}, [node]
+    while work:
+        found = work.pop()
+        if found.op == "get_attr":
+            yield str(found.target)
+        work += [each for each in found.all_input_nodes if each not in seen]
+        seen.update(found.all_input_nodes)

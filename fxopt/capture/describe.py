@@ -16,6 +16,8 @@ _SYMBOLS: dict[Any, str] = {
     operator.mod: "%",
     operator.pow: "**",
 }
+_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+"""Functions and methods of these names."""
 
 
 def describe(value: Any) -> str:
@@ -31,6 +33,11 @@ def describe(value: Any) -> str:
         and "tensor_meta" not in value.meta
     ):
         return f"({describe(value.args[0])} {_SYMBOLS[value.target]} {describe(value.args[1])})"
+    comparison = _COMPARISONS.get(str(getattr(value.target, "__name__", value.target)))
+    if comparison is not None and len(value.args) == 2:
+        return f"({describe(value.args[0])} {comparison} {describe(value.args[1])})"
+    if value.op == "call_function" and value.target is operator.truth:
+        return describe(value.args[0])
     if value.op == "call_function" and value.target in (getattr, operator.getitem):
         owner, part = value.args[0], value.args[1]
         return f"{describe(owner)}.{part}" if value.target is getattr else f"{describe(owner)}[{part!r}]"

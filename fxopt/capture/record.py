@@ -218,7 +218,8 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         output = call_as_given(module, bound, len(args))
         recorder.active = False
     seconds = time.perf_counter() - began
-    _record_reassigned(recorder, module, buffers, opaque, (output, args, kwargs))
+    reassigned = _record_reassigned(recorder, module, buffers, opaque, (output, args, kwargs))
+    recorder.block_decisions_on(recorder.written_state() | reassigned)
     try:
         recorder.record_changed_objects()
         recorder.graph.output(recorder.argument(output))
@@ -249,11 +250,11 @@ def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _record_reassigned(
     recorder: Recorder, module: nn.Module, before: Mapping[str, torch.Tensor], opaque: frozenset[str], left: Any
-) -> None:
+) -> set[str]:
     """A buffer that the forward replaced is written instead, so that the captured module's state moves too.
 
     Opaque modules replace their own. Of an old value that is among what is `left`, or in another buffer, there is a
-    copy.
+    copy. Returns the names.
     """
     replaced: list[tuple[fx.Node, torch.Tensor, torch.Tensor]] = []
     for name, after in _buffers(module).items():
@@ -279,6 +280,7 @@ def _record_reassigned(
             recorder.emit("call_method", "copy_", (target, source))
         else:
             recorder.emit("call_method", "set_", (target, recorder.emit("call_method", "clone", (source,))))
+    return {str(target.target) for target, _, _ in replaced}
 
 
 def _without_history(output: Any, written: set[int]) -> Any:

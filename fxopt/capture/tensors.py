@@ -128,6 +128,16 @@ class Tensors(Tape):
             key = tensor.untyped_storage()._cdata
             self._written[key] = max(depends, self._written.get(key, Depends.CONSTANT))
 
+    def written_state(self) -> set[str]:
+        """Names of the parameters and buffers into whose memory something was written."""
+        return {
+            name
+            for tensor in self.values
+            if (name := self.tensors.get(id(tensor))) is not None
+            and _has_memory(tensor)
+            and tensor.untyped_storage()._cdata in self._written
+        }
+
     def origin(self, name: str, args: Any, kwargs: Any) -> Origin:
         """What the result of a call depends on, by what it is given and by the function's name."""
         depends = shape = Depends.CONSTANT

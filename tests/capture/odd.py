@@ -589,6 +589,36 @@ class SetByOthers(nn.Module):
         return self.part(self.fc(x))
 
 
+class Queue(nn.Module):
+    """Writes into a ring, at a place that it reads from a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("ring", torch.zeros(10, 4))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x):
+        place = int(self.place)
+        y = self.fc(x)
+        self.ring[place : place + 2] = y[:2].detach()
+        self.place[0] = (place + 2) % 10
+        return y + self.ring.sum(0)
+
+
+class WarmsUp(nn.Module):
+    """Does something else from its third call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        return self.fc(x) if self.steps < 3 else x
+
+
 class MadeByClasses(nn.Module):
     """Makes its tensors as code of torch 0.4 does, and of arrays."""
 
@@ -621,6 +651,8 @@ def inside(part: type[nn.Module]) -> Callable[[], nn.Module]:
 
 
 ODD: dict[str, Case] = {
+    "queue": Case(inside(Queue), normal(3, 4)),
+    "warms_up": Case(inside(WarmsUp), normal(3, 4)),
     "made_by_classes": Case(MadeByClasses, normal(3, 4)),
     "policy": Case(Policy, normal(3, 4)),
     "counter_inside": Case(inside(Counter), normal(3, 4)),
