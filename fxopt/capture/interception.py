@@ -22,7 +22,7 @@ from torch import nn
 from fxopt.capture.constructors import constructors
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
-from fxopt.capture.structure import without_numbers
+from fxopt.capture.structure import Apply, without_numbers
 from fxopt.capture.tensors import Origin
 from fxopt.capture.traced import concrete
 from fxopt.capture.vmapped import Told, record_vmap
@@ -216,7 +216,7 @@ def _autograd_functions(recorder: Recorder, is_recording: Callable[[], bool]) ->
             result = original(cls, *without_numbers(args), **without_numbers(kwargs))
         recorder.active = False
         try:
-            node = recorder.emit("call_function", cls.apply, recorder.argument(args), recorder.argument(kwargs))
+            node = recorder.emit("call_function", Apply(cls), recorder.argument(args), recorder.argument(kwargs))
             return recorder.adopt(node, result, Origin(Depends.DATA, Depends.SHAPE, Depends.DATA))
         except Exception as reason:
             recorder.block(f"the autograd function '{cls.__name__}' was given {reason}")

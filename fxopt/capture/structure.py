@@ -1,10 +1,10 @@
-"""Objects that hold tensors: model outputs, dataclasses, caches. How a graph builds and changes them."""
+"""Objects that hold tensors: model outputs, dataclasses, caches. How a graph builds, changes and uses them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,13 +13,30 @@ from fxopt.capture.traced import Traced, plain
 from fxopt.nested import attributes_of, items_of
 
 
-class Build:
-    """A node's target that builds an object of one class from its parts, without running its `__init__`."""
+class OfClass:
+    """A node's target that does something with one class, which generated code can't name."""
+
+    verb: ClassVar[str]
 
     def __init__(self, cls: type):
         self.cls = cls
-        self.__name__ = f"build_{cls.__name__}"
+        self.__name__ = f"{self.verb}_{cls.__name__}"
         self.__module__ = __name__
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.cls is self.cls
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.cls))
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+
+class Build(OfClass):
+    """Builds an object of the class from its parts, without running its `__init__`."""
+
+    verb = "build"
 
     def __call__(self, attributes: Mapping[str, Any], items: Any = None) -> Any:
         """Make an object with these attributes and, for a dict, list or tuple, items."""
@@ -38,36 +55,25 @@ class Build:
             object.__setattr__(result, name, value)
         return result
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Build) and other.cls is self.cls
 
-    def __hash__(self) -> int:
-        return hash(self.cls)
+class TheClass(OfClass):
+    """Gives the class itself."""
 
-    def __repr__(self) -> str:
-        return self.__name__
-
-
-class TheClass:
-    """A node's target that gives a class: no literal of generated code can."""
-
-    def __init__(self, cls: type):
-        self.cls = cls
-        self.__name__ = f"the_class_{cls.__name__}"
-        self.__module__ = __name__
+    verb = "the_class"
 
     def __call__(self) -> type:
-        """Give the class."""
+        """Give it."""
         return self.cls
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TheClass) and other.cls is self.cls
 
-    def __hash__(self) -> int:
-        return hash((TheClass, self.cls))
+class Apply(OfClass):
+    """Applies an autograd function. Its `apply` is torch's, by the name of which nobody finds it."""
 
-    def __repr__(self) -> str:
-        return self.__name__
+    verb = "apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply it."""
+        return self.cls.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 def replace_items(container: Any, items: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from fxopt.capture import capture
 from fxopt.graph import GraphModule
 from tests.capture.agree import agree, same
+from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC, Case
 
 NAMES = ["staged_cnn", "encoder", "tied_head", "heads", "router", "mixture", "learnable_dropout"]
@@ -43,6 +44,14 @@ def test_copies_do_the_same_and_share_nothing(pair, duplicate):
         for parameter in other.parameters():
             parameter.zero_()
     same(module(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+@pytest.mark.parametrize("name", ["own_backward", "attributes", "made_by_classes", "counter_inside"])
+def test_copies_of_odd_modules_do_the_same(name, duplicate):
+    case = ODD[name]
+    module = case.build()
+    agree(module, duplicate(capture(module, case.example(), case.kwargs).module), case)
 
 
 def test_copies_know_where_their_nodes_come_from():
