@@ -5,7 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 import torch.fx as fx
+
+from fxopt.graph.effects import OF_NUMBERS
 
 _SYMBOLS: dict[Any, str] = {
     operator.add: "+",
@@ -41,6 +44,9 @@ def describe(value: Any) -> str:
     if value.op == "call_function" and value.target in (getattr, operator.getitem):
         owner, part = value.args[0], value.args[1]
         return f"{describe(owner)}.{part}" if value.target is getattr else f"{describe(owner)}[{part!r}]"
+    if value.op == "call_function" and value.target in OF_NUMBERS:
+        name = "float" if value.target is torch.sym_float else value.target.__name__  # type: ignore[union-attr]
+        return f"{name}({', '.join(map(describe, value.args))})"
     if value.op == "call_method" and value.target == "item":
         return f"{describe(value.args[0])}.item()"
     if value.op in ("get_attr", "call_module"):

@@ -1,4 +1,4 @@
-"""What torch's function mode does not see: module calls, the mode flag, builtins, regions, autograd functions, classes.
+"""What torch's function mode does not see: module calls, the mode flag, regions, autograd functions, arrays.
 
 All of it is replaced for the time of one recording, on the recording thread only, and put back whatever
 happens.
@@ -6,11 +6,7 @@ happens.
 
 from __future__ import annotations
 
-import builtins
-import math
-import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,10 +17,10 @@ from torch import nn
 
 from fxopt.capture.constructors import constructors
 from fxopt.capture.provenance import Depends
+from fxopt.capture.python_numbers import python_numbers
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.structure import Apply, without_numbers
 from fxopt.capture.tensors import Origin
-from fxopt.capture.traced import concrete
 from fxopt.capture.vmapped import Told, record_vmap
 from fxopt.graph.modes import switch_gradients
 
@@ -45,13 +41,12 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
     with ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(_module_calls(on_module, thread))
         stack.enter_context(_mode_flag(recorder, is_recording))
-        stack.enter_context(_builtins(recorder, is_recording))
         stack.enter_context(_autocast(recorder, is_recording))
         stack.enter_context(_gradients(recorder, is_recording))
         stack.enter_context(_autograd_functions(recorder, is_recording))
         stack.enter_context(_arrays(recorder, is_recording))
         stack.enter_context(_vmap(recorder, is_recording))
-        for owner, name, value in constructors(recorder, is_recording):
+        for owner, name, value in (*constructors(recorder, is_recording), *python_numbers(recorder, is_recording)):
             stack.enter_context(replaced(owner, name, value))
         stack.enter_context(recorder)
         yield
@@ -103,45 +98,6 @@ def _mode_flag(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
 
     with replaced(nn.Module, "training", property(get, set_)):
         yield
-
-
-@contextmanager
-def _builtins(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
-    """`len` gives plain numbers, and most of `math` reads a float past the methods that a traced one has."""
-    original_len = builtins.len
-
-    def length(value: Any, /) -> Any:
-        if isinstance(value, torch.Tensor) and is_recording() and value.dim() > 0:
-            return recorder.length(value)
-        return original_len(value)
-
-    with ExitStack() as stack:
-        stack.enter_context(replaced(builtins, "len", length))
-        reading = {id(function): _reading(function) for function in _MATH}
-        # The user's files may have them by name.
-        files = {sys.modules.get(type(module).__module__) for module in recorder.root.modules()} - {None}
-        for owner in (math, *files):
-            for name, value in list(vars(owner).items()):
-                if id(value) in reading:
-                    stack.enter_context(replaced(owner, name, reading[id(value)]))
-        yield
-
-
-_RECORDED = {math.floor, math.ceil, math.trunc, math.prod, getattr(math, "sumprod", None)}
-"""Functions that call the methods of a number."""
-
-_MATH = [each for each in vars(math).values() if isinstance(each, types.BuiltinFunctionType) and each not in _RECORDED]
-
-
-def _reading(function: Callable[..., Any]) -> Callable[..., Any]:
-    def read(*numbers: Any, **options: Any) -> Any:
-        return function(*map(_read, numbers), **{name: _read(number) for name, number in options.items()})
-
-    return read
-
-
-def _read(value: Any) -> Any:
-    return [concrete(number) for number in value] if isinstance(value, (list, tuple, Iterator)) else concrete(value)
 
 
 @contextmanager

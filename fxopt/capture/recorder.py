@@ -23,11 +23,16 @@ from fxopt.capture.sizes import TracedSize
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Origin, holds_tensor, is_tensor, leaves
 from fxopt.capture.traced import Traced, plain, traced
+from fxopt.graph.effects import OF_NUMBERS
 
-_FREE = frozenset({getattr, operator.getitem, operator.pos, operator.neg, operator.abs}) | {
-    getattr(operator, name)
-    for name in "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift eq ne lt le gt ge".split()
-}
+_FREE = (
+    OF_NUMBERS
+    | {getattr, operator.getitem, operator.pos, operator.neg, operator.abs}
+    | {
+        getattr(operator, name)
+        for name in "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift eq ne lt le gt ge".split()
+    }
+)
 
 
 class Recorder(Decisions, TorchFunctionMode):

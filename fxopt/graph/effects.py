@@ -8,6 +8,7 @@ writes, and whether its result may be a view of an argument.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,7 +71,9 @@ _RANDOM = frozenset(
     "scaled_dot_product_attention uniform_ normal_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ "
     "binomial _standard_gamma _sample_dirichlet".split()
 )
-_PURE_FUNCTIONS: frozenset[Any] = frozenset(
+OF_NUMBERS: frozenset[Any] = frozenset({round, torch.sym_float, *filter(callable, vars(math).values())})
+"""Functions that compute numbers of numbers."""
+_PURE_FUNCTIONS: frozenset[Any] = OF_NUMBERS | frozenset(
     {fused_call, getattr, operator.getitem, len, *(getattr(operator, name) for name in (
         "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "matmul", "and_", "or_",
         "xor", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge", "index", "truth",

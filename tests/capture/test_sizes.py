@@ -68,6 +68,34 @@ def test_other_batch_sizes_sequence_lengths_and_image_sizes(training):
         same(step(module, (x,), {}), step(captured.module, (x,), {}))
 
 
+class Converts(nn.Module):
+    """Makes Python numbers of sizes, of a buffer and of a mean, as window_reverse of Swin and many others do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("place", torch.tensor([1]))
+
+    def forward(self, x):
+        batch = int(x.shape[0] * x.shape[1] / (2 * 2) * 4 / x.shape[1])
+        side = int(math.sqrt(x.shape[1]))
+        half = int(x.size(0) / 2)
+        capacity = int(1.25 * float(x.size(0)))
+        y = x.view(batch, side, side) * float(x.detach().mean()) / float(batch)
+        return y, x[:half], torch.ones(capacity), int(self.place) + side, isinstance(half, int)
+
+
+def test_numbers_that_are_made_of_sizes_are_recorded():
+    module = Converts()
+    captured = capture(module, (torch.randn(4, 16),))
+    assert captured.opaque == captured.guards == ()
+    assert not any(node.target is math.sqrt and not node.users for node in captured.module.graph.nodes)
+    duplicate = pickle.loads(pickle.dumps(captured.module))
+    for size in ((4, 16), (6, 16), (2, 25), (7, 36)):
+        x = torch.randn(size)
+        same(step(module, (x,), {}), step(captured.module, (x,), {}))
+        same(step(module, (x,), {}), step(duplicate, (x,), {}))
+
+
 def test_a_guard_names_the_line_that_decided():
     lines = Path(__file__).read_text().splitlines()
     line = next(n for n, text in enumerate(lines, 1) if text.strip() == "if x.shape[0] > 4:")
@@ -202,11 +230,6 @@ SEEN = {
     "complex number": lambda x: x * (1j * x.shape[0]).imag,
     "array of numpy": lambda x: x * float(np.sqrt(x.shape[0])),
     "whether a ratio is whole": lambda x: x * 2 if (x.shape[0] / 2).is_integer() else x,
-    "divisor": lambda x: x * math.gcd(x.shape[0], 6),
-    "root": lambda x: x * math.isqrt(4 * x.shape[0]),
-    "logarithm": lambda x: x * math.log(x.shape[0]),
-    "logarithm by another name": lambda x: x * log2(x.shape[0]),
-    "power of a ratio": lambda x: x * math.exp(x.shape[0] / 4),
     "sum of ratios": lambda x: x * math.fsum(size / 4 for size in x.shape[:1]),
     "question with an option": lambda x: x * 2 if math.isclose(x.shape[0] / 4, 0.5, abs_tol=x.shape[0] / 100) else x,
 }
@@ -232,13 +255,26 @@ def test_rounding_what_depends_on_values_is_opaque(rounded):
         assert torch.equal(captured.module(x), module(x))
 
 
-@pytest.mark.parametrize("read", [lambda v: math.exp(v), lambda v: log2(v), lambda v: math.hypot(3.0, v)])
-def test_what_math_reads_of_values_is_opaque(read):
-    module = Calls(lambda x: x * read(x.max().item()))
-    captured = capture(module, (torch.tensor([0.5]),))
-    assert "decides on a number that depends on the values" in captured.opaque[0].reason
-    x = torch.tensor([2.0])
-    assert torch.equal(captured.module(x), module(x))
+MATH = {
+    "divisor": lambda x: x * math.gcd(x.shape[0], 6),
+    "root": lambda x: x * math.isqrt(4 * x.shape[0]),
+    "logarithm": lambda x: x * math.log(x.shape[0]),
+    "logarithm by another name": lambda x: x * log2(x.shape[0]),
+    "power of a ratio": lambda x: x * math.exp(x.shape[0] / 4),
+    "power of a value": lambda x: x * math.exp(x.max().item()),
+    "logarithm of a value": lambda x: x * log2(abs(x.max().item())),
+    "length of a value": lambda x: x * math.hypot(3.0, x.max().item()),
+}
+
+
+@pytest.mark.parametrize("name", MATH)
+def test_what_math_computes_is_recorded(name):
+    module = Calls(MATH[name])
+    captured = capture(module, (torch.randn(2, 3),))
+    assert captured.guards == captured.opaque == ()
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 3)
+        assert torch.equal(captured.module(x), module(x))
 
 
 ON_THE_RIGHT = {

@@ -1,0 +1,158 @@
+"""Functions of Python that make plain numbers of traced ones: `len`, `int`, `float`, and most of `math`."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import math
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt.capture.frames import is_users
+from fxopt.capture.recorder import Recorder
+from fxopt.capture.traced import Traced, TracedFloat, TracedInt, concrete, plain
+
+
+def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[tuple[Any, str, Any]]:
+    """What to replace while `recorder` records, as owner, name and value."""
+    original_len = builtins.len
+
+    def length(value: Any, /) -> Any:
+        if isinstance(value, torch.Tensor) and is_recording() and value.dim() > 0:
+            return recorder.length(value)
+        return original_len(value)
+
+    def number(value: Any) -> Any:
+        """What stands in a tensor, as `item` would read it."""
+        if not isinstance(value, torch.Tensor) or not is_recording():
+            return value
+        with recorder.paused():
+            is_read = value.numel() == 1 and value.dtype is not torch.bool
+        return value.item() if is_read else value
+
+    def whole(value: Any) -> Any:
+        found = number(value)
+        if isinstance(found, TracedFloat):
+            return math.trunc(found)
+        return found if isinstance(found, TracedInt) else int(found)
+
+    def real(value: Any) -> Any:
+        found = number(value)
+        if isinstance(found, TracedInt) and found.trace is not None:
+            return found.trace.arithmetic(torch.sym_float, (found,), float(plain(found)))
+        return found if isinstance(found, TracedFloat) else float(found)
+
+    yield builtins, "len", length
+    files = list(_files(recorder.root))
+    computing = {id(function): _computing(function) for function in _MATH}
+    for owner in (math, *files):
+        for name, value in list(vars(owner).items()):
+            if id(value) in computing:  # the user's files may have them by name
+                yield owner, name, computing[id(value)]
+    for owner in files:
+        called = _called_only(str(owner.__file__))
+        for kind, convert in ((int, whole), (float, real)):
+            if kind.__name__ in called and kind.__name__ not in vars(owner):
+                yield owner, kind.__name__, _Converting(kind, convert)
+
+
+class _Converting:
+    """Stands for `int` or `float` in a file that only calls it, and asks for it."""
+
+    def __init__(self, kind: type, convert: Callable[[Any], Any]):
+        self.kind = kind
+        self.convert = convert
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return self.convert(*given) if len(given) == 1 and not options else self.kind(*given, **options)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return isinstance(value, self.kind)
+
+    def __subclasscheck__(self, cls: type) -> bool:
+        return issubclass(cls, self.kind)
+
+
+_RECORDED = {math.floor, math.ceil, math.trunc, math.prod, getattr(math, "sumprod", None)}
+"""Functions that call the methods of a number."""
+
+_MATH = [each for each in vars(math).values() if isinstance(each, types.BuiltinFunctionType) and each not in _RECORDED]
+
+
+def _computing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which is recorded where it makes a number of numbers."""
+
+    def compute(*given: Any, **options: Any) -> Any:
+        trace = next((each.trace for each in given if isinstance(each, Traced)), None)
+        if trace is None or options or not all(isinstance(each, (int, float)) for each in given):
+            return function(*map(_read, given), **{name: _read(value) for name, value in options.items()})
+        result = function(*map(plain, given))
+        if isinstance(result, bool) or not isinstance(result, (int, float)):
+            return function(*map(concrete, given))
+        return trace.arithmetic(function, given, result)
+
+    return compute
+
+
+def _read(value: Any) -> Any:
+    return [concrete(number) for number in value] if isinstance(value, (list, tuple, Iterator)) else concrete(value)
+
+
+def _files(root: nn.Module) -> Iterator[types.ModuleType]:
+    """The user's files with the classes of a module tree, and what these import of their package or folder."""
+    seen: set[str] = set()
+    for cls in {type(module) for module in root.modules()}:
+        own = sys.modules.get(cls.__module__)
+        if own is None or own.__name__ in seen or not _is_users(own):
+            continue
+        seen.add(own.__name__)
+        yield own
+        for value in list(vars(own).values()):
+            name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            other = sys.modules.get(name) if isinstance(name, str) else None
+            if other is not None and name not in seen and _is_users(other) and _are_neighbours(own, other):
+                seen.add(other.__name__)
+                yield other
+
+
+def _is_users(file: types.ModuleType) -> bool:
+    path = getattr(file, "__file__", None)
+    return path is not None and is_users(path)
+
+
+def _are_neighbours(one: types.ModuleType, other: types.ModuleType) -> bool:
+    if one.__name__.partition(".")[0] == other.__name__.partition(".")[0]:
+        return True
+    return Path(str(other.__file__)).is_relative_to(Path(str(one.__file__)).parent)
+
+
+@functools.cache
+def _called_only(path: str) -> frozenset[str]:
+    """Those of `int` and `float` with which a file does no more than call them, name a type and ask `isinstance`.
+
+    Where it hands one on, as in `dtype=int`, nothing else can be in its place.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        nodes = list(ast.walk(ast.parse(text))) if re.search(r"\b(int|float)\(", text) else []
+    except (OSError, SyntaxError, ValueError):
+        return frozenset()
+    fine: list[ast.AST] = []
+    for node in nodes:
+        fine += [each for each in (getattr(node, "annotation", None), getattr(node, "returns", None)) if each]
+        if isinstance(node, ast.Call):
+            fine.append(node.func)
+            if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass", "map", "defaultdict"):
+                fine += node.args
+            fine += [keyword.value for keyword in node.keywords if keyword.arg == "type"]
+    within = {id(part) for each in fine for part in ast.walk(each) if not isinstance(each, ast.Attribute)}
+    used = [node for node in nodes if isinstance(node, ast.Name) and node.id in ("int", "float")]
+    return frozenset({node.id for node in used}) - {node.id for node in used if id(node) not in within}
