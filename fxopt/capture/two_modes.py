@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.capture.blame import is_within, paths_of
+from fxopt.capture.blame import drew_numbers, is_within, paths_of
 from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
 from fxopt.capture.guards import guard_mode
@@ -57,8 +57,11 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
             # What is set once, such as that something has been set up, is the same for all calls after it.
             if numbers and any(second_call(root, call, other.output, state, began)):
                 changed = numbers
+        drew = began.python_drew() and _drew_outside(root, call, state, began, opaque, not here)
         if changed:
             why: str | None = f"its forward changes its attribute '{changed[0][1]}'"
+        elif drew:
+            why = "it draws from Python's or numpy's random numbers"
         elif other.blocked:
             reason, location = next(iter(other.blocked.values()))
             why = f"{reason} ({location})"
@@ -77,6 +80,17 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
         _guard(first.graph, {"": here}, reason)
         return TwoModes({here: first.graph}, (first,), (f"captured for one mode only: {reason}",))
     return _combine(here, first, other, modes)
+
+
+def _drew_outside(
+    root: nn.Module, call: Call, state: State, began: RandomState, opaque: frozenset[str], training: bool
+) -> bool:
+    """Whether a call of `root` draws numbers of Python's or numpy's elsewhere than in the code of opaque modules."""
+    state.restore()
+    began.restore()
+    root.train(training)
+    fresh = call.fresh()
+    return not all(is_within(path, opaque) for path in drew_numbers(root, fresh.args, fresh.kwargs))
 
 
 def _combine(here: bool, first: Recording, other: Recording, modes: dict[bool, dict[str, bool]]) -> TwoModes:

@@ -473,6 +473,13 @@ class PythonDropout(nn.Module):
         return self.fc(x) if random.random() > 0.5 else x
 
 
+class LayerDrop(PythonDropout):
+    """Does so in training."""
+
+    def forward(self, x):
+        return self.fc(x) if self.training and random.random() > 0.5 else x
+
+
 class WritesInput(nn.Module):
     def forward(self, x):
         x[:, 0] = 0
@@ -697,6 +704,7 @@ ODD: dict[str, Case] = {
     "shared_expert": Case(SharedExpert, normal(3, 4)),
     "opaque_inside": Case(OpaqueInside, normal(3, 4)),
     "mode_inside_opaque": Case(ModeInsideOpaque, normal(3, 4)),
+    "layer_drop": Case(LayerDrop, normal(3, 4)),
     "opaque_in_training": Case(OpaqueInTraining, normal(3, 4)),
     "plain_written": Case(PlainWritten, normal(3, 4)),
     "python_dropout": Case(PythonDropout, normal(3, 4)),

@@ -46,7 +46,10 @@ WHOLE = {
     "set_by_others": {"": "each call changes its attribute 'calls'"},
 }
 """What can't be captured, by path, and why."""
-ONE_MODE = {"opaque_in_training"}
+ONE_MODE = {
+    "opaque_in_training": "it decides on a number",
+    "layer_drop": "it draws from Python's or numpy's random numbers",
+}
 
 
 def build(name: str, training: bool) -> tuple[nn.Module, Case]:
@@ -223,13 +226,14 @@ def test_a_part_that_is_switched_alone_is_refused_where_one_graph_holds_for_the_
         captured(*case.example())
 
 
-def test_a_mode_that_decides_on_values_is_refused_where_it_was_not_captured():
-    module, case = build("opaque_in_training", False)
+@pytest.mark.parametrize("name", ONE_MODE)
+def test_a_mode_whose_graph_would_not_hold_is_refused_where_it_was_not_captured(name):
+    module, case = build(name, False)
     captured = capture(module, case.example())
     agree(module, captured.module, case, modes=(False,))
     assert captured.opaque == ()
-    assert "captured for one mode only: in training mode it decides on a number" in captured.notes[0]
-    with pytest.raises(GuardError, match=r"odd\.py:\d+"):
+    assert f"captured for one mode only: in training mode {ONE_MODE[name]}" in captured.notes[0]
+    with pytest.raises(GuardError, match=f"in training mode {ONE_MODE[name]}"):
         captured.module.train()(*case.example())
     agree(module, capture(module.train(), case.example()).module, case)
 
