@@ -96,6 +96,10 @@ class State:
                 if isinstance(before, set) or _is_other(before, registry):
                     registry.clear()
                     registry.update(before)
+        self.restore_attributes()
+
+    def restore_attributes(self) -> None:
+        """Put plain attributes back, and which hooks there are."""
         seen: set[int] = set()
         for module, attributes in zip(self._modules, self._attributes, strict=True):
             for name in [name for name in _attributes(module) if name not in attributes]:

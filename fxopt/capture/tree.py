@@ -188,7 +188,9 @@ class Builder:
             found.add(below)
             return graph_module
 
-        return put_graphs_below(module, with_unchosen(root, seen.calls, inside), islands, capture)
+        replaced = put_graphs_below(module, with_unchosen(root, seen.calls, inside), islands, capture)
+        state.restore_attributes()  # of `root`, where hooks on what it calls leave something
+        return replaced
 
     def _problem(
         self,

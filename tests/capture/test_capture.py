@@ -456,6 +456,13 @@ def test_unregistered_tensors_are_constants():
     assert list(captured.module.state_dict()) == list(module.state_dict())
 
 
+def test_what_hooks_keep_of_the_example_is_let_go():
+    module, case = build("reads_hook_of_copy", False)
+    captured = capture(module, case.example()).module
+    assert captured.kept.keys() == module.kept.keys()
+    assert all(kept.numel() == 0 for kept in captured.kept.values())
+
+
 def test_hooks_are_told():
     module, case = build("hooked", False)
     assert "hooks of 'block' were recorded into the graph" in capture(module, case.example()).notes
