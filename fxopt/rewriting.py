@@ -114,7 +114,7 @@ def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
 
     state = State(module)
     try:
-        with torch.no_grad(), random_state_kept():
+        with torch.set_grad_enabled(module.training), random_state_kept():
             given = inputs.map(lambda tensor: tensor.detach().clone())
             observe(module, given.args, given.kwargs, visit)
     finally:

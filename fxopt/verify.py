@@ -96,8 +96,11 @@ class Oracle:
         except Exception as error:
             _, location = raised_in(error, oracle)
             at = f" at {location}" if location else ""
+            within = "; in evaluation it runs without gradients: compute them within `torch.enable_grad()`"
+            needs = not self._trains and "does not require grad" in str(error)
             raise LoadError(
                 f"the model itself raises {type(error).__name__}{at} for the inputs {inputs.describe()}: {error}"
+                f"{within if needs else ''}"
             ) from error
         if any(_has_nan(value) for value in outcome.values):
             raise LoadError(

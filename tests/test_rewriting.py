@@ -16,6 +16,7 @@ from fxopt import rewriting
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.rewriting import propagate_shapes
+from tests.capture.odd import InnerGradient
 
 
 def taller(module: GraphModule) -> None:
@@ -72,3 +73,9 @@ def test_a_module_is_called_for_its_shapes_again_where_something_changed(
     last = [node for node in module.graph.nodes if node.op != "output"][-1]
     y = module(x)
     assert seen(last) == (y.shape, y.dtype, y.stride())
+
+
+def test_shapes_of_gradients_are_found_in_training() -> None:
+    captured = fxopt.capture(InnerGradient().train(), torch.ones(2, 4))
+    propagate_shapes(captured.module, captured.inputs)
+    assert captured.module.meta["shapes_of"]

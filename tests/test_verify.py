@@ -171,6 +171,18 @@ def test_a_model_that_raises_is_refused_with_its_error() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+def test_a_model_that_needs_gradients_is_told_to_ask_for_them() -> None:
+    class Slope(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(x.pow(2).sum(), x)[0]
+
+    inputs = Inputs((torch.ones(2),))
+    with pytest.raises(LoadError, match=r"runs without gradients: compute them within `torch.enable_grad\(\)`"):
+        Oracle(Slope().eval(), inputs)
+    assert Oracle(Slope().train(), inputs).trials
+
+
 def test_a_nan_that_a_rewrite_brings_breaks_every_promise_but_changes() -> None:
     oracle = Oracle(nn.Identity(), Inputs((torch.ones(2, 2),)))
     broken = [

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Coverage
 from fxopt.capture.chance import random_state_kept
-from fxopt.capture.fake import NEEDS_VALUES
 from fxopt.capture.state import State
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -63,7 +62,8 @@ def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
 
     state = State(module)
     try:
-        with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept(), suppress(*NEEDS_VALUES):
+        with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept(), suppress(Exception):
+            # Without values, and without gradients where a forward computes some, it runs up to there.
             Call(inputs.args, inputs.kwargs).run(module)
     finally:
         state.restore()

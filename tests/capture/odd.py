@@ -254,6 +254,14 @@ class InnerGradient(nn.Module):
         return x + slope
 
 
+class DecidesOnGradient(InnerGradient):
+    """Checks what came of it."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.detach().abs().max() < 1e6 else x
+
+
 class BackwardHooked(nn.Module):
     def __init__(self):
         super().__init__()
@@ -690,6 +698,7 @@ ODD: dict[str, Case] = {
     "vmapped_in_chunks": Case(VmappedInChunks, normal(3, 4)),
     "nested_vmap": Case(NestedVmap, normal(3, 4)),
     "inner_gradient": Case(InnerGradient, normal(3, 4)),
+    "decides_on_gradient": Case(DecidesOnGradient, normal(3, 4)),
     "backward_hooked": Case(BackwardHooked, normal(3, 4)),
     "tensor_hooked": Case(TensorHooked, normal(3, 4)),
     "hooked": Case(Hooked, normal(3, 4)),
