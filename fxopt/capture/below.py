@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from fxopt.capture.call import Call
 from fxopt.capture.leaves import is_leaf
@@ -51,7 +49,7 @@ def calls_from(root: nn.Module, call: Call, inside: frozenset[str], islands: fro
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if (path in islands or (stack[-1] in inside and path not in inside)) and path not in found:
-                found[path] = _kept(args, kwargs)
+                found[path] = Call(args, kwargs).fresh()
             stack.append(path)
 
         return hook
@@ -139,20 +137,6 @@ def _is_worth_it(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return False
     return not is_leaf(module) or isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
-
-
-def _kept(args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
-    """Arguments as they are now, whatever is written into them later, without their history."""
-
-    copies = {
-        id(leaf): leaf.detach().clone().requires_grad_(leaf.requires_grad)
-        for leaf in pytree.tree_leaves((args, kwargs))
-        if isinstance(leaf, torch.Tensor)
-    }
-    try:
-        return Call(*copy.deepcopy((args, kwargs), dict(copies)))
-    except Exception:  # whatever a user's object raises when it is copied
-        return Call(*pytree.tree_map_only(torch.Tensor, lambda tensor: copies[id(tensor)], (args, kwargs)))
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.blame import is_within
+from fxopt.capture.call import Call
 from fxopt.capture.captured import Guard
 from fxopt.capture.exporting import exporting, same_tensors
 from fxopt.capture.interception import intercept
@@ -37,13 +36,11 @@ class Recording:
         graph: the graph, complete only where nothing is in `blocked` and `failed` is empty.
         output: what the run returned.
         blocked: modules that did what can't be recorded: path -> (reason, location).
-        examples: for each module that an opaque one called: the arguments of its first call.
         guards: what was assumed.
         met: unregistered tensors that were used.
         fixed: names of those of them whose values can't depend on an input.
         asked_mode: paths of modules that read their `training` flag.
         calls: torch calls in the graph.
-        hidden_calls: torch calls inside opaque modules, and outside of the modules that they call.
         notes: what else to tell.
         seconds: wall time of the forward.
     """
@@ -51,13 +48,11 @@ class Recording:
     graph: fx.Graph
     output: Any
     blocked: Mapping[str, tuple[str, str]]
-    examples: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]
     guards: tuple[Guard, ...]
     met: tuple[Met, ...]
     fixed: frozenset[str]
     asked_mode: frozenset[str]
     calls: int
-    hidden_calls: int
     notes: tuple[str, ...]
     seconds: float
 
@@ -69,24 +64,17 @@ class _Run:
     recorder: Recorder
     paths: Mapping[int, str]
     opaque: frozenset[str]
-    examples: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    hidden: _Counter | None = None
-    hidden_calls: int = 0
     notes: dict[str, None] = field(default_factory=dict)
 
     def on_module(
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.paths.get(id(module))
-        if self.hidden is not None and self.hidden.active:
-            return self._called_by_opaque(module, call, path, args, kwargs)
         if not self.recorder.active:
             return call(module, *args, **kwargs)
         if path is None or path == "":
             return self._inside(module, call, path or self.recorder.path, args, kwargs)
-        if path in self.opaque:
-            return self._whole(module, self._observed(call), path, args, kwargs)
-        if is_leaf(module) or switches_by_mode(module):
+        if path in self.opaque or is_leaf(module) or switches_by_mode(module):
             return self._whole(module, call, path, args, kwargs)
         if module._forward_hooks or module._forward_pre_hooks:
             self.notes[f"hooks of '{path}' were recorded into the graph"] = None
@@ -122,48 +110,6 @@ class _Run:
                     recorder.block(f"'{path}', which is opaque, returns a flag that it may decide on")
             return recorder.adopt(node, result, origin)
 
-    def _observed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Run an opaque module, counting its own torch calls and keeping what it gives to its children."""
-
-        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            outer, self.hidden = self.hidden, _Counter()
-            try:
-                with self.hidden:
-                    return call(module, *args, **kwargs)
-            finally:
-                self.hidden_calls += self.hidden.calls
-                self.hidden = outer
-
-        return run
-
-    def _called_by_opaque(
-        self, module: nn.Module, call: Callable[..., Any], path: str | None, args: Any, kwargs: Any
-    ) -> Any:
-        assert self.hidden is not None
-        if path is None or path in self.opaque:
-            return call(module, *args, **kwargs)
-        if path not in self.examples:
-            self.examples[path] = _kept((args, kwargs))
-        self.hidden.active = False
-        try:
-            return call(module, *args, **kwargs)
-        finally:
-            self.hidden.active = True
-
-
-class _Counter(TorchFunctionMode):
-    """Counts torch calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.active = True
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.active and func.__name__ not in ("__get__", "__set__"):
-            self.calls += 1
-        return func(*args, **(kwargs or {}))
-
 
 def record(
     module: nn.Module,
@@ -183,7 +129,7 @@ def record(
     """
     state, random = state or State(module), torch.get_rng_state()
     modes = [(child, child.training) for child in module.modules()]
-    kept_args, kept_kwargs = _kept((args, dict(kwargs)))
+    kept = Call(args, kwargs).fresh()
     recording = _record(module, args, kwargs, opaque)
     if not recording.blocked:
         return recording
@@ -193,7 +139,7 @@ def record(
     torch.set_rng_state(random)
     try:
         with exporting():
-            exported = _record(module, kept_args, kept_kwargs, opaque)
+            exported = _record(module, kept.args, kept.kwargs, opaque)
     except Exception:  # whatever a module does that expects a compiler
         return recording
     if exported.blocked.keys() < recording.blocked.keys() and same_tensors(recording.output, exported.output):
@@ -232,13 +178,11 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         graph=recorder.graph,
         output=_without_history(without_numbers(output), memory_of(*buffers.values())),
         blocked=recorder.blocked,
-        examples=run.examples,
         guards=tuple(recorder.guards),
         met=tuple(recorder.met),
         fixed=frozenset(recorder.fixed),
         asked_mode=frozenset(recorder.asked_mode),
         calls=recorder.calls,
-        hidden_calls=run.hidden_calls,
         notes=tuple(run.notes),
         seconds=seconds,
     )
@@ -294,13 +238,3 @@ def _without_history(output: Any, written: set[int]) -> Any:
         return (value if written.isdisjoint(memory_of(leaf)) else value.clone()).requires_grad_(leaf.requires_grad)
 
     return pytree.tree_map_only(torch.Tensor, kept, output)
-
-
-def _kept(value: Any) -> Any:
-    """Arguments as they are now, whatever is written into them later."""
-    copies = {id(leaf): leaf.detach().clone() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)}
-    try:
-        # Objects among the arguments, such as caches, are written into as well.
-        return copy.deepcopy(value, copies)
-    except Exception:  # whatever a user's object raises when it is copied
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: copies[id(tensor)], value)
