@@ -34,7 +34,7 @@ def test_the_graph_by_module_with_shapes_and_lines():
 
 def test_opaque_parts_say_what_to_change():
     text = explained("router", "text")
-    assert "stays as it is: it reads a number out of a tensor ('item()')" in text
+    assert "stays as it is: it decides on a number that depends on the values of the input" in text
     assert "(models.py:" in text
     assert "to have it in the graph, compute it with tensors (torch.where, a mask, gather)" in text
     assert "experts.2 (Sequential)" in text

@@ -52,9 +52,6 @@ class Decisions(Objects):
         if found is not None and not found.keys() - {None}:
             return result
         depends = max(value.depends for value in operands if isinstance(value, Traced))
-        if depends is Depends.DATA and isinstance(result, int) and any(isinstance(value, float) for value in operands):
-            # An int may index a list, which reads it unseen.
-            self.block(f"it rounds a number that depends on the values of the input ('{function.__name__}')")
         node = self.emit("call_function", function, tuple(self.argument(value) for value in operands))
         if found is not None:
             self._sums[node] = found

@@ -196,15 +196,15 @@ class Recorder(Decisions, TorchFunctionMode):
         depends = self.origin(name, args, kwargs).values
         tensor = args[0]
         if name in operators.VALUE_READS:
-            if depends is Depends.DATA and not tensor.is_floating_point():
-                # An int may index a list, which reads it unseen.
-                self.block(f"it reads a number out of a tensor ('{name}()') that depends on the values of the input")
+            shape = self.known(tensor).shape
+            if isinstance(result, list) and (shape is Depends.DATA or _may_count(depends, tensor)):
+                self.block(f"it makes a list of a tensor ('{name}()') that depends on the values of the input")
                 return result
             node = self.emit("call_method", name, (self.known(tensor).node,))
             if isinstance(result, bool):
                 self.decided(node, result, depends, f"'{name}()'")
                 return result
-            if isinstance(result, list) and self.known(tensor).shape is not Depends.CONSTANT:
+            if isinstance(result, list) and shape is not Depends.CONSTANT:
                 self.received(node, result, "'tolist()'")
             return self.adopt(node, result, Origin(depends, depends, depends))
         if isinstance(result, bool):
@@ -237,6 +237,11 @@ def _is_last(given: list[Any], dim: Any) -> bool:
     """Whether `dim` is the last of the tensor's: what values size is so in its first ones, as rows that are picked."""
     dims = next(value for value in given if isinstance(value, torch.Tensor)).dim()
     return dims > 1 and isinstance(dim, int) and plain(dim) % dims == dims - 1
+
+
+def _may_count(depends: Depends, tensor: torch.Tensor) -> bool:
+    """Whether numbers of a tensor are lengths or places that depend on values, which Python code goes through."""
+    return depends is Depends.DATA and not tensor.is_floating_point()
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _ADVICE = (
-    (("reads a number", "reads the values", "decides on"), "compute it with tensors (torch.where, a mask, gather)"),
+    (("makes a list", "reads the values", "decides on"), "compute it with tensors (torch.where, a mask, gather)"),
     (
         ("changes its attribute", "by its attribute", "second call"),
         "keep it in a buffer, and write it with copy_()",

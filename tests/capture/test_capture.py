@@ -38,7 +38,6 @@ WHOLE = {
     "opaque_inside": {"route": "it decides on a number that depends on the values of the input"},
     "mode_inside_opaque": {"": "it decides on a number that depends on the values of the input"},
     "python_dropout": {"": "it draws from Python's or numpy's random numbers"},
-    "queue": {"1": "it decides on '1.place', which the forward writes (1.place.item() == 0)"},
     "warms_up": {"1": "it decides on '1.steps', which the forward writes ((add < 3) is True)"},
     "decides_on_gradient": {"": "it decides on the value of a tensor"},
     "counter_inside": {"1": "each call changes its attribute 'calls'"},

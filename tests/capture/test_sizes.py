@@ -245,14 +245,49 @@ def test_what_python_reads_of_sizes_is_guarded(name):
         captured(torch.randn(1, 3))
 
 
-@pytest.mark.parametrize("rounded", [round, math.floor, math.ceil])
-def test_rounding_what_depends_on_values_is_opaque(rounded):
-    module = Calls(lambda x: x * [5, 6, 7, 8][rounded(x.max().item())])
-    captured = capture(module, (torch.tensor([0.4]),))
-    assert "rounds a number that depends on the values" in captured.opaque[0].reason
-    for value in (0.4, 1.4, 2.6):
-        x = torch.tensor([value])
-        assert torch.equal(captured.module(x), module(x))
+class WithLengths(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, lengths):
+        return self.function(x, lengths, lengths.max().item())
+
+
+RECORDED = {
+    "mask": lambda x, lengths, n: torch.arange(n)[None] < lengths[:, None],
+    "mask by int": lambda x, lengths, n: torch.arange(int(lengths.max()))[None] < lengths[:, None],
+    "trimmed": lambda x, lengths, n: x[:, :n],
+    "picked": lambda x, lengths, n: x[:, n] * 2,
+    "padded": lambda x, lengths, n: F.pad(x, (0, 0, 0, 8 - n)),
+    "summed by groups": lambda x, lengths, n: torch.zeros(n + 1, 3).index_add(0, lengths, x[:, 0]),
+    "rounded": lambda x, lengths, n: x[:, : round(lengths.float().mean().item())],
+    "square": lambda x, lengths, n: torch.ones(n, n).tril() + torch.eye(n),
+}
+DECIDES = {
+    "item of a list": lambda x, lengths, n: x * [5, 6, 7, 8, 9][n],
+    "item of a list, rounded": lambda x, lengths, n: x * [5, 6, 7, 8, 9][math.floor(n * 0.5)],
+    "part of a list": lambda x, lengths, n: x * len([5, 6, 7, 8, 9][:n]),
+    "range": lambda x, lengths, n: sum(x * i for i in range(n)),
+    "repetition": lambda x, lengths, n: x * len([0] * n),
+    "text": lambda x, lengths, n: x * {"n3": 5}.get(f"n{n}", 7),
+    "array": lambda x, lengths, n: torch.from_numpy(np.ones(n, "float32")),
+    "size of what was made": lambda x, lengths, n: x * 2 if torch.ones(n).shape[0] == 3 else x,
+    "rows": lambda x, lengths, n: sum(index * row for index, row in enumerate(torch.ones(n, 3))),
+    "rank": lambda x, lengths, n: x[:, :n].squeeze(1) * 2,
+    "list": lambda x, lengths, n: torch.stack([row[k] for row, k in zip(x, lengths.tolist(), strict=True)]),
+    "list of as many": lambda x, lengths, n: x * len(lengths.nonzero().tolist()),
+}
+
+
+@pytest.mark.parametrize("name", [*RECORDED, *DECIDES])
+def test_integers_that_depend_on_values_are_recorded_where_python_does_not_read_them(name):
+    module = WithLengths({**RECORDED, **DECIDES}[name])
+    captured = capture(module, (torch.randn(2, 5, 3), torch.tensor([3, 1])))
+    assert bool(captured.opaque) is (name in DECIDES)
+    for lengths in ([3, 1], [1, 1], [2, 4], [4, 2, 3], [2]):
+        args = torch.randn(len(lengths), 5, 3), torch.tensor(lengths)
+        assert torch.equal(captured.module(*args), module(*args))
 
 
 MATH = {
