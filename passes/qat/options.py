@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from fxopt.contract import Pass
 from fxopt.errors import PassError, SpecError
@@ -51,7 +51,9 @@ class Quantization(Pass):
 
     def aimed_at(self, engine: str) -> Pass:
         """With that engine as the target, where it is one and none is given."""
-        return replace(self, target=engine) if self.target == "auto" and engine in TARGETS else self
+        if self.target != "auto" or engine not in TARGETS:
+            return self
+        return replace(self, target=cast(Target, engine))
 
     @property
     def runtime(self) -> Target:

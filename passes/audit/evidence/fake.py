@@ -168,13 +168,14 @@ class _Devices(TorchDispatchMode):
     def together(self, name: str, args: Any, kwargs: Any) -> Any:
         """What an operator is given, with each tensor of the CPU noted and moved."""
 
-        def moved(leaf: torch.Tensor) -> torch.Tensor:
+        def onto_it(leaf: torch.Tensor) -> torch.Tensor:
             if leaf.device.type != "cpu" or not leaf.dim():
                 return leaf
             self._note(name, leaf)
-            return _moved(leaf, torch.device(_NAME, 0))
+            moved: torch.Tensor = _moved(leaf, torch.device(_NAME, 0))
+            return moved
 
-        return pytree.tree_map_only(torch.Tensor, moved, (args, kwargs))
+        return pytree.tree_map_only(torch.Tensor, onto_it, (args, kwargs))
 
     def noting(self, func: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """A function that makes a tensor of plain data, with what it makes known by the line that called it."""
