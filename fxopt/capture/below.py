@@ -132,6 +132,39 @@ def put_graphs_below(
     return replaced
 
 
+def put(parent: nn.Module, children: Mapping[str, nn.Module]) -> None:
+    """Put modules at their names."""
+    for name, child in children.items():
+        parent.set_submodule(name, child)
+
+
+def put_what_holds(parent: nn.Module, graphs: Mapping[str, nn.Module], holds: Callable[[], bool]) -> tuple[str, ...]:
+    """Put those graphs in with which `parent` still gives what it should; found by halves, as few break it.
+
+    Args:
+        parent: with the modules in place that the graphs were made of.
+        graphs: one under all of its names.
+        holds: whether `parent` as it is then gives what it should.
+
+    Returns:
+        The names of those that stay out.
+    """
+    before = {name: parent.get_submodule(name) for name in graphs}
+    put(parent, graphs)
+    if holds():
+        return ()
+    put(parent, before)
+    distinct = list(dict.fromkeys(graphs.values()))
+    if len(distinct) < 2:
+        return tuple(graphs)
+    halves = distinct[: len(distinct) // 2], distinct[len(distinct) // 2 :]
+    return tuple(
+        name
+        for half in halves
+        for name in put_what_holds(parent, {at: graph for at, graph in graphs.items() if graph in half}, holds)
+    )
+
+
 def _is_worth_it(module: nn.Module) -> bool:
     """Whether passes find more in a graph of `module` than in the module."""
     if isinstance(module, torch.jit.ScriptModule):

@@ -16,6 +16,7 @@ from fxopt.capture.closures import rebind_within
 from fxopt.capture.copy_on_write import lazy_copy
 from fxopt.capture.state import REGISTRIES, all_modules
 
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 
 
@@ -120,6 +121,9 @@ def _fill(duplicate: nn.Module, original: nn.Module, memo: dict[int, Any]) -> No
 
 def _copy_tensor(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
     value = tensor.detach()
+    if tensor.layout in _COMPRESSED:  # `copy.deepcopy` refuses these: they have no memory of one piece
+        made = value.clone().requires_grad_(tensor.requires_grad)
+        return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     if tensor.layout is not torch.strided or tensor.is_quantized or type(value) is not torch.Tensor:
         return copy.deepcopy(tensor)
     storage = value.untyped_storage()

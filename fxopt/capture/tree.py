@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fxopt.capture.below import calls_from, put_graphs_below, with_unchosen
+from fxopt.capture.below import calls_from, put, put_graphs_below, put_what_holds, with_unchosen
 from fxopt.capture.blame import came_from, changed_around, is_within, paths_of
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Constant, Opaque
@@ -210,14 +210,16 @@ class Builder:
         if problem is None:
             return None
         graphs = {name: module.get_submodule(name) for name in replaced}
-        _put(module, replaced)
+        put(module, replaced)
         if replay(root, call, expected) is not None:
             # It gives something else at each run by itself.
-            _put(module, graphs)
+            put(module, graphs)
             found.note(f"'{path or type(root).__name__}' gives other outputs each time it is run: {problem}")
             return None
         if replaced and replay(module, call, expected) is None:
-            found.note(f"what '{path or type(root).__name__}' calls stays as it is, since as graphs {problem}")
+            out = put_what_holds(module, graphs, lambda: replay(module, call, expected) is None)
+            left = ", ".join(f"'{_join(path, name)}'" for name in out)
+            found.note(f"what '{path or type(root).__name__}' calls is a graph but for {left}: as one, {problem}")
             return None
         return None if "" in settled.opaque else problem
 
@@ -239,11 +241,6 @@ def _hands_on(module: nn.Module) -> bool:
     parts = [part for part in module.modules() if part is module or not is_leaf(part)]
     hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
     return any(not type(hook).__module__.startswith("torch.") for hook in hooks)
-
-
-def _put(module: nn.Module, children: Mapping[str, nn.Module]) -> None:
-    for name, child in children.items():
-        module.set_submodule(name, child)
 
 
 def _overrides(module: nn.Module) -> bool:

@@ -1,0 +1,56 @@
+"""Graphs of what opaque code calls: as many as hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxopt.capture import capture
+from fxopt.capture.below import put_what_holds
+from fxopt.graph import GraphModule
+
+
+class Greedy(nn.Module):
+    """Decodes until all samples have ended, and calls its embedding with matrices and with vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.before, self.out = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        state = self.before(self.table(ids)).mean(1)
+        for _ in range(5):
+            token = self.out(state).argmax(-1)
+            if bool((token == 1).all()):
+                break
+            state = torch.tanh(state + self.table(token))
+        return state
+
+
+def test_what_one_graph_cannot_take_leaves_the_others_graphs() -> None:
+    model, x = Greedy().eval(), torch.randint(20, (3, 4))
+    captured = capture(model, (x,))
+    module = captured.module
+    assert all(isinstance(module.get_submodule(name), GraphModule) for name in ("before", "out"))
+    assert type(module.get_submodule("table")) is nn.Embedding
+    assert any(
+        note.startswith("what 'Greedy' calls is a graph but for 'table': as one, it ") for note in captured.notes
+    )
+    with torch.no_grad():
+        assert torch.equal(module(x), model(x))
+
+
+def test_what_breaks_the_whole_is_found_by_halves() -> None:
+    parent = nn.Sequential(*(nn.Identity() for _ in range(32)))
+    graphs: dict[str, nn.Module] = {str(place): nn.ReLU() for place in range(32)}
+    graphs["9"] = graphs["8"]  # one graph under two names
+    tried = 0
+
+    def holds() -> bool:
+        nonlocal tried
+        tried += 1
+        return not isinstance(parent[8], nn.ReLU) and not isinstance(parent[30], nn.ReLU)
+
+    assert put_what_holds(parent, graphs, holds) == ("8", "9", "30")
+    assert sum(isinstance(child, nn.ReLU) for child in parent) == 29
+    assert tried < 32
