@@ -76,6 +76,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_of_sizes(value: Any) -> bool:
+    """Whether a value is a number that sizes make, such as the root of one; none of these is below zero."""
+    if is_number(value):
+        return bool(value > 0)
+    name = name_of(value)
+    args: tuple[Any, ...] = getattr(value, "args", ())
+    if name in ("size", "pow"):
+        return len(args) == 2 and is_number(args[1]) and (name == "size" or is_of_sizes(args[0]))
+    return name in ("sqrt", "mul", "div", "floordiv", "sym_float") and bool(args) and all(map(is_of_sizes, args))
+
+
 def is_cast(node: fx.Node) -> bool:
     """Whether a call returns its first argument in the dtype that it has, or another, and does nothing else."""
     return name_of(node) in ("to", "float", "type_as", "type", "double", "half", "bfloat16") and bool(

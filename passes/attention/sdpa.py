@@ -7,6 +7,7 @@ Source: Vaswani et al. 2017; Dao et al. 2022.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from passes.attention.call import (
     is_cast,
     is_last,
     is_number,
+    is_of_sizes,
     name_of,
     operands,
     shape_of,
@@ -160,8 +162,10 @@ def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None
     if dropout:
         options["dropout_p"] = dropout
     query, scale = _unscaled(scores.query, scores.scale, end, region)
+    numbers = [(factor, sign) for factor, sign in scores.factors if is_of_sizes(factor)]
     for factor, sign in scores.factors:
-        query = region.insert_function(end, torch.mul if sign > 0 else torch.div, (query, factor))
+        if (factor, sign) not in numbers:
+            query = region.insert_function(end, torch.mul if sign > 0 else torch.div, (query, factor))
     keys = transposed(scores.keys, end, region)
     keys, scale = _unscaled(keys, scale, end, region)
     values = weights.values
@@ -175,7 +179,11 @@ def _replace(scores: Scores, weights: _Weights, region: Region) -> Change | None
     inputs = [query, keys, values]
     if len(shape) == 3:  # the fast kernels take batch and heads
         inputs = [_method(end, "unsqueeze", (value, 1), region) for value in inputs]
-    made = region.insert_function(end, F.scaled_dot_product_attention, tuple(inputs), {**options, "scale": scale})
+    options["scale"] = scale
+    for factor, sign in numbers:
+        by = operator.mul if sign > 0 else operator.truediv
+        options["scale"] = region.insert_function(end, by, (options["scale"], factor))
+    made = region.insert_function(end, F.scaled_dot_product_attention, tuple(inputs), options)
     if len(shape) == 3:
         made = _method(end, "squeeze", (made, 1), region)
     masked = [mask for mask in ("attn_mask", "is_causal") if mask in options]

@@ -12,7 +12,7 @@ class Plain(nn.Module):
         self.fc = nn.Linear(8, 8)
 
     def forward(self, x):
-        scale = float(x.abs().max())  # fault: FX507 plain
+        scale = max(1.0, float(x.abs().max()))  # fault: FX507 plain
         return self.fc(x) * scale
 
 
@@ -22,7 +22,7 @@ class Part(nn.Module):
         self.fc = nn.Linear(8, 8)
 
     def forward(self, x):
-        scale = float(x.abs().max())  # fault: FX507 nested
+        scale = max(1.0, float(x.abs().max()))  # fault: FX507 nested
         return self.fc(x) * scale
 
 
@@ -40,7 +40,7 @@ class InheritedMixin:
         self.fc = nn.Linear(8, 8)
 
     def compute(self, x):
-        scale = float(x.abs().max())  # fault: FX507 inherited
+        scale = max(1.0, float(x.abs().max()))  # fault: FX507 inherited
         return self.fc(x) * scale
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,20 +128,16 @@ class Handed(nn.Module):
         return self.function(x)
 
 
-class Catching(nn.Module):
+class Drawing(nn.Module):
     """Decides by the number of rows in Python code that stays opaque."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        try:
-            shift = float(x.mean())
-        except ValueError:
-            return x
-        return x * 2 + shift if x.shape[0] > 2 else x
+        return x * 2 if random.random() < 0 or x.shape[0] > 2 else x
 
 
 UNSEEN: dict[str, Callable[[], nn.Module]] = {
     "an autograd function": lambda: Handed(lambda x: DoubledIfMany.apply(x)),
-    "an opaque module": Catching,
+    "an opaque module": Drawing,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,7 +125,7 @@ ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
     "written once it was scaled": (written_once_scaled, {"scale": 1.0}),
     "no scale": (lambda self, q, k, v: (q @ k.mT).softmax(3) @ v, {"scale": 1.0}),
     "scaled twice": (lambda self, q, k, v: (2 * (q * 0.25) @ (k / 2).mT * 0.5).softmax(-1) @ v, {"scale": 0.125}),
-    "scaled by the length": (lambda self, q, k, v: (q @ k.mT * q.size(0) ** -0.5).softmax(-1) @ v, {"scale": 1.0}),
+    "scaled by the length": (lambda self, q, k, v: (q @ k.mT * q.size(0) ** -0.5).softmax(-1) @ v, {}),
     "temperature": (lambda self, q, k, v: (q @ k.mT * self.temperature).softmax(-1) @ v, {"scale": 1.0}),
     "bias": (lambda self, q, k, v: (scores(q, k) + self.table).softmax(-1) @ v, {"attn_mask": ()}),
     "bias first": (lambda self, q, k, v: self.softmax(self.table + q @ k.mT) @ v, {"attn_mask": ()}),
@@ -195,7 +196,7 @@ ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
         lambda self, q, k, v: F.dropout(scores(q, k).softmax(-1), 0.3, self.training) @ v,
         {"dropout_p": ()},
     ),
-    "dropout of nothing": (lambda self, q, k, v: self.still(scores(q, k).softmax(-1)) @ v, {"scale": 8**-0.5}),
+    "dropout of nothing": (lambda self, q, k, v: self.still(scores(q, k).softmax(-1)) @ v, {}),
     "grouped": (
         lambda self, q, k, v: before(self, q, repeated(k[:, :2], 2), repeated(v[:, :2], 2)),
         {"enable_gqa": True},
@@ -304,6 +305,27 @@ def test_dropout_that_attention_would_draw_otherwise_stays(forward: Forward, rea
 def returned(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     a = scores(q, k).softmax(-1)
     return a @ v, a
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda q: 1 / math.sqrt(q.size(-1)),
+        lambda q: q.shape[-1] ** -0.5,
+        lambda q: 1.0 / float(q.size(3)) ** 0.5,
+        lambda q: 1 / math.sqrt(q.shape[1] * q.shape[3] // 4),
+    ],
+)
+def test_a_scale_of_sizes_stays_a_number(scale: Callable[[torch.Tensor], float]) -> None:
+    model = Formula(lambda self, q, k, v: (q @ k.mT * scale(q)).softmax(-1) @ v)
+    outcome = run(Attention(), model, heads())
+    (node,) = operators(outcome)
+    assert isinstance(node.kwargs["scale"], fx.Node)
+    assert "mul" not in [each.name for each in outcome.module.graph.nodes if "tensor_meta" in each.meta]
+    for batch in (2, 3):
+        given = heads(batch)
+        with torch.no_grad():
+            assert_close(outcome.module(*given), model(*given), 1e-5)
 
 
 def scores_too(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

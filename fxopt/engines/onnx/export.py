@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture.leaves import is_leaf
 from fxopt.capture.shell import run_shell
+from fxopt.capture.structure import Apply
 from fxopt.contract import Skip
 from fxopt.engines.onnx.decided import without_decided_guards
 from fxopt.engines.onnx.outputs import Outputs
@@ -91,8 +92,8 @@ def _runs_unseen(module: GraphModule) -> bool:
                 if isinstance(child, torch.jit.ScriptModule) or not (isinstance(child, GraphModule) or is_leaf(child)):
                     return True
             elif node.op == "call_function":
-                owner = getattr(node.target, "__self__", None)  # of the `apply` of an autograd function, its class
-                home = (owner if isinstance(owner, type) else node.target).__module__ or "torch"
+                code = node.target.cls if isinstance(node.target, Apply) else node.target
+                home = code.__module__ or "torch"
                 if home.partition(".")[0] not in _KNOWN:
                     return True
     return False
