@@ -35,12 +35,13 @@ def _lines(section: Section) -> Iterator[str]:
 
 def _grid(content: Table) -> str:
     align = ["right" if index in content.right else "left" for index in range(len(content.headings))]
-    least = [len(heading + _GAP) for heading in content.headings]  # as wide as tabulate makes them
-    columns = zip(content.headings, *content.rows, strict=True)
-    widths = [max(each, *map(len, cells)) for each, cells in zip(least, columns, strict=True)]
+    columns = [(heading + _GAP, *cells) for heading, *cells in zip(content.headings, *content.rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]  # as wide as tabulate makes them
+    words = [[len(word) for cell in cells for word in cell.split()] for _, *cells in columns]
+    least = [max(_NARROWEST, len(heading), *longest) for (heading, *_), longest in zip(columns, words, strict=True)]
     over = len(_INDENT + _GAP.join("." * width for width in widths)) - _WIDTH
     for column in sorted(range(len(widths)), key=lambda column: -widths[column]):
-        cut = min(over, widths[column] - max(least[column], _NARROWEST))
+        cut = min(over, widths[column] - least[column])
         widths[column], over = widths[column] - max(cut, 0), over - max(cut, 0)
     rows = [["\n".join(_broken(cell, width)) for cell, width in zip(row, widths, strict=True)] for row in content.rows]
     text = tabulate(rows, content.headings, tablefmt="simple", colalign=align, disable_numparse=True)
