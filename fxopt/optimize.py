@@ -109,7 +109,7 @@ def optimize(
     """
     tell = progress or (lambda stage: None)
     example = Inputs.of(inputs)
-    pipeline = aimed_at(engine, _read(passes))
+    pipeline = aimed_at(engine, _pipeline(passes))
     if max_error is not None and not max_error >= 0:
         raise SpecError(f"max_error: expected 0 or more, not {max_error}")
     if engine is not None:
@@ -178,16 +178,23 @@ def optimize(
     )
 
 
-def _read(passes: Sequence[Pass] | str) -> Sequence[Pass]:
+def _pipeline(passes: Any) -> Sequence[Pass]:
+    """The passes of a spec, or those given.
+
+    Raises:
+        SpecError: for anything else.
+    """
     if isinstance(passes, str):
         return spec.parse(passes)
-    wrong = [passes] if isinstance(passes, Pass) else [each for each in passes if not isinstance(each, Pass)]
+    is_listed = isinstance(passes, Iterable)
+    pipeline = tuple(passes) if is_listed else (passes,)
+    wrong = [each for each in pipeline if not (is_listed and isinstance(each, Pass))]
     if wrong:
         raise SpecError(
             "passes: expected a list of passes, such as [Fuse(), QAT(bits=8)], or a spec, such as 'fuse,qat{bits=8}', "
             f"not {wrong[0]!r}"
         )
-    return passes
+    return pipeline
 
 
 def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[Inputs]:

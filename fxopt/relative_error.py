@@ -36,17 +36,26 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
     Of whole numbers and booleans it is the share that differs, where that is less: they are chosen, as by argmax, and
     where two values are as good as equal, their rounding decides which.
     """
-    if expected.layout is not torch.strided:
-        expected, found = expected.to_dense(), found.to_dense()
-    if expected.is_quantized:
-        expected, found = expected.dequantize(), found.dequantize()
+    expected, found = _plain(expected), _plain(found)
     if torch.equal(expected, found) or expected.numel() == 0:
         return 0.0
     if expected.shape != found.shape:
         return float("inf")
     if expected.is_floating_point() or expected.is_complex():
         return _by_scale(expected, found)
-    return min((expected != found).double().mean().item(), _by_scale(expected, found))
+    return min(share_of_others(expected, found), _by_scale(expected, found))
+
+
+def share_of_others(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The share of the values that are not equal, of two tensors of one shape; 0 for empty ones."""
+    others = _plain(expected) != _plain(found)
+    return others.double().mean().item() if others.numel() else 0.0
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values, dense and not quantised."""
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return dense.dequantize() if dense.is_quantized else dense
 
 
 def _by_scale(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -30,7 +30,8 @@ def test_passes_may_be_objects_or_a_spec() -> None:
     module, inputs = CASE.build(), CASE.example()
     by_objects = fxopt.optimize(module, inputs, passes=[Fuse(), QAT(bits=6)], devices=())
     by_spec = fxopt.optimize(module, inputs, passes="fuse,qat{bits=6}", devices=())
-    assert by_objects.passes == by_spec.passes
+    drawn = fxopt.optimize(module, inputs, passes=iter(by_spec.passes), devices=())  # type: ignore[arg-type]
+    assert by_objects.passes == by_spec.passes == drawn.passes
     with torch.no_grad():
         assert torch.equal(by_objects.module(*inputs), by_spec.module(*inputs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -66,21 +67,39 @@ def test_whole_numbers_and_booleans_differ_by_the_share_of_them_where_that_is_le
     assert relative_error(torch.tensor(expected), torch.tensor(found)) == error
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
-    ("promise", "dtypes", "flips", "is_broken"),
+    "made",
     [
-        (Promise.CLOSE, {torch.float32}, 1, False),
-        (Promise.CLOSE, {torch.float32}, 100, True),
-        (Promise.CLOSE, set(), 1, True),
-        (Promise.EXACT, {torch.float32}, 1, True),
+        lambda values: values.to_sparse(),
+        lambda values: torch.quantize_per_tensor(values.float(), 1.0, 0, torch.quint8),
+        lambda values: values.bool(),
     ],
-    ids=["a tie in floats", "too many for ties", "no floats to round", "exact"],
+    ids=["sparse", "quantised", "booleans"],
+)
+def test_whole_numbers_of_any_form_are_compared(made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    outcomes = [Outcome((made(torch.tensor(each)),), None, {}, {}) for each in ([0, 2, 3, 0], [0, 2, 0, 0])]
+    assert difference_of(*outcomes, Promise.CLOSE).error == 0.25
+    assert not difference_of(outcomes[0], outcomes[0], Promise.CLOSE).is_broken
+
+
+@pytest.mark.parametrize(
+    ("promise", "dtypes", "flips", "by", "is_broken"),
+    [
+        (Promise.CLOSE, {torch.float32}, 1, 20, False),
+        (Promise.CLOSE, {torch.float32}, 100, 20, True),
+        (Promise.CLOSE, {torch.float32}, 100_000, 1, True),
+        (Promise.CLOSE, set(), 1, 20, True),
+        (Promise.EXACT, {torch.float32}, 1, 20, True),
+    ],
+    ids=["a tie in floats", "too many for ties", "all by a little", "no floats to round", "exact"],
 )
 def test_a_class_may_be_another_where_two_are_as_good_as_equal(
-    promise: Promise, dtypes: set[torch.dtype], flips: int, is_broken: bool
+    promise: Promise, dtypes: set[torch.dtype], flips: int, by: int, is_broken: bool
 ) -> None:
-    before, after = torch.zeros(100_000, dtype=torch.int64), torch.zeros(100_000, dtype=torch.int64)
-    after[:flips] = 20
+    before = torch.full((100_000,), 30_000)
+    after = before.clone()
+    after[:flips] += by
     outcomes = [Outcome((each,), None, {}, {}, frozenset(dtypes)) for each in (before, after)]
     assert difference_of(*outcomes, promise).is_broken is is_broken
 
