@@ -1,6 +1,6 @@
 """Capture any PyTorch module as a graph, rewrite it by verified passes, measure what that gained."""
 
-from fxopt.artifact import load
+from fxopt.artifact import load, save
 from fxopt.bench import Comparison, compare
 from fxopt.capture import Captured, capture
 from fxopt.engines import Executable, lower
@@ -20,4 +20,5 @@ __all__ = [
     "load",
     "lower",
     "optimize",
+    "save",
 ]

@@ -14,7 +14,7 @@ from fxopt.errors import LoadError
 from fxopt.nested import flatten, is_object, tensors_in, with_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inputs:
     """Positional and keyword arguments of one call of a model.
 
@@ -46,6 +46,9 @@ class Inputs:
         raise LoadError(
             f"inputs: expected a tensor, a tuple (positional) or a dict (keyword arguments), got {type(value).__name__}"
         )
+
+    def __repr__(self) -> str:
+        return f"Inputs({self.describe()})"
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -31,9 +31,9 @@ from fxopt.prove import check as check_proof
 from fxopt.verify import Oracle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What an optimization gave.
+    """What an optimization gave; `fxopt.report.render(result.record)` tells all of it.
 
     Attributes:
         module: the rewritten module; independent of the original.
@@ -52,6 +52,11 @@ class Result:
     passes: tuple[Pass, ...]
     inputs: Inputs
     executable: Executable | None = None
+
+    def __repr__(self) -> str:
+        did = ", ".join(f"{entry.pass_name} {len(entry.changes)}" for entry in self.ledger) or "no passes"
+        engine = "" if self.executable is None else f"; run by {self.executable.engine.name}"
+        return f"Result({self.record['target']}; changes: {did}{engine}; fxopt.report.render(result.record) tells all)"
 
 
 @with_versions()

@@ -32,6 +32,7 @@ class Kind:
 )
 def test_what_is_said_of_them_is_the_same_in_each_process(value: object, text: str) -> None:
     assert Inputs.of(value).describe() == text
+    assert repr(Inputs.of(value)) == f"Inputs({text})"
 
 
 def test_fresh_complex_numbers_have_both_parts() -> None:

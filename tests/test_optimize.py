@@ -191,14 +191,15 @@ def test_what_an_engine_gave_as_the_target_is_kept(tmp_path: Path) -> None:
     result = fxopt.optimize(model, x, "fuse,ptq,quantize-freeze", **given)
     assert result.executable is not None
     assert "operators on integers: 1 QLinearConv" in {skip.reason for skip in result.executable.reasons}
-    save(result, tmp_path / "out", {})
+    assert repr(result).startswith("Result(Sequential; changes: fuse 1, ptq 5, quantize-freeze 4; run by onnxruntime; ")
+    save(result, tmp_path / "out")
     assert "ptq{target=onnxruntime}" in (tmp_path / "out" / "recipe.json").read_text()
 
 
 def test_a_saved_result_loads_to_equal_outputs(tmp_path: Path) -> None:
     module, inputs = CASE.build(), CASE.example()
     result = fxopt.optimize(module, inputs, passes="clean,fuse,qat", calibration_data=[inputs], devices=())
-    save(result, tmp_path / "out", {})
+    save(result, str(tmp_path / "out"))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1.0)

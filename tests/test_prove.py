@@ -271,7 +271,7 @@ def test_the_recipe_makes_again_what_was_kept(tmp_path: Path, compared: list[Any
     original = model()
     result = fxopt.optimize(original, IMAGES, "clean,fuse", prove="match", devices=())
     assert [change.where for change in result.ledger.changes] == ["1.1", "2.1"]
-    save(result, tmp_path / "out", {})
+    save(result, tmp_path / "out")
     loaded = fxopt.load(tmp_path / "out", original)
     assert list(loaded.state_dict()) == list(result.module.state_dict())
     assert "0.1.running_mean" in loaded.state_dict()
@@ -284,7 +284,7 @@ def test_the_recipe_leaves_out_what_was_reverted(tmp_path: Path, compared: list[
     original = nn.Sequential(original).eval()
     result = fxopt.optimize(original, IMAGES, "clean,fuse", prove="pass", devices=())
     assert result.ledger.entries[1].is_reverted
-    save(result, tmp_path / "out", {})
+    save(result, tmp_path / "out")
     assert '"spec": "clean"' in (tmp_path / "out" / "recipe.json").read_text()
     with torch.no_grad():
         assert torch.equal(fxopt.load(tmp_path / "out", original)(*IMAGES.args), result.module(*IMAGES.args))

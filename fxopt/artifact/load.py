@@ -43,7 +43,7 @@ def load(directory: str | PathLike[str], module: nn.Module, *, inputs: Any = Non
     The outputs are those of the saved result to the bit, on the same machine and with the same torch.
 
     Args:
-        directory: what `fxopt run --out DIR` wrote.
+        directory: what `fxopt.save` or `fxopt run --out DIR` wrote.
         module: the original, of the same code and configuration; its weights do not matter, but where values decide on
             which way it goes. It is not changed.
         inputs: to capture it with, where those of the run could not be saved.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class Result(Protocol):
         """What there is to report."""
 
 
-def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None:
+def save(result: Result, directory: str | PathLike[str], renderings: Mapping[str, str] | None = None) -> None:
     """Write a result: weights, the recipe to make it again, the code of its graphs, and its reports.
 
     All of it or nothing is written; an older result in the same place is replaced.
@@ -66,13 +67,14 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
     Args:
         result: of a run.
         directory: a free name, an empty directory, or an older result.
-        renderings: the reports, by file name.
+        renderings: the reports to go with it, by file name.
 
     Raises:
         ArtifactError: where the directory holds anything else or cannot be written, or a pass is not installed,
             so that no recipe can name it.
         PassError: a module that a pass put in is in a state that can't be kept.
     """
+    texts = renderings or {}
     kept = [(each, done) for each, done in zip(result.passes, result.ledger, strict=True) if not done.is_reverted]
     text = _spec([each for each, _ in kept])
     target = result.record["target"]
@@ -98,13 +100,13 @@ def save(result: Result, directory: Path, renderings: Mapping[str, str]) -> None
         },
         "engine": _engine(result),
         "graph": fingerprint(result.module),
-        "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *renderings]),
+        "files": sorted([RECIPE, WEIGHTS, INPUTS, CODE, *texts]),
     }
-    with writing(directory) as new:
+    with writing(Path(directory)) as new:
         _write(weights, new / WEIGHTS)
         _write(tensors, new / INPUTS)
         (new / CODE).write_text(code, encoding="utf-8")
-        for name, rendering in renderings.items():
+        for name, rendering in texts.items():
             (new / name).write_text(rendering, encoding="utf-8")
         (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 

@@ -34,7 +34,7 @@ class Times:
     again: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The latency of two modules, measured in turns.
 
@@ -88,7 +88,7 @@ class Comparison:
         """How many times as fast the module after is: 1 / ratio."""
         return 1 / self.ratio
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         interval = f"[{1 / self.high:.2f}, {1 / self.low:.2f}]"
         return (
             f"{self.verdict} on {self.device}: {self.before_ms:.3g} -> {self.after_ms:.3g} ms, "

@@ -138,7 +138,7 @@ def test_what_was_trained_afterwards_is_kept_by_saving_again(tmp_path):
     result.module.train()
     result.module(torch.randn(4, 3, 6, 6), add=0.5)["out"].square().sum().backward()
     optimizer.step()
-    save(result, tmp_path / "kept", {})
+    save(result, tmp_path / "kept")
     again = load(tmp_path / "kept", trained().eval())
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(again.eval()(x, add=0.5)["out"], result.module.eval()(x, add=0.5)["out"])
@@ -156,7 +156,7 @@ def test_tied_weights_are_written_once_unless_training_rounds_them_apart(tmp_pat
         with torch.no_grad():
             module.get_parameter("head.weight_fake_quant.scale").mul_(factor)
         result = optimize(module, tokens, "quantize-freeze", devices=())
-        save(result, tmp_path / str(factor), {})
+        save(result, tmp_path / str(factor))
         assert json.loads((tmp_path / str(factor) / "recipe.json").read_text())["tied"] == tied
         assert torch.equal(load(tmp_path / str(factor), prepared())(tokens), result.module(tokens))
 
@@ -187,7 +187,7 @@ def test_inputs_that_cannot_be_saved_are_asked_for(tmp_path):
     pair = Pair(torch.randn(2, 3), torch.randn(2, 3))
     module = Sum().eval()
     result = run(module, "", (pair,))
-    save(result, tmp_path / "kept", {})
+    save(result, tmp_path / "kept")
     with pytest.raises(
         ArtifactError, match=r"since args\.0 is a 'Pair': give them by `fxopt.load\(directory, module, i"
     ):
@@ -210,7 +210,7 @@ class Private(Pass):
 def test_a_pass_that_no_spec_can_name_cannot_be_saved(tmp_path):
     result = optimize(trained().eval(), (torch.randn(1, 3, 6, 6),), [Private()], devices=())
     with pytest.raises(ArtifactError, match=r"pass 'private' \(.*Private\) is not installed"):
-        save(result, tmp_path / "kept", {})
+        save(result, tmp_path / "kept")
     assert list(tmp_path.iterdir()) == []
 
 

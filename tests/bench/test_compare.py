@@ -193,7 +193,7 @@ def test_result_is_frozen_and_reads_well() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.ratio = 1.0  # type: ignore[misc]
     assert found.speedup == pytest.approx(2)
-    assert str(found) == ("faster on cpu: 10 -> 5 ms, speed-up 2.00 [2.00, 2.00], noise floor 0.0 %, 30 pairs")
+    assert repr(found) == "faster on cpu: 10 -> 5 ms, speed-up 2.00 [2.00, 2.00], noise floor 0.0 %, 30 pairs"
 
 
 class Restless(nn.Module):
