@@ -16,10 +16,16 @@ _FXOPT = str(Path(__file__).parents[1]) + os.sep
 _RECORDING = str(Path(__file__).with_name("record.py"))
 
 
+_TYPED = ("<stdin>", "<python-input-", "<ipython-input-")
+"""What Python and IPython call the files of what is typed in."""
+
+
 @functools.cache
 def is_users(file: str) -> bool:
     """Whether a source file belongs neither to torch nor to fxopt, nor is generated."""
-    return not file.startswith((_TORCH, _FXOPT, "<")) and not file.endswith(("/contextlib.py", "/functools.py"))
+    if file.startswith("<"):
+        return file.startswith(_TYPED)
+    return not file.startswith((_TORCH, _FXOPT)) and not file.endswith(("/contextlib.py", "/functools.py"))
 
 
 def user_source() -> Source | None:
