@@ -20,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -40,8 +40,10 @@ EPOCHS, FURTHER = 60, 20
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
 FLOAT_RATE, QUANTIZED_RATE = 4e-2, 4e-2
 """By `--choose`, which sees the training half alone: of floats the one whose quantised networks are best."""
-LEARNED: dict[str, Literal["lsq"] | bool] = {"W8A8": False, "W4A8": False, "W4A4": "lsq", "W3A4": "lsq"}
-"""On the same split, at that rate: learned scales are better where activations have few steps, else moving ranges."""
+FOLLOW, LEARN = {"observer": "ema"}, {"learned": "lsq"}
+RANGES = {"W8A8": FOLLOW, "W4A8": FOLLOW, "W4A4": LEARN, "W3A4": LEARN}
+"""On the same split, at that rate: learned scales are better where activations have few steps, else moving averages. A
+range that only widens would keep what the first steps, which are long, have passed through it."""
 SCALES_RATE = 0.05
 """Of the rate of weights: AdamW's steps are as long as the rate, and scales are small."""
 NORMS_TRAIN = 0.85
@@ -145,10 +147,10 @@ def choose(seeds: int) -> None:
             for name in ("W4A8", "W4A4", "W3A4"):
                 after = quantized_after(floats, images[left], **options_of(name))
                 found[rate, f"{name} PTQ"].append(accuracy(after, images[out], labels[out]))
-                for learned in (False, "lsq"):
-                    options = {**options_of(name), "learned": learned}
+                for how, ranges in (("follow", FOLLOW), ("learned", LEARN)):
+                    options = {**options_of(name), **ranges}
                     during = quantized_in_training(base, images[left], labels[left], rate, **options)
-                    kind = f"{name} QAT, ranges {'learned' if learned else 'follow'}"
+                    kind = f"{name} QAT, ranges {how}"
                     found[rate, kind].append(accuracy(during, images[out], labels[out]))
     for (rate, name), values in found.items():
         print(f"{name:26} at {rate:g}: {100 * statistics.mean(values):.1f}")
@@ -165,7 +167,7 @@ def one_seed(seed: int) -> dict[str, dict[str, float]]:
         modules = {
             "plain PTQ": quantized_after(control, images, **options, **PLAIN),
             "PTQ": quantized_after(control, images, **options),
-            "QAT": quantized_in_training(base, images, labels, QUANTIZED_RATE, **options, learned=LEARNED[name]),
+            "QAT": quantized_in_training(base, images, labels, QUANTIZED_RATE, **options, **RANGES[name]),
         }
         for kind, module in modules.items():
             found[f"{name} {kind}"] = row = {"simulated": accuracy(module, held_images, held_labels)}

@@ -31,7 +31,8 @@ class QAT(Quantization):
     Weights are signed and symmetric, with a scale for each output channel; tables that are looked up or added have
     one for each row. Inputs have one scale a tensor, shared by all layers that read the same value. Gradients pass
     straight through the rounding. Ranges of inputs come from `calibrate`, or from the first batches of training; until
-    then they are not quantised.
+    then they are not quantised. In training they follow the data: by `minmax` they only widen, by `ema` they shrink,
+    too.
 
     Adam's steps are as long as its rate, and a learned scale of 8 bits is hardly longer: give scales a group of their
     own, at a twentieth of the rate and without weight decay, as examples/qat_digits.py does.
