@@ -12,7 +12,6 @@ from fxopt.findings import Finding, Inspection, Inspector, RuleCard, Severity, S
 from fxopt.graph import GraphModule, Region
 from fxopt.inputs import Inputs
 from passes.audit.evidence import Evidence
-from passes.audit.rule import card_of
 from passes.audit.rules import RULES
 
 
@@ -37,7 +36,7 @@ class Audit(Inspector):
     @classmethod
     def rules(cls) -> tuple[RuleCard, ...]:
         """The cards of all rules."""
-        return tuple(card_of(rule) for rule in RULES)
+        return tuple(rule.card for rule in RULES)
 
     def inspect(self, subject: Subject) -> Inspection:
         """Offer the evidence to each rule. A rule that fails is a note, not an end."""
@@ -45,13 +44,13 @@ class Audit(Inspector):
         notes: list[str] = []
         with Evidence(subject) as evidence:
             # Rules on devices wait for a run in a process of its own, which goes on meanwhile.
-            for kind in sorted(RULES, key=lambda rule: rule.group == "device"):
-                if kind.id in self.rules_off.split():
+            for rule in sorted(RULES, key=lambda rule: rule.card.group == "device"):
+                if rule.id in self.rules_off.split():
                     continue
                 try:
-                    findings.extend(kind().check(evidence))
+                    findings.extend(rule.check(evidence))
                 except Exception as error:  # whatever a user's class raises when it is looked at
-                    notes.append(f"{subject.name}: {kind.id} could not look: {type(error).__name__}: {error}")
+                    notes.append(f"{subject.name}: {rule.id} could not look: {type(error).__name__}: {error}")
             layers = tuple(evidence.layers())
         return Inspection.joined([Inspection(tuple(findings), (*evidence.notes, *notes), layers=layers)])
 

@@ -58,6 +58,11 @@ class Evidence:
         return list(self.subject.module.named_modules()) if self.subject.module is not None else []
 
     @functools.cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter, each once, by its first name."""
+        return dict(self.subject.module.named_parameters()) if self.subject.module is not None else {}
+
+    @functools.cached_property
     def users(self) -> list[tuple[str, nn.Module]]:
         """The modules whose classes are not torch's own."""
         return [(path, module) for path, module in self.modules if code.is_users(type(module))]
@@ -88,14 +93,14 @@ class Evidence:
         return sorted(found | set(self.subject.files))
 
     @functools.cached_property
-    def forward(self) -> Forward | None:
-        """The run in evaluation; None where the model can't be run."""
-        return self._tried("the forward run", run_forward)
+    def forward(self) -> Forward:
+        """The run in evaluation; nothing was seen where the model can't be run."""
+        return self._tried("the forward run", run_forward) or Forward()
 
     @functools.cached_property
-    def backward(self) -> Backward | None:
-        """The run in training; None where the model can't be run or trained."""
-        return self._tried("the backward run", run_backward)
+    def backward(self) -> Backward:
+        """The run in training; nothing was seen where the model can't be run or trained."""
+        return self._tried("the backward run", run_backward) or Backward()
 
     @functools.cached_property
     def half(self) -> list[Loss]:
@@ -121,7 +126,7 @@ class Evidence:
     @property
     def order(self) -> list[str]:
         """Names of the modules, in the order in which they first returned something."""
-        return list(self.forward.layers) if self.forward else []
+        return list(self.forward.layers)
 
     @functools.cached_property
     def settled(self) -> bool:
@@ -134,7 +139,7 @@ class Evidence:
     @functools.cached_property
     def gains(self) -> dict[str, Gain]:
         """By how much each layer scales its input."""
-        return gains(self.modules, self.forward.steps) if self.forward else {}
+        return gains(self.modules, self.forward.steps)
 
     @functools.cached_property
     def graph(self) -> Graph:
@@ -148,11 +153,11 @@ class Evidence:
     def layers(self) -> Iterator[Layer]:
         """What was measured of each module that ran."""
         squares: dict[str, float] = {}
-        for name, norm in self.backward.norms.items() if self.backward else []:
+        for name, norm in self.backward.norms.items():
             if norm is not None:
                 path = name.rpartition(".")[0]
                 squares[path] = squares.get(path, 0.0) + norm**2
-        for path, found in self.forward.layers.items() if self.forward else []:
+        for path, found in self.forward.layers.items():
             one, square = self.gains.get(path), squares.get(path)
             gradient = None if square is None else square**0.5
             numbers = (found.mean, found.variance, found.zeros, found.low, found.high, gradient)
@@ -181,7 +186,7 @@ class Evidence:
         try:
             return run(self.subject)
         except Exception as error:  # whatever a user's model raises
-            if run is not run_forward and self.forward is not None and self.forward.error is not None:
+            if run is not run_forward and self.forward.error is not None:
                 return None  # a finding tells of it
             first = (str(error).splitlines() or ["no message"])[0]
             self.notes.append(f"{self.subject.name}: {what} ended early: {type(error).__name__}: {first}")

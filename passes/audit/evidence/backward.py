@@ -101,13 +101,19 @@ def _differentiate(module: nn.Module, subject: Subject, seen: Backward, seed: in
     with kept(seed), torch.enable_grad():
         before = random_state()
         with _Readers(names, seen.used):
-            outputs = [tensor for tensor in floating(call(module, subject)) if tensor.requires_grad]
+            outputs = _outputs(module, subject)
         seen.random = seen.random or random_state() != before
-        if not outputs:
-            return False
-        # Random weights, since the plain sum of a softmax or a normalised output has no gradient at all.
-        sum((tensor * torch.randn_like(tensor)).mean() for tensor in outputs).backward()  # type: ignore[union-attr]
-    return True
+        _descend(outputs)
+    return bool(outputs)
+
+
+def _outputs(module: nn.Module, subject: Subject) -> list[torch.Tensor]:
+    return [tensor for tensor in floating(call(module, subject)) if tensor.requires_grad]
+
+
+def _descend(outputs: list[torch.Tensor]) -> None:
+    # Random weights, since the plain sum of a softmax or a normalised output has no gradient at all.
+    torch.autograd.backward([(tensor * torch.randn_like(tensor)).mean() for tensor in outputs])
 
 
 def _norms(module: nn.Module) -> dict[str, float | None]:
@@ -137,7 +143,8 @@ def _blame(subject: Subject) -> tuple[str, Place | None] | None:
         warnings.simplefilter("always")
         try:
             with torch.autograd.set_detect_anomaly(True):
-                _differentiate_plainly(module, subject)
+                torch.default_generator.manual_seed(0)
+                _descend(_outputs(module, subject))
         except RuntimeError as error:
             name = re.search(r"'(\w+)Backward\d*'", str(error))
             told = "\n".join(str(warning.message) for warning in caught)
@@ -146,9 +153,3 @@ def _blame(subject: Subject) -> tuple[str, Place | None] | None:
             place = line_of(frames[-1][0], int(frames[-1][1])) if frames else None
             return (name.group(1) if name else "an operator"), place
     return None
-
-
-def _differentiate_plainly(module: nn.Module, subject: Subject) -> None:
-    torch.default_generator.manual_seed(0)
-    outputs = [tensor for tensor in floating(call(module, subject)) if tensor.requires_grad]
-    sum((tensor * torch.randn_like(tensor)).mean() for tensor in outputs).backward()  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ _TORCH = str(Path(torch.__file__).parent) + os.sep
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 _FXOPT = str(Path(inspect.getfile(Place)).parents[1]) + os.sep
 _AUDIT = str(Path(__file__).parents[1]) + os.sep
+
+N = TypeVar("N", bound=ast.AST)
 
 
 @functools.cache
@@ -79,9 +81,9 @@ class Body:
             return getattr(owner, node.attr, None) if owner is not None else None
         return None
 
-    def calls(self) -> Iterator[ast.Call]:
+    def calls(self) -> list[ast.Call]:
         """All calls in it."""
-        return (node for node in ast.walk(self.node) if isinstance(node, ast.Call))
+        return parts(ast.Call, self.node)
 
 
 @functools.cache
@@ -91,6 +93,21 @@ def syntax(path: str) -> ast.Module | None:
         return ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, SyntaxError, ValueError):
         return None
+
+
+def parts(kind: type[N], *around: ast.AST | None) -> list[N]:
+    """All pieces of a kind in pieces of syntax, these included."""
+    return [node for each in around if each is not None for node in ast.walk(each) if isinstance(node, kind)]
+
+
+def start(node: ast.expr | ast.stmt) -> tuple[int, int]:
+    """Line and column of its first character, in bytes."""
+    return node.lineno, node.col_offset
+
+
+def end(node: ast.expr | ast.stmt) -> tuple[int, int]:
+    """Line and column behind its last character, in bytes."""
+    return node.end_lineno or node.lineno, node.end_col_offset or 0
 
 
 def class_node(kind: type) -> tuple[str, ast.ClassDef] | None:
@@ -108,16 +125,10 @@ def _class_node(kind: Any) -> tuple[str, ast.ClassDef] | None:
     tree = syntax(path) if path else None
     if path is None or tree is None:
         return None
-    names = [name for name in kind.__qualname__.split(".") if name != "<locals>"]
     found: list[ast.AST] = [tree]
-    for name in names:
-        wanted = [
-            node
-            for outer in found
-            for node in ast.walk(outer)
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name and node is not outer
-        ]
-        found = list(wanted)
+    for name in kind.__qualname__.replace(".<locals>", "").split("."):
+        inside = [node for outer in found for node in ast.walk(outer) if node is not outer]
+        found = [node for node in inside if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name]
     classes = [node for node in found if isinstance(node, ast.ClassDef)]
     lines = set(_methods(kind, path))
     holding = [node for node in classes if any(node.lineno <= line <= (node.end_lineno or 0) for line in lines)]
@@ -142,15 +153,21 @@ def bases(kind: type) -> Iterator[tuple[type, str, ast.ClassDef]]:
             yield base, *found
 
 
-def modules_among(classes: list[ast.ClassDef]) -> set[str]:
-    """Names of the classes that are modules, by what they say of their bases."""
-    found: set[str] = set()
+def methods(kind: type) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions in `bases`, each with its file; `__init__` first of its class."""
+    for _, path, node in bases(kind):
+        functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        yield from ((path, item) for item in sorted(functions, key=lambda item: item.name != "__init__"))
+
+
+def modules_in(path: str) -> list[ast.ClassDef]:
+    """The classes of a file that are modules, by what they say of their bases."""
+    classes, found = parts(ast.ClassDef, syntax(path)), set[str]()
     for _ in classes:
         for node in classes:
-            names = {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases}
-            if "Module" in names or names & found:
+            if {"Module", *found}.intersection(ast.unparse(base).rpartition(".")[2] for base in node.bases):
                 found.add(node.name)
-    return found
+    return [node for node in classes if node.name in found]
 
 
 def at(path: str, node: ast.expr | ast.stmt, note: str = "") -> Place:
@@ -167,12 +184,8 @@ def column(path: str, line: int, offset: int) -> int:
 
 def assignments(kind: type, attribute: str) -> Iterator[tuple[str, ast.stmt]]:
     """Where `self.attribute` is set, in the class itself or what it inherits from; `__init__` first."""
-    for _, path, node in bases(kind):
-        functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-        for function in sorted(functions, key=lambda item: item.name != "__init__"):
-            for statement in ast.walk(function):
-                if isinstance(statement, ast.stmt) and attribute in _sets(statement):
-                    yield path, statement
+    for path, function in methods(kind):
+        yield from ((path, each) for each in parts(ast.stmt, function) if attribute in _sets(each))
 
 
 def assigned(kind: type, attribute: str) -> Place | None:
@@ -203,9 +216,9 @@ def _sets(statement: ast.stmt) -> set[str]:
 
 def kept(body: Body) -> Iterator[int]:
     """The lines whose results are kept on `self` or told, by themselves or by a statement that reads their variable."""
-    statements = [node for node in ast.walk(body.node) if isinstance(node, ast.stmt)]
+    statements = parts(ast.stmt, body.node)
     keeping = [statement for statement in statements if _sets(statement) or _tells(statement, body)]
-    read = {node.id for statement in keeping for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    read = {node.id for node in parts(ast.Name, *keeping)}
     for statement in statements:
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         if statement in keeping or any(isinstance(target, ast.Name) and target.id in read for target in targets):
@@ -286,7 +299,7 @@ def forward_bodies(kind: type[nn.Module], module: str) -> Iterator[Body]:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == name:
                     yield Body(item, path, vars(sys.modules[base.__module__]), module, kind)
-                    calls = [part.func for part in ast.walk(item) if isinstance(part, ast.Call)]
+                    calls = [part.func for part in parts(ast.Call, item)]
                     called = {(self_attribute(function), 0) for function in calls}
                     called |= {(_super_attribute(function), position + 1) for function in calls}
                     new = {(method, start) for method, start in called - seen if method}

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 
 from fxopt.findings import Place
-from passes.audit.evidence.code import column, syntax
+from passes.audit.evidence.code import column, end, start, syntax
 from passes.audit.evidence.places import line_of
 
 
@@ -26,15 +26,8 @@ def _decisions(path: str) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     tree = syntax(path)
     found = []
     for node in ast.walk(tree) if tree else ():
-        tests: list[ast.expr] = []
-        if isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
-            tests = [node.test]
-        elif isinstance(node, ast.For):
-            tests = [node.iter]
-        elif isinstance(node, ast.comprehension):
-            tests = [node.iter, *node.ifs]
-        for test in tests:
-            last = test.end_lineno or test.lineno
-            start = (test.lineno, column(path, test.lineno, test.col_offset))
-            found.append((start, (last, column(path, last, test.end_col_offset or 0) + 1)))
+        tests = [part for field, part in ast.iter_fields(node) if field in ("test", "iter")]
+        for test in (*tests, *getattr(node, "ifs", ())):
+            (first, left), (last, right) = start(test), end(test)
+            found.append(((first, column(path, first, left)), (last, column(path, last, right) + 1)))
     return tuple(found)

@@ -18,8 +18,12 @@ from fxopt.findings import Subject
 
 UNWRITTEN = {"aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::resize_"}
 """These return whatever the memory held before."""
-REGISTERED = {"_parameters", "_buffers", "_modules"}
-"""Where a module keeps what is registered."""
+
+
+def unregistered(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The plain attributes of a module: all but those where it keeps what is registered."""
+    registered = ("_parameters", "_buffers", "_modules")
+    return ((name, value) for name, value in vars(module).items() if name not in registered)
 
 
 def copied(subject: Subject, training: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
-from passes.audit.evidence.driver import REGISTERED, copied, telling_modules
+from passes.audit.evidence.driver import copied, telling_modules, unregistered
 from passes.audit.evidence.meeting import Meeting
 from passes.audit.evidence.places import running
 
@@ -69,8 +69,8 @@ def _named(module: nn.Module) -> Any:
 def _plain(module: nn.Module) -> Any:
     """Tensors that plain attributes hold, those of modules in lists among them."""
     for path, child in module.named_modules():
-        for name, value in vars(child).items():
-            for leaf in pytree.tree_leaves(value) if name not in REGISTERED else ():
+        for name, value in unregistered(child):
+            for leaf in pytree.tree_leaves(value):
                 held = [leaf] if isinstance(leaf, torch.Tensor) else []
                 held += [tensor for _, tensor in _named(leaf)] if isinstance(leaf, nn.Module) else []
                 yield from ((path, name, tensor) for tensor in held)

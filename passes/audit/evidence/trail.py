@@ -91,7 +91,7 @@ def _low(step: Step) -> Any:
 def called(evidence: Evidence) -> dict[tuple[str, Place | None], list[Activation]]:
     """Calls of activations by the module and the line that makes them: the module's own, where torch wrote it."""
     found: dict[tuple[str, Place | None], list[Activation]] = {}
-    for each in evidence.forward.activations if evidence.forward else []:
+    for each in evidence.forward.activations:
         module = evidence.module_at(each.module)
         by_module = module is not None and not code.is_users(type(module))
         place = place_of(evidence, each.module, "") if by_module else each.place
@@ -143,7 +143,7 @@ def init_place(evidence: Evidence, path: str) -> Place | None:
     leaf = path.rpartition(".")[2]
     for _, owner in evidence.owner(path):
         for _, file, node in code.bases(type(owner)):
-            for call in (each for each in ast.walk(node) if isinstance(each, ast.Call)):
+            for call in code.parts(ast.Call, node):
                 given = [ast.unparse(argument) for argument in call.args]
                 written = ast.unparse(call.func)
                 if "init" in written and f"self.{leaf}.weight" in given:

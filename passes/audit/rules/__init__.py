@@ -1,90 +1,88 @@
 """All rules, by their ids."""
 
 from passes.audit.rule import Rule
-from passes.audit.rules.batch_statistics import BatchStatistics
-from passes.audit.rules.bias_before_norm import BiasBeforeNorm
-from passes.audit.rules.data_dependent import DataDependent
-from passes.audit.rules.dead_activation import DeadActivation
-from passes.audit.rules.dead_gradient import DeadGradient
-from passes.audit.rules.dead_weights import DeadWeights
-from passes.audit.rules.device_mismatch import DeviceMismatch
-from passes.audit.rules.epsilon_underflows import EpsilonUnderflows
-from passes.audit.rules.factory_without_device import FactoryWithoutDevice
-from passes.audit.rules.fixed_device import FixedDevice
-from passes.audit.rules.forward_fails import ForwardFails
-from passes.audit.rules.gradient_range import GradientRange
-from passes.audit.rules.host_round_trip import HostRoundTrip
-from passes.audit.rules.idle_mask import IdleMask
-from passes.audit.rules.init_gain import InitGain
-from passes.audit.rules.left_in_training import LeftInTraining
-from passes.audit.rules.lost_tie import LostTie
-from passes.audit.rules.low_precision import LowPrecision
-from passes.audit.rules.made_in_forward import MadeInForward
-from passes.audit.rules.missing_super_init import MissingSuperInit
-from passes.audit.rules.mixed_dtypes import MixedDtypes
-from passes.audit.rules.no_gradient import NoGradient
-from passes.audit.rules.no_onnx import NoOnnx
-from passes.audit.rules.not_finite import NotFinite
-from passes.audit.rules.opaque_part import OpaquePart
-from passes.audit.rules.random_in_eval import RandomInEval
-from passes.audit.rules.repeated_computation import RepeatedComputation
-from passes.audit.rules.sample_loop import SampleLoop
-from passes.audit.rules.saturated_activation import SaturatedActivation
-from passes.audit.rules.shape_decision import ShapeDecision
-from passes.audit.rules.shared_inplace import SharedInplace
-from passes.audit.rules.signal_lost import SignalLost
-from passes.audit.rules.unguarded_division import UnguardedDivision
-from passes.audit.rules.unguarded_log import UnguardedLog
-from passes.audit.rules.unguarded_sqrt import UnguardedSqrt
-from passes.audit.rules.unregistered_module import UnregisteredModule
-from passes.audit.rules.unregistered_parameter import UnregisteredParameter
-from passes.audit.rules.unregistered_tensor import UnregisteredTensor
-from passes.audit.rules.unsaved_buffer import UnsavedBuffer
-from passes.audit.rules.unused_parameter import UnusedParameter
-from passes.audit.rules.unused_result import UnusedResult
-from passes.audit.rules.whole_module_saved import WholeModuleSaved
+from passes.audit.rules.batch_statistics import batch_statistics
+from passes.audit.rules.bias_before_norm import bias_before_norm
+from passes.audit.rules.data_dependent import data_dependent
+from passes.audit.rules.dead_activation import dead_activation
+from passes.audit.rules.dead_gradient import dead_gradient
+from passes.audit.rules.dead_weights import dead_weights
+from passes.audit.rules.device_mismatch import device_mismatch
+from passes.audit.rules.epsilon_underflows import epsilon_underflows
+from passes.audit.rules.factory_without_device import factory_without_device
+from passes.audit.rules.fixed_device import fixed_device
+from passes.audit.rules.forward_fails import forward_fails
+from passes.audit.rules.gradient_range import gradient_range
+from passes.audit.rules.host_round_trip import host_round_trip
+from passes.audit.rules.idle_mask import idle_mask
+from passes.audit.rules.init_gain import init_gain
+from passes.audit.rules.left_in_training import left_in_training
+from passes.audit.rules.lost_tie import lost_tie
+from passes.audit.rules.low_precision import low_precision
+from passes.audit.rules.made_in_forward import made_in_forward
+from passes.audit.rules.missing_super_init import missing_super_init
+from passes.audit.rules.mixed_dtypes import mixed_dtypes
+from passes.audit.rules.no_gradient import no_gradient
+from passes.audit.rules.no_onnx import no_onnx
+from passes.audit.rules.not_finite import not_finite
+from passes.audit.rules.opaque_part import opaque_part
+from passes.audit.rules.random_in_eval import random_in_eval
+from passes.audit.rules.repeated_computation import repeated_computation
+from passes.audit.rules.sample_loop import sample_loop
+from passes.audit.rules.saturated_activation import saturated_activation
+from passes.audit.rules.shape_decision import shape_decision
+from passes.audit.rules.shared_inplace import shared_inplace
+from passes.audit.rules.signal_lost import signal_lost
+from passes.audit.rules.unguarded import unguarded_division, unguarded_log, unguarded_sqrt
+from passes.audit.rules.unregistered_module import unregistered_module
+from passes.audit.rules.unregistered_parameter import unregistered_parameter
+from passes.audit.rules.unregistered_tensor import unregistered_tensor
+from passes.audit.rules.unsaved_buffer import unsaved_buffer
+from passes.audit.rules.unused_parameter import unused_parameter
+from passes.audit.rules.unused_result import unused_result
+from passes.audit.rules.whole_module_saved import whole_module_saved
 
-RULES: tuple[type[Rule], ...] = (
-    UnregisteredTensor,
-    UnregisteredModule,
-    UnregisteredParameter,
-    MadeInForward,
-    MissingSuperInit,
-    LostTie,
-    SharedInplace,
-    FixedDevice,
-    FactoryWithoutDevice,
-    DeviceMismatch,
-    HostRoundTrip,
-    MixedDtypes,
-    EpsilonUnderflows,
-    UnguardedSqrt,
-    UnguardedLog,
-    UnguardedDivision,
-    LowPrecision,
-    NotFinite,
-    UnusedParameter,
-    DeadWeights,
-    InitGain,
-    LeftInTraining,
-    RandomInEval,
-    NoGradient,
-    DeadGradient,
-    GradientRange,
-    DeadActivation,
-    ForwardFails,
-    SaturatedActivation,
-    SignalLost,
-    DataDependent,
-    SampleLoop,
-    NoOnnx,
-    WholeModuleSaved,
-    UnsavedBuffer,
-    BatchStatistics,
-    OpaquePart,
-    ShapeDecision,
-    BiasBeforeNorm,
-    UnusedResult,
-    RepeatedComputation,
-    IdleMask,
+RULES: tuple[Rule, ...] = (
+    unregistered_tensor,
+    unregistered_module,
+    unregistered_parameter,
+    made_in_forward,
+    missing_super_init,
+    lost_tie,
+    shared_inplace,
+    fixed_device,
+    factory_without_device,
+    device_mismatch,
+    host_round_trip,
+    mixed_dtypes,
+    epsilon_underflows,
+    unguarded_sqrt,
+    unguarded_log,
+    unguarded_division,
+    low_precision,
+    not_finite,
+    unused_parameter,
+    dead_weights,
+    init_gain,
+    left_in_training,
+    random_in_eval,
+    no_gradient,
+    dead_gradient,
+    gradient_range,
+    dead_activation,
+    forward_fails,
+    saturated_activation,
+    signal_lost,
+    data_dependent,
+    sample_loop,
+    no_onnx,
+    whole_module_saved,
+    unsaved_buffer,
+    batch_statistics,
+    opaque_part,
+    shape_decision,
+    bias_before_norm,
+    unused_result,
+    repeated_computation,
+    idle_mask,
 )

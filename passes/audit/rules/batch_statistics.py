@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import place_of
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class BatchStatistics(Rule):
+@rule("FX506")
+def batch_statistics(evidence: Evidence) -> Iterator[Found]:
     """A batch norm without running statistics.
 
     In evaluation it uses the statistics of the batch at hand: outputs depend on what else is in the batch.
@@ -25,13 +25,6 @@ class BatchStatistics(Rule):
 
     Fix: track the statistics, or use GroupNorm.
     """
-
-    id = "FX506"
-    name = "batch-statistics"
-    group = "deployment"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for path, module in evidence.modules:
-            if isinstance(module, _BatchNorm) and module.running_mean is None:
-                yield self.found(f"'{path}' has no running statistics", place_of(evidence, path, ""), path)
+    for path, module in evidence.modules:
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            yield Found(f"'{path}' has no running statistics", place_of(evidence, path, ""), path)

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import place_of
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _LAYERS = ("conv1d", "conv2d", "conv3d", "linear")
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-class BiasBeforeNorm(Rule):
+@rule("FX601", Severity.NOTE)
+def bias_before_norm(evidence: Evidence) -> Iterator[Found]:
     """A bias that the batch norm behind it takes out again.
 
     It costs memory and time, and its gradient is zero but for rounding.
@@ -28,27 +29,17 @@ class BiasBeforeNorm(Rule):
 
     Fix: pass `bias=False`.
     """
-
-    id = "FX601"
-    name = "bias-before-norm"
-    group = "speed"
-    severity = Severity.NOTE
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        seen = evidence.forward
-        if seen is None:
-            return
-        readers: dict[int, list[str]] = {}
-        layers: dict[str, set[int]] = {}
-        for step in seen.steps:
-            if step.name in _LAYERS:
-                layers.setdefault(step.module, set()).update(step.outputs)
-            for value in step.inputs if step.outputs else []:  # what gives no tensor asks for the shape
-                readers.setdefault(value.number, []).append(step.name)
-        for path, outputs in layers.items():
-            module = evidence.module_at(path)
-            read = [name for number in outputs for name in readers.get(number, ["nothing"])]
-            only_norms = set(read) == {"batch_norm"} and not outputs & seen.returned
-            if only_norms and isinstance(module, _KINDS) and module.bias is not None:
-                yield self.found(f"the bias of '{path}' has no effect", place_of(evidence, path, ""), path)
+    seen = evidence.forward
+    readers: dict[int, list[str]] = {}
+    layers: dict[str, set[int]] = {}
+    for step in seen.steps:
+        if step.name in _LAYERS:
+            layers.setdefault(step.module, set()).update(step.outputs)
+        for value in step.inputs if step.outputs else []:  # what gives no tensor asks for the shape
+            readers.setdefault(value.number, []).append(step.name)
+    for path, outputs in layers.items():
+        module = evidence.module_at(path)
+        read = [name for number in outputs for name in readers.get(number, ["nothing"])]
+        only_norms = set(read) == {"batch_norm"} and not outputs & seen.returned
+        if only_norms and isinstance(module, _KINDS) and module.bias is not None:
+            yield Found(f"the bias of '{path}' has no effect", place_of(evidence, path, ""), path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import called
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class DeadActivation(Rule):
+@rule("FX409", Severity.NOTE)
+def dead_activation(evidence: Evidence) -> Iterator[Found]:
     """A ReLU that gives zeros only.
 
     All in front of it gets no gradient, and all behind it no information.
@@ -23,14 +24,6 @@ class DeadActivation(Rule):
 
     Fix: look at the bias and the scale in front of it.
     """
-
-    id = "FX409"
-    name = "dead-activation"
-    group = "training"
-    severity = Severity.NOTE
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for (path, place), calls in called(evidence).items():
-            if all(each.dead for each in calls):
-                yield self.found(f"all outputs of '{calls[0].name.strip('_')}' are 0", place, path)
+    for (path, place), calls in called(evidence).items():
+        if all(each.dead for each in calls):
+            yield Found(f"all outputs of '{calls[0].name.strip('_')}' are 0", place, path)

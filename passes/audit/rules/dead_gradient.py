@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import place_of
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class DeadGradient(Rule):
+@rule("FX407")
+def dead_gradient(evidence: Evidence) -> Iterator[Found]:
     """A weight whose gradient is exactly zero.
 
     It never changes: everything behind it is cut off or saturated.
@@ -23,18 +23,10 @@ class DeadGradient(Rule):
 
     Fix: look at the activation behind it.
     """
-
-    id = "FX407"
-    name = "dead-gradient"
-    group = "training"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        back, reported = evidence.backward, set()
-        parameters = dict(evidence.subject.module.named_parameters()) if evidence.subject.module is not None else {}
-        for name in sorted(back.dead) if back else []:
-            path, _, leaf = name.rpartition(".")
-            parameter = parameters[name]
-            if parameter.dim() > 1 and bool((parameter != parameter.flatten()[0]).any()) and path not in reported:
-                reported.add(path)
-                yield self.found(f"the gradient of '{name}' is exactly 0", place_of(evidence, path, leaf), path)
+    reported = set()
+    for name in sorted(evidence.backward.dead):
+        path, _, leaf = name.rpartition(".")
+        parameter = evidence.parameters[name]
+        if parameter.dim() > 1 and bool((parameter != parameter.flatten()[0]).any()) and path not in reported:
+            reported.add(path)
+            yield Found(f"the gradient of '{name}' is exactly 0", place_of(evidence, path, leaf), path)

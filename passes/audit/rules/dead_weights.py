@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import init_place, place_of
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)
 
@@ -26,7 +25,8 @@ def _all_equal(weight: torch.Tensor) -> bool:
     return bool((corner == corner[0]).all()) and bool((weight == corner[0]).all())
 
 
-class DeadWeights(Rule):
+@rule("FX402")
+def dead_weights(evidence: Evidence) -> Iterator[Found]:
     """Weights that start as zeros, or all equal, and can't learn.
 
     Units that start equal stay equal; a layer of zeros before an activation has no gradient at all.
@@ -39,23 +39,16 @@ class DeadWeights(Rule):
 
     Fix: initialise with random numbers.
     """
-
-    id = "FX402"
-    name = "dead-weights"
-    group = "training"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        back = evidence.backward
-        for path, module in evidence.modules:
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or not weight.requires_grad or weight.is_meta:
-                continue
-            if weight.shape[0] < 2 or _scales(module, weight) or not _all_equal(weight.detach()):
-                continue
-            first = float(weight.detach().flatten()[0])
-            zero = first == 0
-            if not zero or (back is not None and back.norms.get(f"{path}.weight".lstrip(".")) == 0):
-                what = "all zeros, and so is its gradient" if zero else f"{first:g} everywhere"
-                place = init_place(evidence, path) or place_of(evidence, path, "weight")
-                yield self.found(f"the weight of '{path}' is {what}", place, path)
+    norms = evidence.backward.norms
+    for path, module in evidence.modules:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or not weight.requires_grad or weight.is_meta:
+            continue
+        if weight.shape[0] < 2 or _scales(module, weight) or not _all_equal(weight.detach()):
+            continue
+        first = float(weight.detach().flatten()[0])
+        zero = first == 0
+        if not zero or norms.get(f"{path}.weight".lstrip(".")) == 0:
+            what = "all zeros, and so is its gradient" if zero else f"{first:g} everywhere"
+            place = init_place(evidence, path) or place_of(evidence, path, "weight")
+            yield Found(f"the weight of '{path}' is {what}", place, path)

@@ -8,26 +8,25 @@ from typing import Any
 
 import torch
 
-from fxopt.findings import Finding, Place
+from fxopt.findings import Place
 from passes.audit.evidence import Evidence, code
 from passes.audit.evidence.forward import Step
 from passes.audit.evidence.gains import LAYERS
 from passes.audit.evidence.trail import DANGEROUS, divisor, epsilon, through
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _PRODUCTS = (*LAYERS, "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 def _follows_type(place: Place) -> bool:
     """Whether the number is computed there, or for a variable there, from the type of a tensor: it fits float16 too."""
-    tree = code.syntax(place.path)
-    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
-    around = [node for node in statements if node.lineno <= place.line <= (node.end_lineno or node.lineno)]
+    statements = code.parts(ast.stmt, code.syntax(place.path))
+    around = [node for node in statements if node.lineno <= place.line <= code.end(node)[0]]
     functions = [node for node in around if isinstance(node, ast.FunctionDef)]
-    read = {node.id for node in ast.walk(around[-1]) if isinstance(node, ast.Name)} if around else set()
-    computed = [node for node in ast.walk(functions[-1]) if isinstance(node, ast.Assign)] if functions else []
+    read = {node.id for node in code.parts(ast.Name, *around[-1:])}
+    computed = code.parts(ast.Assign, *functions[-1:])
     named = [node for node in computed if read.intersection(map(ast.unparse, node.targets))]
-    calls = [node for each in (*around[-1:], *named) for node in ast.walk(each) if isinstance(node, ast.Call)]
+    calls = code.parts(ast.Call, *around[-1:], *named)
     asked = [call.args[0] for call in calls if ast.unparse(call.func).endswith("finfo") and call.args]
     return any(not ast.unparse(kind).startswith("torch.") for kind in asked)
 
@@ -59,7 +58,8 @@ def _is_wide(step: Step, made: dict[int, Step], wide: dict[int, bool]) -> bool:
     return False
 
 
-class EpsilonUnderflows(Rule):
+@rule("FX301", once_a_line=True)
+def epsilon_underflows(evidence: Evidence) -> Iterator[Found]:
     """An epsilon that is zero in float16.
 
     Below 6e-8 a number rounds to zero in float16: the guard against a division by zero is gone. One that is computed
@@ -74,26 +74,16 @@ class EpsilonUnderflows(Rule):
 
     Fix: use 1e-5, or compute this part in float32.
     """
-
-    id = "FX301"
-    name = "epsilon-underflows"
-    group = "numerics"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        reported = set()
-        wide: dict[int, bool] = {}
-        for step, made in evidence.forward.made() if evidence.forward else ():
-            cast = _casts(step)
-            if cast is not None:
-                wide |= dict.fromkeys(step.outputs, cast)
-            operand = divisor(step) if step.name in DANGEROUS else None
-            behind = made.get(operand.number) if operand is not None else None
-            guard = next((each for each in through(behind, made) if epsilon(each)), None)
-            if guard is None or guard.place is None or epsilon(guard) >= 2.9e-8:
-                continue
-            key = (guard.place.path, guard.place.line)
-            if key not in reported and not _follows_type(guard.place) and not _is_wide(guard, made, wide):
-                reported.add(key)
-                message = f"{epsilon(guard):g} is 0 in float16, and '{step.name.strip('_')}' relies on it"
-                yield self.found(message, guard.place, step.module)
+    wide: dict[int, bool] = {}
+    for step, made in evidence.forward.made():
+        cast = _casts(step)
+        if cast is not None:
+            wide |= dict.fromkeys(step.outputs, cast)
+        operand = divisor(step) if step.name in DANGEROUS else None
+        behind = made.get(operand.number) if operand is not None else None
+        guard = next((each for each in through(behind, made) if epsilon(each)), None)
+        if guard is None or guard.place is None or epsilon(guard) >= 2.9e-8:
+            continue
+        if not _follows_type(guard.place) and not _is_wide(guard, made, wide):
+            message = f"{epsilon(guard):g} is 0 in float16, and '{step.name.strip('_')}' relies on it"
+            yield Found(message, guard.place, step.module)

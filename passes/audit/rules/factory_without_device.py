@@ -7,9 +7,9 @@ import dataclasses
 import linecache
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Fix, Place, Severity
+from fxopt.findings import Fix, Place, Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _MOVES = ("_to_copy", "clone")
 _FACTORIES = {"zeros", "ones", "full", "arange", "empty", "eye", "linspace", "rand", "randn", "tensor"}
@@ -19,17 +19,16 @@ _MOVERS = {"to", "cpu", "cuda", "type"}
 
 def _tensor(evidence: Evidence, body: code.Body) -> str:
     """The first argument of a function where it is always a tensor, or ""."""
-    first, seen = next(iter(body.arguments), None), evidence.forward
+    first = next(iter(body.arguments), None)
     if first is None or len(body.node.args.defaults) >= len(body.arguments):  # its default is hardly one
         return ""
-    names = [node for node in ast.walk(body.node) if isinstance(node, ast.Name) and node.id == first.arg]
-    if any(isinstance(name.ctx, ast.Store) for name in names):
+    if any(name.id == first.arg and isinstance(name.ctx, ast.Store) for name in code.parts(ast.Name, body.node)):
         return ""
     if first.annotation is not None:
         return first.arg if ast.unparse(first.annotation) in ("Tensor", "torch.Tensor") else ""
-    if body.node.name != "forward" or seen is None:
+    if body.node.name != "forward":
         return ""
-    return first.arg if {(body.module, 0), (body.module, first.arg)} & seen.tensors else ""
+    return first.arg if {(body.module, 0), (body.module, first.arg)} & evidence.forward.tensors else ""
 
 
 def _fix(evidence: Evidence, place: Place) -> Fix | None:
@@ -56,7 +55,8 @@ def _is_moved(call: ast.Call, body: code.Body) -> bool:
     return any(part is call for function in moves for part in ast.walk(function.value))
 
 
-class FactoryWithoutDevice(Rule):
+@rule("FX202", Severity.ERROR)
+def factory_without_device(evidence: Evidence) -> Iterator[Found]:
     """A tensor made in the forward without a device.
 
     It is made on the CPU and meets tensors of the GPU, which fails there, and only there.
@@ -69,22 +69,14 @@ class FactoryWithoutDevice(Rule):
 
     Fix: pass `device=`.
     """
-
-    id = "FX202"
-    name = "factory-without-device"
-    group = "device"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        reported = set()
-        for meeting in evidence.meetings:
-            place = dataclasses.replace(meeting.made, note="") if meeting.made is not None else None
-            if place is None or meeting.maker in _MOVES or place in reported:
-                continue
-            reported.add(place)
-            related = (dataclasses.replace(meeting.place, note="it meets the GPU here"),) if meeting.place else ()
-            message = (
-                f"this tensor of shape {meeting.shape} is made on the CPU, and '{meeting.operator}' needs it elsewhere"
-            )
-            yield self.found(message, place, meeting.module, related, fix=_fix(evidence, place))
+    reported = set()
+    for meeting in evidence.meetings:
+        place = dataclasses.replace(meeting.made, note="") if meeting.made is not None else None
+        if place is None or meeting.maker in _MOVES or place in reported:
+            continue
+        reported.add(place)
+        related = (dataclasses.replace(meeting.place, note="it meets the GPU here"),) if meeting.place else ()
+        message = (
+            f"this tensor of shape {meeting.shape} is made on the CPU, and '{meeting.operator}' needs it elsewhere"
+        )
+        yield Found(message, place, meeting.module, related, fix=_fix(evidence, place))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _DEVICES = ("cuda", "mps", "xpu", "hpu", "npu")
 
@@ -19,13 +18,14 @@ def _names_device(node: ast.expr, body: code.Body) -> bool:
     if isinstance(node, ast.IfExp):
         return _names_device(node.body, body) or _names_device(node.orelse, body)
     if isinstance(node, ast.Name):
-        assigned = [each for each in ast.walk(body.node) if isinstance(each, ast.Assign)]
+        assigned = code.parts(ast.Assign, body.node)
         values = [each.value for each in assigned if node.id in map(ast.unparse, each.targets)]
         return any(not isinstance(value, ast.Name) and _names_device(value, body) for value in values)
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(_DEVICES)
 
 
-class FixedDevice(Rule):
+@rule("FX201")
+def fixed_device(evidence: Evidence) -> Iterator[Found]:
     """A device that is written into the forward.
 
     The model then runs on that device only, and never on the second GPU, the CPU or another accelerator.
@@ -38,18 +38,11 @@ class FixedDevice(Rule):
 
     Fix: take the device of a parameter or of the input.
     """
-
-    id = "FX201"
-    name = "fixed-device"
-    group = "device"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for body in evidence.bodies:
-            for call in body.calls():
-                name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-                devices = [item.value for item in call.keywords if item.arg == "device"]
-                fixed = any(_names_device(each, body) for each in [*devices, *(call.args if name == "to" else [])])
-                if fixed or (name == "cuda" and not call.args):
-                    text = ast.unparse(call)
-                    yield self.found(f"'{text}' always means the same device", code.at(body.path, call), body.module)
+    for body in evidence.bodies:
+        for call in body.calls():
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            devices = [item.value for item in call.keywords if item.arg == "device"]
+            fixed = any(_names_device(each, body) for each in [*devices, *(call.args if name == "to" else [])])
+            if fixed or (name == "cuda" and not call.args):
+                text = ast.unparse(call)
+                yield Found(f"'{text}' always means the same device", code.at(body.path, call), body.module)

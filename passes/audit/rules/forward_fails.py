@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class ForwardFails(Rule):
+@rule("FX410", Severity.ERROR)
+def forward_fails(evidence: Evidence) -> Iterator[Found]:
     """A forward that raises.
 
     The model does not run with the inputs that were given.
@@ -22,15 +23,7 @@ class ForwardFails(Rule):
 
     Fix: look at the line, or give other inputs by `--input`.
     """
-
-    id = "FX410"
-    name = "forward-fails"
-    group = "training"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        if evidence.forward is not None and evidence.forward.error is not None:
-            error, place = evidence.forward.error
-            first = (str(error).splitlines() or ["no message"])[0]
-            yield self.found(f"the forward raises {type(error).__name__}: {first}", place)
+    if evidence.forward.error is not None:
+        error, place = evidence.forward.error
+        first = (str(error).splitlines() or ["no message"])[0]
+        yield Found(f"the forward raises {type(error).__name__}: {first}", place)

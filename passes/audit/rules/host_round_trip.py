@@ -5,11 +5,11 @@ from __future__ import annotations
 import linecache
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.decisions import in_decision
 from passes.audit.evidence.forward import Step
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _TO_HOST = {"item", "cpu", "numpy", "tolist", "__int__", "__float__", "__bool__", "__index__"}
 
@@ -20,7 +20,8 @@ def _names_cpu(step: Step) -> bool:
     return "cpu" in texts and step.place is not None and "cpu" in linecache.getline(step.place.path, step.place.line)
 
 
-class HostRoundTrip(Rule):
+@rule("FX204", once_a_line=True)
+def host_round_trip(evidence: Evidence) -> Iterator[Found]:
     """A value that goes to the host while the forward runs.
 
     The GPU has to finish all its work before the host can read; the graph breaks there.
@@ -33,23 +34,10 @@ class HostRoundTrip(Rule):
 
     Fix: keep the value in a tensor.
     """
-
-    id = "FX204"
-    name = "host-round-trip"
-    group = "device"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        seen, reported = evidence.forward, set()
-        for step in seen.steps if seen else []:
-            to_host = step.name == "to" and _names_cpu(step)
-            if step.place is None or not (to_host or step.name in _TO_HOST) or in_decision(step.place):
-                continue
-            key = (step.place.path, step.place.line)
-            if key not in reported:
-                reported.add(key)
-                severity = Severity.WARNING if to_host or step.name in ("cpu", "numpy") else Severity.NOTE
-                name = step.name.strip("_")
-                yield self.found(
-                    f"'{name}' waits for the device, then copies", step.place, step.module, severity=severity
-                )
+    for step in evidence.forward.steps:
+        to_host = step.name == "to" and _names_cpu(step)
+        if step.place is None or not (to_host or step.name in _TO_HOST) or in_decision(step.place):
+            continue
+        severity = Severity.WARNING if to_host or step.name in ("cpu", "numpy") else Severity.NOTE
+        message = f"'{step.name.strip('_')}' waits for the device, then copies"
+        yield Found(message, step.place, step.module, severity=severity)

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from fxopt.modules import Mask
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.trail import place_of
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class IdleMask(Rule):
+@rule("FX604", Severity.NOTE)
+def idle_mask(evidence: Evidence) -> Iterator[Found]:
     """A mask on a weight that no kernel profits from.
 
     The mask is multiplied into the weight at each call, and then a dense product computes all of its zeros: sparse
@@ -31,23 +32,15 @@ class IdleMask(Rule):
     Fix: once it is trained, bake the mask into the weight (`sparsify-bake`, `prune.remove`), and run the zeros by
     `fxopt.lower(model, inputs, "sparse")`, which measures where they pay; below 70 % few do.
     """
-
-    id = "FX604"
-    name = "idle-mask"
-    group = "speed"
-    severity = Severity.NOTE
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for path, module in evidence.modules:
-            if isinstance(module, Mask):
-                continue
-            for leaf, mask in _masks(module):
-                zeros = 1 - float(mask.count_nonzero()) / max(mask.numel(), 1)
-                if zeros > 0:
-                    what = f"{path}.{leaf}" if path else leaf
-                    message = f"a mask is multiplied into '{what}' at each call, and its {zeros:.0%} zeros are computed"
-                    yield self.found(message, place_of(evidence, path, leaf), path)
+    for path, module in evidence.modules:
+        if isinstance(module, Mask):
+            continue
+        for leaf, mask in _masks(module):
+            zeros = 1 - float(mask.count_nonzero()) / max(mask.numel(), 1)
+            if zeros > 0:
+                what = f"{path}.{leaf}" if path else leaf
+                message = f"a mask is multiplied into '{what}' at each call, and its {zeros:.0%} zeros are computed"
+                yield Found(message, place_of(evidence, path, leaf), path)
 
 
 def _masks(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

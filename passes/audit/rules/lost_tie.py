@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fxopt.findings import Finding, Place, Severity
+from fxopt.findings import Place
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
@@ -23,15 +23,16 @@ def _place(evidence: Evidence, path: str) -> Place | None:
     for _, owner in evidence.owner(path):
         if not code.is_users(type(owner)):
             continue
-        for file, node in ((file, node) for _, file, node in code.bases(type(owner))):
-            for statement in ast.walk(node):
-                if isinstance(statement, ast.Assign) and f"self.{leaf}.weight" in ast.unparse(statement.targets[0]):
+        for file, function in code.methods(type(owner)):
+            for statement in code.parts(ast.Assign, function):
+                if f"self.{leaf}.weight" in ast.unparse(statement.targets[0]):
                     return code.at(file, statement)
         return code.assigned(type(owner), leaf)
     return None
 
 
-class LostTie(Rule):
+@rule("FX106")
+def lost_tie(evidence: Evidence) -> Iterator[Found]:
     """Two parameters that were one tensor.
 
     Equal values are trained apart; what shares only memory is parted by the next `to()`.
@@ -44,27 +45,17 @@ class LostTie(Rule):
 
     Fix: assign the parameter itself.
     """
-
-    id = "FX106"
-    name = "lost-tie"
-    group = "registration"
-    severity = Severity.WARNING
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        weights = [
-            (f"{path}.weight".lstrip("."), path, module.weight)
-            for path, module in evidence.modules
-            if isinstance(module, (nn.Embedding, nn.Linear)) and isinstance(module.weight, nn.Parameter)
-        ]
-        for position, (name, path, one) in enumerate(weights):
-            for other_name, _, other in weights[:position]:
-                if one is other or one.shape != other.shape or one.dtype != other.dtype or one.numel() < 2:
-                    continue
-                shares = _memory(one) == _memory(other)
-                mixed = type(evidence.module_at(path)) is not type(evidence.module_at(other_name.rpartition(".")[0]))
-                if shares or (mixed and bool(one.std() > 0) and torch.equal(one, other)):
-                    how = "share memory" if shares else "have equal values"
-                    yield self.found(
-                        f"'{other_name}' and '{name}' {how} but are two parameters", _place(evidence, path), path
-                    )
+    weights = [
+        (f"{path}.weight".lstrip("."), path, module.weight)
+        for path, module in evidence.modules
+        if isinstance(module, (nn.Embedding, nn.Linear)) and isinstance(module.weight, nn.Parameter)
+    ]
+    for position, (name, path, one) in enumerate(weights):
+        for other_name, _, other in weights[:position]:
+            if one is other or one.shape != other.shape or one.dtype != other.dtype or one.numel() < 2:
+                continue
+            shares = _memory(one) == _memory(other)
+            mixed = type(evidence.module_at(path)) is not type(evidence.module_at(other_name.rpartition(".")[0]))
+            if shares or (mixed and bool(one.std() > 0) and torch.equal(one, other)):
+                how = "share memory" if shares else "have equal values"
+                yield Found(f"'{other_name}' and '{name}' {how} but are two parameters", _place(evidence, path), path)

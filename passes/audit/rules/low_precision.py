@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.precision import Loss
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _ADVICE = {
     "overflow": "scale before it, or compute this part in float32: cast its input by `.float()`",
@@ -28,7 +28,8 @@ def _message(loss: Loss) -> str:
     )
 
 
-class LowPrecision(Rule):
+@rule("FX305")
+def low_precision(evidence: Evidence) -> Iterator[Found]:
     """A result that float16 or bfloat16 can't hold.
 
     Under autocast, or after `half()`, it becomes infinite or zero, or is lost in the rounding of larger numbers.
@@ -41,20 +42,13 @@ class LowPrecision(Rule):
 
     Fix: scale before, or compute this part in float32.
     """
-
-    id = "FX305"
-    name = "low-precision"
-    group = "numerics"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        reported = set()
-        for loss in evidence.half:
-            # Before batch norms have seen a batch, signals are of a size that they never have again.
-            if loss.place in reported or not (evidence.settled or loss.slip.kind == "overflow"):
-                continue
-            reported.add(loss.place)
-            serious = loss.slip.kind == "overflow" or (loss.slip.kind == "error" and loss.reaches)
-            severity = Severity.WARNING if serious else Severity.NOTE
-            advice = _ADVICE[loss.slip.kind]
-            yield self.found(_message(loss), loss.place, loss.module, severity=severity, advice=advice)
+    reported = set()
+    for loss in evidence.half:
+        # Before batch norms have seen a batch, signals are of a size that they never have again.
+        if loss.place in reported or not (evidence.settled or loss.slip.kind == "overflow"):
+            continue
+        reported.add(loss.place)
+        serious = loss.slip.kind == "overflow" or (loss.slip.kind == "error" and loss.reaches)
+        severity = Severity.WARNING if serious else Severity.NOTE
+        advice = _ADVICE[loss.slip.kind]
+        yield Found(_message(loss), loss.place, loss.module, severity=severity, advice=advice)

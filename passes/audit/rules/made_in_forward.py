@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _WITHOUT = tuple(
     f"torch.nn.modules.{name}"
@@ -18,7 +18,8 @@ _WITHOUT = tuple(
 _WITH = (nn.PReLU, nn.MultiheadAttention)
 
 
-class MadeInForward(Rule):
+@rule("FX104", Severity.ERROR)
+def made_in_forward(evidence: Evidence) -> Iterator[Found]:
     """A parameter, or a module with parameters, made in `forward`.
 
     It is new in each call, or unknown to the optimizer that was made before.
@@ -34,23 +35,15 @@ class MadeInForward(Rule):
 
     Fix: make it in `__init__`.
     """
-
-    id = "FX104"
-    name = "made-in-forward"
-    group = "registration"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for body in evidence.bodies:
-            for call in body.calls():
-                kind = body.resolve(call.func)
-                if not isinstance(kind, type) or not issubclass(kind, (nn.Module, nn.Parameter)):
-                    continue
-                if issubclass(kind, nn.Module) and kind.__module__.startswith(_WITHOUT) and kind not in _WITH:
-                    continue
-                # It ran, and all its parameters are those of the model, if it has any.
-                if evidence.forward is not None and evidence.forward.foreign.get(kind) is False:
-                    continue
-                message = f"'{ast.unparse(call.func)}' is made while '{body.kind.__name__}.{body.node.name}' runs"
-                yield self.found(message, code.at(body.path, call), body.module)
+    for body in evidence.bodies:
+        for call in body.calls():
+            kind = body.resolve(call.func)
+            if not isinstance(kind, type) or not issubclass(kind, (nn.Module, nn.Parameter)):
+                continue
+            if issubclass(kind, nn.Module) and kind.__module__.startswith(_WITHOUT) and kind not in _WITH:
+                continue
+            # It ran, and all its parameters are those of the model, if it has any.
+            if evidence.forward.foreign.get(kind) is False:
+                continue
+            message = f"'{ast.unparse(call.func)}' is made while '{body.kind.__name__}.{body.node.name}' runs"
+            yield Found(message, code.at(body.path, call), body.module)

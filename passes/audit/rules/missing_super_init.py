@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
 def _files(evidence: Evidence) -> set[str]:
@@ -17,13 +17,11 @@ def _files(evidence: Evidence) -> set[str]:
 
 
 def _calls_base(function: ast.FunctionDef) -> bool:
-    return any(
-        isinstance(node, ast.Attribute) and node.attr in ("__init__", "__setstate__", "__dict__")
-        for node in ast.walk(function)
-    )
+    return not {"__init__", "__setstate__", "__dict__"}.isdisjoint(n.attr for n in code.parts(ast.Attribute, function))
 
 
-class MissingSuperInit(Rule):
+@rule("FX105", Severity.ERROR)
+def missing_super_init(evidence: Evidence) -> Iterator[Found]:
     """`__init__` of a module that doesn't call that of its base class.
 
     Without it nothing can be registered: the first submodule that is set raises.
@@ -39,19 +37,8 @@ class MissingSuperInit(Rule):
 
     Fix: call `super().__init__()` first.
     """
-
-    id = "FX105"
-    name = "missing-super-init"
-    group = "registration"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        trees = [(path, code.syntax(path)) for path in sorted(_files(evidence))]
-        for path, tree in trees:
-            classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)] if tree else []
-            modules = code.modules_among(classes)
-            for node in classes:
-                start = next((i for i in node.body if isinstance(i, ast.FunctionDef) and i.name == "__init__"), None)
-                if node.name in modules and start is not None and not _calls_base(start):
-                    yield self.found(f"'{node.name}.__init__' never calls that of its base class", code.at(path, start))
+    for path in sorted(_files(evidence)):
+        for node in code.modules_in(path):
+            start = next((i for i in node.body if isinstance(i, ast.FunctionDef) and i.name == "__init__"), None)
+            if start is not None and not _calls_base(start):
+                yield Found(f"'{node.name}.__init__' never calls that of its base class", code.at(path, start))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence
 from passes.audit.evidence.onnx import lacks_onnx
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class NoOnnx(Rule):
+@rule("FX503")
+def no_onnx(evidence: Evidence) -> Iterator[Found]:
     """An operator without an ONNX form.
 
     The export to ONNX fails at it.
@@ -23,13 +23,6 @@ class NoOnnx(Rule):
 
     Fix: replace the operator, or keep it out of the exported part.
     """
-
-    id = "FX503"
-    name = "no-onnx"
-    group = "deployment"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for operator, (place, path) in evidence.forward.operators.items() if evidence.forward else []:
-            if lacks_onnx(operator):
-                yield self.found(f"ONNX has no form of '{operator.name()}'", place, path)
+    for operator, (place, path) in evidence.forward.operators.items():
+        if lacks_onnx(operator):
+            yield Found(f"ONNX has no form of '{operator.name()}'", place, path)

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxopt.findings import Finding, Place
+from fxopt.findings import Place
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class RandomInEval(Rule):
+@rule("FX405")
+def random_in_eval(evidence: Evidence) -> Iterator[Found]:
     """Random numbers in evaluation.
 
     The same input gives another output in each call.
@@ -24,22 +25,15 @@ class RandomInEval(Rule):
 
     Fix: draw only where `self.training` is true.
     """
-
-    id = "FX405"
-    name = "random-in-eval"
-    group = "training"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        seen = evidence.forward
-        if seen is None or not seen.differs:
-            return
-        # A dropout that stays in training mode has a rule of its own.
-        places = [each for each in seen.random if not isinstance(evidence.module_at(each[1]), _DropoutNd)]
-        places += _draws(evidence) if seen.draws_others else []
-        for place, path in dict.fromkeys(places):
-            if place is not None:
-                yield self.found("two runs in evaluation differ, since this draws random numbers", place, path)
+    seen = evidence.forward
+    if not seen.differs:
+        return
+    # A dropout that stays in training mode has a rule of its own.
+    places = [each for each in seen.random if not isinstance(evidence.module_at(each[1]), _DropoutNd)]
+    places += _draws(evidence) if seen.draws_others else []
+    for place, path in dict.fromkeys(places):
+        if place is not None:
+            yield Found("two runs in evaluation differ, since this draws random numbers", place, path)
 
 
 def _draws(evidence: Evidence) -> Iterator[tuple[Place, str]]:

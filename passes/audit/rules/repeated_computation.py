@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class RepeatedComputation(Rule):
+@rule("FX603", Severity.NOTE, once_a_line=True)
+def repeated_computation(evidence: Evidence) -> Iterator[Found]:
     """A computation that was done before.
 
     The same call on the same tensors gives the same result, at twice the cost.
@@ -24,18 +25,7 @@ class RepeatedComputation(Rule):
 
     Fix: keep the result in a variable.
     """
-
-    id = "FX603"
-    name = "repeated-computation"
-    group = "speed"
-    severity = Severity.NOTE
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        reported = set()
-        for spot in evidence.graph.repeated:
-            if spot.place is None or spot.place in reported:
-                continue
-            reported.add(spot.place)
-            first = (dataclasses.replace(spot.earlier, note="it was computed here"),) if spot.earlier else ()
-            yield self.found(f"'{spot.what}' computes the same once more", spot.place, spot.module, first)
+    for spot in evidence.graph.repeated:
+        first = (dataclasses.replace(spot.earlier, note="it was computed here"),) if spot.earlier else ()
+        if spot.place is not None:
+            yield Found(f"'{spot.what}' computes the same once more", spot.place, spot.module, first)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class ShapeDecision(Rule):
+@rule("FX508", Severity.NOTE, once_a_line=True)
+def shape_decision(evidence: Evidence) -> Iterator[Found]:
     """Control flow that depends on the shape of an input.
 
     A graph holds one of the branches only: for other shapes, an exported model raises, or computes the wrong thing.
@@ -23,17 +24,6 @@ class ShapeDecision(Rule):
 
     Fix: compute the same for every shape, or export one model for each side of the decision.
     """
-
-    id = "FX508"
-    name = "shape-decision"
-    group = "deployment"
-    severity = Severity.NOTE
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        reported = set()
-        for guard in evidence.graph.guards:
-            if guard.place is None or guard.place in reported:
-                continue
-            reported.add(guard.place)
-            yield self.found(f"a graph holds only where `{guard.what}`", guard.place, guard.module)
+    for guard in evidence.graph.guards:
+        if guard.place is not None:
+            yield Found(f"a graph holds only where `{guard.what}`", guard.place, guard.module)

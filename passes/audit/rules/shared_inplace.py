@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from fxopt.findings import Finding, Precision, Severity
+from fxopt.findings import Precision, Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _ASKED = set("shape size dim ndim numel device dtype stride layout is_cuda requires_grad".split())
 _ASKED |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
@@ -39,32 +39,27 @@ def _is_in_place(module: nn.Module) -> bool:
 
 def _read_after(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, name: str) -> ast.Name | None:
     """Where `name` is read after the call, before it is bound anew."""
-    end = (call.end_lineno or call.lineno, call.end_col_offset or 0)
     asked = set(_asked(function))
-    names = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name and n not in asked]
-    runs = [n for n in names if (n.lineno, n.col_offset) >= end and not _exclude(function, call, n)]
-    later = sorted(runs, key=lambda n: (n.lineno, n.col_offset))
-    last = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
-    rebinds = any(node in names and _binds(node) for node in ast.walk(statement) if isinstance(node, ast.Name))
-    for node in later:
-        inside = (node.lineno, node.col_offset) < last
-        if not inside and (rebinds or isinstance(statement, ast.Return)):
-            return None
-        return None if _binds(node) else node
-    return None
+    names = [n for n in code.parts(ast.Name, function) if n.id == name and n not in asked]
+    later = [n for n in names if code.start(n) >= code.end(call) and not _exclude(function, call, n)]
+    rebinds = any(node in names and _binds(node) for node in code.parts(ast.Name, statement))
+    node = min(later, key=code.start, default=None)
+    if node is None or _binds(node):
+        return None
+    outside = code.start(node) >= code.end(statement)
+    return None if outside and (rebinds or isinstance(statement, ast.Return)) else node
 
 
 def _other_names(function: ast.FunctionDef, statement: ast.stmt, call: ast.Call, name: str) -> Iterator[str]:
     """Further variables of the same tensor: `shortcut = x`, with neither bound anew before the call."""
-    start = (statement.lineno, statement.col_offset)
-    binds = [node for node in ast.walk(function) if isinstance(node, ast.Name) and _binds(node)]
-    for node in ast.walk(function):
-        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Name):
+    start = code.start(statement)
+    binds = [node for node in code.parts(ast.Name, function) if _binds(node)]
+    for node in code.parts(ast.Assign, function):
+        end, value = code.end(node), node.value
+        if not isinstance(value, ast.Name) or end > start or _exclude(function, value, call):
             continue
-        end = (node.end_lineno or node.lineno, node.end_col_offset or 0)
-        pairs = [(target.id, node.value.id) for target in node.targets if isinstance(target, ast.Name)]
-        for pair in pairs if end <= start and not _exclude(function, node.value, call) else ():
-            anew = any(each.id in pair and end <= (each.lineno, each.col_offset) < start for each in binds)
+        for pair in ((target.id, value.id) for target in node.targets if isinstance(target, ast.Name)):
+            anew = any(each.id in pair and end <= code.start(each) < start for each in binds)
             if name in pair and not anew:
                 yield from {*pair} - {name}
 
@@ -80,13 +75,12 @@ def _asked(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 def _exclude(function: ast.FunctionDef, first: ast.expr, second: ast.expr) -> bool:
     """Whether no run gets to both: they are in two arms of a branch, or the first is in an arm that leaves."""
-    for branch in ast.walk(function):
-        if isinstance(branch, (ast.If, ast.IfExp)):
-            arms = [arm if isinstance(arm, list) else [arm] for arm in (branch.body, branch.orelse)]
-            for arm, other in (arms, arms[::-1]):
-                leaves = bool(arm) and isinstance(arm[-1], (ast.Return, ast.Raise)) and not _holds(arm, second)
-                if _holds(arm, first) and (leaves or _holds(other, second)):
-                    return True
+    for branch in (*code.parts(ast.If, function), *code.parts(ast.IfExp, function)):
+        arms = [arm if isinstance(arm, list) else [arm] for arm in (branch.body, branch.orelse)]
+        for arm, other in (arms, arms[::-1]):
+            leaves = bool(arm) and isinstance(arm[-1], (ast.Return, ast.Raise)) and not _holds(arm, second)
+            if _holds(arm, first) and (leaves or _holds(other, second)):
+                return True
     return False
 
 
@@ -98,7 +92,8 @@ def _binds(node: ast.Name) -> bool:
     return not isinstance(node.ctx, ast.Load)
 
 
-class SharedInplace(Rule):
+@rule("FX107", Severity.ERROR, Precision.MEDIUM)
+def shared_inplace(evidence: Evidence) -> Iterator[Found]:
     """An in-place activation on a tensor that is read again.
 
     The other branch reads what the activation has written, not what its author meant.
@@ -113,25 +108,16 @@ class SharedInplace(Rule):
 
     Fix: drop `inplace=True`, or read the result in both branches.
     """
-
-    id = "FX107"
-    name = "shared-inplace"
-    group = "registration"
-    severity = Severity.ERROR
-    precision = Precision.MEDIUM
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for body in evidence.bodies:
-            module = evidence.module_at(body.module)
-            for statement in (node for node in ast.walk(body.node) if isinstance(node, _STATEMENTS)):
-                for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
-                    name = _writes_into(call, module, body)
-                    names = [name, *_other_names(body.node, statement, call, name)] if name else []
-                    readers = (_read_after(body.node, statement, call, each) for each in names)
-                    reader = next((each for each in readers if each is not None), None)
-                    if reader is not None:
-                        related = (code.at(body.path, reader, "it is read again here"),)
-                        same = "which" if reader.id == name else f"which is '{reader.id}' too, and"
-                        message = f"'{ast.unparse(call)}' writes into '{name}', {same} is read again afterwards"
-                        yield self.found(message, code.at(body.path, call), body.module, related)
+    for body in evidence.bodies:
+        module = evidence.module_at(body.module)
+        for statement in (node for node in code.parts(ast.stmt, body.node) if isinstance(node, _STATEMENTS)):
+            for call in code.parts(ast.Call, statement):
+                name = _writes_into(call, module, body)
+                names = [name, *_other_names(body.node, statement, call, name)] if name else []
+                readers = (_read_after(body.node, statement, call, each) for each in names)
+                reader = next((each for each in readers if each is not None), None)
+                if reader is not None:
+                    related = (code.at(body.path, reader, "it is read again here"),)
+                    same = "which" if reader.id == name else f"which is '{reader.id}' too, and"
+                    message = f"'{ast.unparse(call)}' writes into '{name}', {same} is read again afterwards"
+                    yield Found(message, code.at(body.path, call), body.module, related)

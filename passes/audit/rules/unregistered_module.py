@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from fxopt.findings import Finding, Fix, Severity
+from fxopt.findings import Fix, Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.evidence.driver import REGISTERED
-from passes.audit.rule import Rule
+from passes.audit.evidence.driver import unregistered
+from passes.audit.rule import Found, rule
 
 
 def _fix(kind: type, name: str, value: Any) -> Fix | None:
@@ -77,7 +77,8 @@ def _is_plain_function(module: nn.Module) -> bool:
     return own and not differs and not [*module.parameters(), *module.buffers()]
 
 
-class UnregisteredModule(Rule):
+@rule("FX102", Severity.ERROR)
+def unregistered_module(evidence: Evidence) -> Iterator[Found]:
     """Submodules in a plain list, tuple or dict.
 
     Their parameters are not trained, moved or saved, and `eval()` doesn't reach them.
@@ -90,24 +91,16 @@ class UnregisteredModule(Rule):
 
     Fix: use `nn.ModuleList` or `nn.ModuleDict`.
     """
-
-    id = "FX102"
-    name = "unregistered-module"
-    group = "registration"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        known = {id(module) for _, module in evidence.modules}
-        for path, module in evidence.users:
-            for name, value in vars(module).items():
-                if name in REGISTERED or not isinstance(value, (list, tuple, dict)):
-                    continue
-                leaves = pytree.tree_leaves(list(value.values()) if isinstance(value, dict) else list(value))
-                modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
-                hidden = [each for each in modules if id(each) not in known and not _is_plain_function(each)]
-                if hidden:
-                    kind = type(value).__name__
-                    message = f"'self.{name}' is a plain {kind} with {len(hidden)} modules that are not registered"
-                    place = code.assigned(type(module), name)
-                    yield self.found(message, place, path, fix=_fix(type(module), name, value))
+    known = {id(module) for _, module in evidence.modules}
+    for path, module in evidence.users:
+        for name, value in unregistered(module):
+            if not isinstance(value, (list, tuple, dict)):
+                continue
+            leaves = pytree.tree_leaves(list(value.values()) if isinstance(value, dict) else list(value))
+            modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
+            hidden = [each for each in modules if id(each) not in known and not _is_plain_function(each)]
+            if hidden:
+                kind = type(value).__name__
+                message = f"'self.{name}' is a plain {kind} with {len(hidden)} modules that are not registered"
+                place = code.assigned(type(module), name)
+                yield Found(message, place, path, fix=_fix(type(module), name, value))

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.findings import Finding, Severity
+from fxopt.findings import Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.evidence.driver import REGISTERED
-from passes.audit.rule import Rule
+from passes.audit.evidence.driver import unregistered
+from passes.audit.rule import Found, rule
 
 
-class UnregisteredParameter(Rule):
+@rule("FX103", Severity.ERROR)
+def unregistered_parameter(evidence: Evidence) -> Iterator[Found]:
     """Parameters in a plain list, tuple or dict.
 
     `parameters()` doesn't give them to the optimizer, and they are neither moved nor saved.
@@ -26,21 +27,11 @@ class UnregisteredParameter(Rule):
 
     Fix: use `nn.ParameterList` or `nn.ParameterDict`.
     """
-
-    id = "FX103"
-    name = "unregistered-parameter"
-    group = "registration"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        known = {id(each) for _, module in evidence.modules for each in module._parameters.values()}
-        for path, module in evidence.users:
-            for name, value in vars(module).items():
-                if name in REGISTERED:
-                    continue
-                leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Parameter)]
-                hidden = [leaf for leaf in leaves if id(leaf) not in known]
-                if hidden:
-                    message = f"'self.{name}' holds {len(hidden)} parameters that are not registered"
-                    yield self.found(message, code.assigned(type(module), name), path)
+    known = {id(each) for _, module in evidence.modules for each in module._parameters.values()}
+    for path, module in evidence.users:
+        for name, value in unregistered(module):
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Parameter)]
+            hidden = [leaf for leaf in leaves if id(leaf) not in known]
+            if hidden:
+                message = f"'self.{name}' holds {len(hidden)} parameters that are not registered"
+                yield Found(message, code.assigned(type(module), name), path)

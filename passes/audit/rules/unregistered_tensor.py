@@ -11,17 +11,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.findings import Finding, Fix, Severity
+from fxopt.findings import Fix, Severity
 from passes.audit.evidence import Evidence, code
-from passes.audit.evidence.driver import REGISTERED
-from passes.audit.rule import Rule
-
-_OWN = {*REGISTERED, "_flat_weights"}
-
-
-def _registered(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
-    yield from (tensor for tensor in module._buffers.values() if tensor is not None)
+from passes.audit.evidence.driver import unregistered
+from passes.audit.rule import Found, rule
 
 
 def _is_loose(leaf: Any) -> bool:
@@ -51,13 +44,13 @@ def _fix(evidence: Evidence, kind: type, name: str, value: Any) -> Fix | None:
 
 def _is_early(kind: type, statement: ast.stmt) -> bool:
     """Whether the base class is initialised behind it: until then there are no buffers."""
-    functions = [item for _, _, node in code.bases(kind) for item in node.body if isinstance(item, ast.FunctionDef)]
-    around = [function for function in functions if any(part is statement for part in ast.walk(function))]
-    calls = [part for function in around for part in ast.walk(function) if isinstance(part, ast.Call)]
-    return any(ast.unparse(call.func).endswith(".__init__") and call.lineno > statement.lineno for call in calls)
+    around = [function for _, function in code.methods(kind) if statement in code.parts(ast.stmt, function)]
+    later = (call for call in code.parts(ast.Call, *around) if call.lineno > statement.lineno)
+    return any(ast.unparse(call.func).endswith(".__init__") for call in later)
 
 
-class UnregisteredTensor(Rule):
+@rule("FX101", Severity.ERROR)
+def unregistered_tensor(evidence: Evidence) -> Iterator[Found]:
     """A tensor attribute that is neither a parameter nor a buffer.
 
     `to()`, `cuda()` and `state_dict()` don't see it: it stays on the CPU and is lost on saving.
@@ -70,22 +63,15 @@ class UnregisteredTensor(Rule):
 
     Fix: call `register_buffer`; pass `persistent=False` where it need not be saved.
     """
-
-    id = "FX101"
-    name = "unregistered-tensor"
-    group = "registration"
-    severity = Severity.ERROR
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for path, module in evidence.users:
-            known = {id(tensor) for _, one in evidence.modules for tensor in _registered(one)}
-            for name, value in vars(module).items():
-                if name in _OWN or name.startswith("__") or f"{name}_orig" in module._parameters:
-                    continue
-                loose = [leaf for leaf in pytree.tree_leaves(value) if _is_loose(leaf) and id(leaf) not in known]
-                if loose:
-                    what = f"is a {str(loose[0].dtype).removeprefix('torch.')} tensor of shape {tuple(loose[0].shape)}"
-                    message = f"'self.{name}' {what} that is no buffer: it stays behind on `to()`, and is not saved"
-                    place = code.assigned(type(module), name)
-                    yield self.found(message, place, path, fix=_fix(evidence, type(module), name, value))
+    tables = (table for _, module in evidence.modules for table in (module._parameters, module._buffers))
+    known = {id(tensor) for table in tables for tensor in table.values()}
+    for path, module in evidence.users:
+        for name, value in unregistered(module):
+            if name == "_flat_weights" or name.startswith("__") or f"{name}_orig" in module._parameters:
+                continue
+            loose = [leaf for leaf in pytree.tree_leaves(value) if _is_loose(leaf) and id(leaf) not in known]
+            if loose:
+                what = f"is a {str(loose[0].dtype).removeprefix('torch.')} tensor of shape {tuple(loose[0].shape)}"
+                message = f"'self.{name}' {what} that is no buffer: it stays behind on `to()`, and is not saved"
+                place = code.assigned(type(module), name)
+                yield Found(message, place, path, fix=_fix(evidence, type(module), name, value))

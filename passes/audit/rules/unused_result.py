@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 
-class UnusedResult(Rule):
+@rule("FX602", once_a_line=True)
+def unused_result(evidence: Evidence) -> Iterator[Found]:
     """A computation whose result nothing reads.
 
     It costs time, and mostly something was meant to be done with it. What is kept on `self` may be read later, and
@@ -25,18 +25,7 @@ class UnusedResult(Rule):
 
     Fix: use the result, or remove the computation.
     """
-
-    id = "FX602"
-    name = "unused-result"
-    group = "speed"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        reported = set()
-        kept = {(body.path, line) for body in evidence.bodies for line in code.kept(body)}
-        for spot in evidence.graph.idle:
-            if spot.place is None or (spot.place.path, spot.place.line) in kept:
-                continue
-            if spot.place not in reported:
-                reported.add(spot.place)
-                yield self.found(f"nothing reads the result of '{spot.what}'", spot.place, spot.module)
+    kept = {(body.path, line) for body in evidence.bodies for line in code.kept(body)}
+    for spot in evidence.graph.idle:
+        if spot.place is not None and (spot.place.path, spot.place.line) not in kept:
+            yield Found(f"nothing reads the result of '{spot.what}'", spot.place, spot.module)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fxopt.findings import Finding
 from passes.audit.evidence import Evidence, code
-from passes.audit.rule import Rule
+from passes.audit.rule import Found, rule
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -57,7 +56,8 @@ def _makes_module(value: ast.expr, modules: set[str]) -> bool:
     return name in modules or (isinstance(known, type) and issubclass(known, nn.Module))
 
 
-class WholeModuleSaved(Rule):
+@rule("FX504")
+def whole_module_saved(evidence: Evidence) -> Iterator[Found]:
     """A whole module saved in place of its state.
 
     The file holds the names of classes and files: it breaks when either moves, and loading it can run any code.
@@ -70,18 +70,10 @@ class WholeModuleSaved(Rule):
 
     Fix: save `state_dict()`.
     """
-
-    id = "FX504"
-    name = "whole-module-saved"
-    group = "deployment"
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All places that have the fault."""
-        for path in evidence.files:
-            tree = code.syntax(path)
-            classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)] if tree else []
-            modules = code.modules_among(classes)
-            for call, around in _saves(tree, (tree,)) if tree is not None else ():
-                text = ast.unparse(call.args[0])
-                if _is_module(text, around, modules):
-                    yield self.found(f"'{text}' is saved as a whole", code.at(path, call))
+    for path in evidence.files:
+        tree = code.syntax(path)
+        modules = {node.name for node in code.modules_in(path)}
+        for call, around in _saves(tree, (tree,)) if tree is not None else ():
+            text = ast.unparse(call.args[0])
+            if _is_module(text, around, modules):
+                yield Found(f"'{text}' is saved as a whole", code.at(path, call))
