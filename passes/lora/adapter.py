@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fxopt.errors import PassError
 from fxopt.modules import WithSettings
-from passes.lora.forms import Embedding, Form, Linear
+from passes.lora.forms import Form, Linear
 
 BASE = "base"
 """The name that stands for no adapter in a mixed batch."""
@@ -57,14 +57,14 @@ class LowRank(WithSettings, nn.Module):
 
     magnitude: nn.Parameter | None
     bias: nn.Parameter | None
-    mask: torch.Tensor | None
-    start_a: torch.Tensor | None
-    start_b: torch.Tensor | None
+    mask: Tensor | None
+    start_a: Tensor | None
+    start_b: Tensor | None
 
     def __init__(
         self,
-        a: torch.Tensor,
-        b: torch.Tensor,
+        a: Tensor,
+        b: Tensor,
         *,
         rank: int,
         alpha: float,
@@ -108,7 +108,7 @@ class LowRank(WithSettings, nn.Module):
                 setattr(self, key, nn.Parameter(made, self.A.requires_grad) if key in self._parameters else made)
 
     @property
-    def left(self) -> torch.Tensor:
+    def left(self) -> Tensor:
         """B, with what lies outside of its slices held at zero."""
         return self.B if self.mask is None else self.B * self.mask
 
@@ -196,51 +196,44 @@ class Adapter(WithSettings, nn.Module):
         return name in self._modules
 
     @property
+    def counting(self) -> list[tuple[LowRank, float]]:
+        """The active adapters, each with its factor."""
+        return [(self[name], factor) for name, factor in self.active]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the adapters that this layer has."""
         return tuple(self._modules)
 
     @property
     def takes_weight(self) -> bool:
-        """Whether calls of it have to give the weight of the layer beside its output."""
+        """Whether its calls have to give the weight of the layer beside its output, as one with DoRA needs it."""
         return False
 
-    def folded(self, weight: torch.Tensor, keep_zeros: bool = False) -> torch.Tensor:
+    def folded(self, weight: Tensor, keep_zeros: bool = False) -> Tensor:
         """The weight with all active adapters in it, computed in float64.
 
         With `keep_zeros` it is `W + M * dW`, where M is 0 wherever W is: a sparse weight stays sparse.
         """
         total = weight.detach().double()
         mask = total != 0
-        for name, factor in self.active:
-            if name in self:
-                low = self[name]
-                update = self.form.delta(low.A.detach().double(), low.left.detach().double()) * (low.scale * factor)
-                total = total + (update * mask if keep_zeros else update)
-                if low.magnitude is not None:
-                    scale = low.magnitude.detach().double() / self.form.norm(total)
-                    total = total * self.form.by_weight(scale)
+        for low, factor in self.counting:
+            update = self.form.delta(low.A.detach().double(), low.left.detach().double()) * (low.scale * factor)
+            total = total + (update * mask if keep_zeros else update)
+            if low.magnitude is not None:
+                scale = low.magnitude.detach().double() / self.form.norm(total)
+                total = total * self.form.by_weight(scale)
         return total.to(weight.dtype)
 
-    def folded_bias(self, bias: torch.Tensor) -> torch.Tensor:
+    def folded_bias(self, bias: Tensor) -> Tensor:
         """The bias of the layer with those of all active adapters in it."""
         total = bias.detach().double()
-        for name, factor in self.active:
-            if name in self:
-                low = self[name]
-                if low.bias is not None:
-                    total = total + low.bias.detach().double() * (low.scale * factor)
+        for low, factor in self.counting:
+            if low.bias is not None:
+                total = total + low.bias.detach().double() * (low.scale * factor)
         return total.to(bias.dtype)
 
-    def _adapted(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with all active adapters in it, for training."""
-        for name, factor in self.active:
-            low = self._modules.get(name)
-            if isinstance(low, LowRank):
-                weight = self._with(low, factor, weight)
-        return weight
-
-    def _with(self, low: LowRank, factor: float, weight: torch.Tensor) -> torch.Tensor:
+    def _with(self, low: LowRank, factor: float, weight: Tensor) -> Tensor:
         update = (self.form.delta(low.A, low.left) * (low.scale * factor / self.steps)).to(weight.dtype)
         for _ in range(self.steps):
             weight = weight + update
@@ -261,38 +254,24 @@ class LayerAdapter(Adapter):
     weight with the adapters that were added before.
     """
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Add the active adapters to `y`, the output of the layer for `x`."""
         if self.merged or self.batch == ():
             return y
         if self.batch is not None:
             return self._mixed(x, y, weight, bias)
-        for position, (name, factor) in enumerate(self.active):
-            low = self._modules.get(name)
-            if isinstance(low, LowRank):
-                y = self._add(low, factor, x, y, weight, bias)
-                if weight is not None and position + 1 < len(self.active):
-                    weight = self._with(low, factor, weight.detach())
-                    if low.bias is not None:
-                        more = low.bias * (low.scale * factor)
-                        bias = more if bias is None else bias + more
+        for position, (low, factor) in enumerate(self.counting):
+            y = self._add(low, factor, x, y, weight, bias)
+            if weight is not None and position + 1 < len(self.active):
+                weight = self._with(low, factor, weight.detach())
+                if low.bias is not None:
+                    more = low.bias * (low.scale * factor)
+                    bias = more if bias is None else bias + more
         return y
 
     def _add(
-        self,
-        low: LowRank,
-        factor: float,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, low: LowRank, factor: float, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         a, b, scale = low.A, low.left, low.scale * factor
         drops = low.dropout > 0 and self.training and x.is_floating_point()
         if drops:
@@ -301,8 +280,14 @@ class LayerAdapter(Adapter):
             x = x.to(a.dtype)
         if low.magnitude is not None:
             assert weight is not None
-            base = self.form.base(x, weight.to(low.A.dtype)) if drops else None
-            return self._with_magnitude(low, scale, x, y, weight, bias, base)
+            if drops:
+                base = self.form.base(x, weight.to(a.dtype))
+            else:
+                base = y if bias is None else y - self.form.by_output(bias)
+            update = self.form.delta(a, b).detach()
+            length = self.form.norm(weight.detach().to(update.dtype) + scale * update)
+            gain = self.form.by_output(low.magnitude / length)
+            return (y + ((gain - 1) * base + gain * self.form.apply(x, a, b) * scale)).to(y.dtype)
         if torch.is_grad_enabled() or low.bias is not None:
             return (y + self.form.apply(x, a, b, low.bias) * scale).to(y.dtype)
         if math.frexp(scale)[0] != 0.5:  # the product with another scale rounds, and fused with the sum it would not
@@ -314,31 +299,7 @@ class LayerAdapter(Adapter):
                 return y
         return y.add_(self.form.apply(x, a, b).to(y.dtype), alpha=scale)
 
-    def _with_magnitude(
-        self,
-        low: LowRank,
-        scale: float,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        base: torch.Tensor | None,
-    ) -> torch.Tensor:
-        assert weight is not None
-        assert low.magnitude is not None
-        update = self.form.delta(low.A, low.left).detach()
-        length = self.form.norm(weight.detach().to(update.dtype) + scale * update)
-        gain = self.form.by_output(low.magnitude / length, y)
-        if isinstance(self.form, Embedding) and base is None:
-            return (gain * y + gain * self.form.apply(x, low.A, low.left) * scale).to(y.dtype)
-        if base is None:
-            base = y if bias is None else y - self.form.by_output(bias, y)
-        inner = self.form.apply(x, low.A, low.left)
-        return (y + ((gain - 1) * base + gain * inner * scale)).to(y.dtype)
-
-    def _mixed(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _mixed(self, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert self.batch is not None
         # GPT-2 and others flatten samples and positions into rows: those of one sample stay together.
         each_rows, left = divmod(x.shape[0], len(self.batch))
@@ -347,16 +308,15 @@ class LayerAdapter(Adapter):
         rows_of = [name for name in self.batch for _ in range(each_rows)]
         out = y.clone()
         for name in dict.fromkeys(self.batch):
-            low = self._modules.get(name)
-            if isinstance(low, LowRank):
+            if name in self:
                 rows = torch.tensor([i for i, each in enumerate(rows_of) if each == name], device=x.device)
-                out = out.index_copy(0, rows, self._add(low, 1.0, x[rows], y[rows], weight, bias))
+                out = out.index_copy(0, rows, self._add(self[name], 1.0, x[rows], y[rows], weight, bias))
         return out
 
     @property
     def takes_weight(self) -> bool:
-        """Whether any of its adapters needs it, as DoRA does."""
-        return any(isinstance(low, LowRank) and low.magnitude is not None for low in self._modules.values())
+        """Whether any of its adapters is one with DoRA."""
+        return any(self[name].magnitude is not None for name in self.names)
 
 
 class WeightAdapter(Adapter):
@@ -368,8 +328,10 @@ class WeightAdapter(Adapter):
 
     inner: str = ""
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         """The weight with the active adapters in it."""
         if self.batch and set(self.batch) != {BASE}:
             raise PassError(f"lora: '{self.name}' is adapted as a whole weight, which a mixed batch can't be")
-        return weight if self.merged or self.batch is not None else self._adapted(weight)
+        for low, factor in () if self.merged or self.batch is not None else self.counting:
+            weight = self._with(low, factor, weight)
+        return weight

@@ -90,16 +90,13 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
     if low.start_a is not None and low.start_b is not None:
         # W = W_left + s B_0 A_0, so the update of the original weight is s (B A - B_0 A_0).
         a, b = torch.cat([a, -low.start_a]), torch.cat([b, low.start_b], 1)
-    if isinstance(form, Conv) and form.groups > 1 and form.is_foldable(a) and not isinstance(form, ConvTranspose):
+    if form.groups > 1 and form.is_foldable(a) and not isinstance(form, ConvTranspose):
         a = _block_diagonal(a, form.groups)
     magnitude = None if low.magnitude is None else low.magnitude.detach()
     if magnitude is not None and isinstance(form, Conv):
         magnitude = magnitude.reshape(1, -1, *[1] * (len(form.shape) - 2))
     owner, leaf = slot_of(module, adapter)
-    # PEFT (to 0.21 at least) adds the update of the output projection of an attention module twice.
-    projects = _is_out_projection(module, adapter)
-    if projects:
-        b = b / 2
+    b = b / adapter.steps
     known = isinstance(owner, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or type(owner).__name__ == "Conv1D"
     whole = isinstance(adapter, WeightAdapter) and not adapter.inner and isinstance(owner, nn.Linear)
     by_module = (known and leaf == "weight" and not whole) or leaf == "in_proj_weight"
@@ -111,7 +108,7 @@ def to_entry(module: nn.Module, adapter: Adapter, name: str) -> Entry:
     return replace(
         entry,
         transposed=form.kind == "matmul" and by_module,
-        in_attention=projects,
+        in_attention=adapter.steps > 1,
         parameter="" if by_module else adapter.slot,
         experts=form.shape[0] if isinstance(form, Experts) else 1,
         columns=() if low.mask is None else columns_of(low.mask),
@@ -250,7 +247,7 @@ def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> No
     a, b = entry.a, entry.b * 2 if entry.in_attention else entry.b
     if entry.embedding or (entry.parameter and form.kind == "matmul"):
         a, b = b.T, a.T
-    if isinstance(form, Conv) and form.groups > 1 and not form.is_foldable(a):
+    if not form.is_foldable(a):
         a = _grouped(a, form)
     _check(entry, a, b, form)
     like = low.A
@@ -269,7 +266,7 @@ def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> No
 
 def _check(entry: Entry, a: torch.Tensor, b: torch.Tensor, form: Form) -> None:
     wanted_a, wanted_b = form.shapes(1)
-    groups = form.groups if isinstance(form, Conv) else 1
+    groups = form.groups
     experts = form.shape[0] if isinstance(form, Experts) else 1
     dense = (wanted_a[1] * groups, *wanted_a[2:])
     fits_a = tuple(a.shape[1:]) in (tuple(wanted_a[1:]), dense)
@@ -281,28 +278,19 @@ def _check(entry: Entry, a: torch.Tensor, b: torch.Tensor, form: Form) -> None:
         )
 
 
-def _is_out_projection(module: nn.Module, adapter: Adapter) -> bool:
-    path, _, leaf = adapter.slot.removesuffix(".weight").rpartition(".")
-    owner, _ = slot_of(module, adapter, f"{path}.{leaf}" if path else leaf)
-    return leaf == "out_proj" and isinstance(owner, nn.MultiheadAttention)
-
-
 def _block_diagonal(a: torch.Tensor, groups: int) -> torch.Tensor:
     """(g r, in / g, k ...) -> (g r, in, k ...), in which each group sees its own inputs."""
-    rows, inputs = a.shape[0] // groups, a.shape[1]
-    full = a.new_zeros(a.shape[0], inputs * groups, *a.shape[2:])
-    for group in range(groups):
-        full[group * rows : (group + 1) * rows, group * inputs : (group + 1) * inputs] = a[
-            group * rows : (group + 1) * rows
-        ]
-    return full
+    full = a.new_zeros(groups, len(a) // groups, groups, *a.shape[1:])
+    for group, rows in enumerate(a.chunk(groups)):
+        full[group, :, group] = rows
+    return full.flatten(2, 3).flatten(0, 1)
 
 
-def _grouped(a: torch.Tensor, form: Conv) -> torch.Tensor:
+def _grouped(a: torch.Tensor, form: Form) -> torch.Tensor:
     """The other way round where nothing is lost; as it is elsewhere."""
     groups, inputs = form.groups, form.shape[1]
     if a.dim() != len(form.shape) or a.shape[0] % groups or a.shape[1] != inputs * groups:
         return a
-    rows = a.shape[0] // groups
-    own = torch.cat([a[g * rows : (g + 1) * rows, g * inputs : (g + 1) * inputs] for g in range(groups)])
+    parts = a.reshape(groups, -1, groups, inputs, *a.shape[2:])
+    own = torch.cat([parts[group, :, group] for group in range(groups)])
     return own if torch.equal(_block_diagonal(own, groups), a) else a

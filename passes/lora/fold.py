@@ -19,7 +19,6 @@ from fxopt.nested import tensors_in
 from fxopt.relative_error import TOLERANCE, relative_error
 from passes.lora.active import adapters, root_of
 from passes.lora.adapter import Adapter, LayerAdapter
-from passes.lora.forms import Conv
 from passes.lora.inside import Adapted
 from passes.lora.sites import adapter_behind, uses_of
 
@@ -126,7 +125,7 @@ def why_not(program: Program, adapter: Adapter, keep_zeros: bool) -> str | None:
         low = adapter[name]
         if low.bias is not None and adapter.bias_slot is None:
             return f"adapter '{name}' has a bias and the layer has none"
-        if isinstance(adapter.form, Conv) and not adapter.form.is_foldable(low.A):
+        if not adapter.form.is_foldable(low.A):
             return f"adapter '{name}' sees all inputs where the {adapter.form.groups} groups of the layer see their own"
     return None
 

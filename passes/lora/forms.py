@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fxopt.errors import PassError
 
@@ -39,37 +40,44 @@ class Form:
         """Whether A starts from a normal distribution rather than from that of a linear layer."""
         return False
 
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 elsewhere."""
+        return int(self.options.get("groups", 1))
+
+    def is_foldable(self, a: Tensor) -> bool:
+        """Whether A sees what the weight sees, and not all inputs of a layer in groups."""
+        return self.groups == 1 or a.shape[1] == self.shape[1]
+
     def shapes(self, rank: int) -> Pair:
         """Shapes of A and B."""
         return (rank, *self.shape[1:]), (self.shape[0], rank)
 
-    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """`B A` in the shape of the weight."""
         return (b @ a.flatten(1)).reshape(self.shape)
 
-    def apply(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """What `B A` makes of `x`, and the bias that B may have."""
         return self.base(x, self.delta(a, b))
 
-    def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def base(self, x: Tensor, weight: Tensor) -> Tensor:
         """What a whole weight makes of `x`, without a bias."""
         raise PassError(f"a '{self.kind}' is not applied to inputs")
 
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def matrix(self, weight: Tensor) -> Tensor:
         """The weight as a matrix (out, everything else)."""
         return weight.flatten(1)
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, weight: Tensor) -> Tensor:
         """Length of the weight of each output (out,)."""
-        return _lengths(weight.flatten(1))
+        return _lengths(self.matrix(weight))
 
-    def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
+    def by_weight(self, scale: Tensor) -> Tensor:
         """`scale`, a value an output, in a shape that multiplies the weight."""
         return scale.reshape(-1, *[1] * (len(self.shape) - 1))
 
-    def by_output(self, scale: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def by_output(self, scale: Tensor) -> Tensor:
         """`scale`, a value an output channel, in a shape that multiplies the output."""
         return scale
 
@@ -77,13 +85,11 @@ class Form:
 class Linear(Form):
     """`x W^T`, W (out, in): A (r, in), B (out, r)."""
 
-    def apply(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """`(x A^T) B^T`."""
         return F.linear(F.linear(x, a), b, bias)
 
-    def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def base(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x W^T`."""
         return F.linear(x, weight)
 
@@ -100,23 +106,19 @@ class Matmul(Linear):
         """Those of the linear layer that it is."""
         return (rank, self.shape[0]), (self.shape[1], rank)
 
-    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """`(B A)^T`."""
         return (b @ a).T
 
-    def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def base(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x W`."""
         return x @ weight
 
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def matrix(self, weight: Tensor) -> Tensor:
         """`W^T`."""
         return weight.T
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """Of each column."""
-        return _lengths(weight.T)
-
-    def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
+    def by_weight(self, scale: Tensor) -> Tensor:
         """A value a column."""
         return scale
 
@@ -138,17 +140,17 @@ class Experts(Form):
         experts, out, inputs = self._sizes()
         return (experts * rank, inputs), (out, rank * experts)
 
-    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """Expert by expert."""
         experts, out, inputs = self._sizes()
         product = b.reshape(out, -1, experts).permute(2, 0, 1) @ a.reshape(experts, -1, inputs)
         return self._turned(product)
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, weight: Tensor) -> Tensor:
         """Of each output of each expert."""
         return _lengths(self._turned(weight)).flatten()
 
-    def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
+    def by_weight(self, scale: Tensor) -> Tensor:
         """Each expert has its own outputs."""
         return self._turned(scale.reshape(self.shape[0], -1, 1))
 
@@ -156,7 +158,7 @@ class Experts(Form):
         experts, out, inputs = self.shape
         return (experts, inputs, out) if self.options.get("transposed") else (experts, out, inputs)
 
-    def _turned(self, value: torch.Tensor) -> torch.Tensor:
+    def _turned(self, value: Tensor) -> Tensor:
         return value.transpose(1, 2) if self.options.get("transposed") else value
 
 
@@ -168,21 +170,19 @@ class Embedding(Form):
         """As embeddings do."""
         return True
 
-    def apply(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Looks up rows of B only."""
         return F.embedding(x, b, **self.options) @ a
 
-    def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def base(self, x: Tensor, weight: Tensor) -> Tensor:
         """`W[ids]`."""
         return F.embedding(x, weight)
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, weight: Tensor) -> Tensor:
         """Of each column: DoRA's outputs are the dimensions of the embedding."""
         return _lengths(weight.T)
 
-    def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
+    def by_weight(self, scale: Tensor) -> Tensor:
         """A value a column."""
         return scale
 
@@ -195,10 +195,7 @@ class Conv(Form):
     instead: it runs here too, but no weight of the grouped layer holds it.
     """
 
-    @property
-    def groups(self) -> int:
-        """Of the base."""
-        return int(self.options.get("groups", 1))
+    placing: ClassVar[tuple[str, ...]] = ("stride", "padding", "dilation")
 
     @property
     def layout(self) -> str:
@@ -212,11 +209,7 @@ class Conv(Form):
             rank = min(rank, out // self.groups, int(torch.Size(per_group).numel()))
         return (rank * self.groups, *per_group), (out, rank, *[1] * (len(self.shape) - 2))
 
-    def is_foldable(self, a: torch.Tensor) -> bool:
-        """Whether A sees of each group what the weight sees."""
-        return a.shape[1] == self.shape[1]
-
-    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """Group by group."""
         if not self.is_foldable(a):
             raise PassError(
@@ -226,27 +219,25 @@ class Conv(Form):
         rows = b.reshape(groups, out // groups, -1) @ a.reshape(groups, a.shape[0] // groups, -1)
         return rows.reshape(self.shape)
 
-    def apply(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Two convolutions, the second of size 1."""
         function = getattr(F, self.kind)
         return function(self._convolve(x, a, self.groups if self.is_foldable(a) else 1), b, bias, groups=self.groups)  # type: ignore[no-any-return]
 
-    def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def base(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution."""
         return self._convolve(x, weight, self.groups)
 
-    def by_output(self, scale: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def by_output(self, scale: Tensor) -> Tensor:
         """Channels are the second dimension, or the first where there is no batch."""
         return scale.reshape(-1, *[1] * (len(self.shape) - 2))
 
-    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-        options = {k: v for k, v in self.options.items() if k in ("stride", "padding", "dilation")}
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
+        options = {key: self.options[key] for key in self.placing if key in self.options}
         if self.options.get("padding_mode", "zeros") != "zeros":
             x = F.pad(x, self.options["pad"], mode=self.options["padding_mode"])
             options["padding"] = 0
-        return getattr(F, self.kind)(x, weight, groups=groups, **options)  # type: ignore[no-any-return]
+        return getattr(F, self.kind)(x, weight, bias, groups=groups, **options)  # type: ignore[no-any-return]
 
 
 class ConvTranspose(Conv):
@@ -255,38 +246,18 @@ class ConvTranspose(Conv):
     `dW[i, o, k] = sum_r B[i, r] A[r, o, k]` in each group, so the update is `A^T (B^T x)`.
     """
 
-    def shapes(self, rank: int) -> Pair:
-        """A group has no more rank than its own weight."""
-        inputs, per_group = self.shape[0], self.shape[1:]
-        if self.groups > 1:
-            rank = min(rank, inputs // self.groups, int(torch.Size(per_group).numel()))
-        return (rank * self.groups, *per_group), (inputs, rank, *[1] * (len(self.shape) - 2))
+    placing = (*Conv.placing, "output_padding")
 
-    def apply(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Mix channels, then spread."""
-        function = getattr(F, self.kind)
-        mixed = function(x, b, groups=self.groups)
-        return function(mixed, a, bias, groups=self.groups, **self._spread(x))  # type: ignore[no-any-return]
+        return self._convolve(getattr(F, self.kind)(x, b, groups=self.groups), a, self.groups, bias)
 
-    def base(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The transposed convolution."""
-        return getattr(F, self.kind)(x, weight, groups=self.groups, **self._spread(x))  # type: ignore[no-any-return]
-
-    def _spread(self, x: torch.Tensor) -> dict[str, Any]:
-        return {k: self.options[k] for k in ("stride", "padding", "output_padding", "dilation") if k in self.options}
-
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """(in, everything else): B comes from the left factor."""
-        return weight.flatten(1)
-
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, weight: Tensor) -> Tensor:
         """Of each output channel of each group."""
         by_group = weight.reshape(self.groups, -1, *self.shape[1:]).transpose(1, 2)
         return _lengths(by_group.flatten(2)).flatten()
 
-    def by_weight(self, scale: torch.Tensor) -> torch.Tensor:
+    def by_weight(self, scale: Tensor) -> Tensor:
         """Each group of inputs has its own outputs."""
         rows = scale.reshape(self.groups, 1, self.shape[1]).expand(-1, self.shape[0] // self.groups, -1)
         return rows.reshape(*self.shape[:2], *[1] * (len(self.shape) - 2))
@@ -301,7 +272,7 @@ def form_of(kind: str, shape: torch.Size, options: dict[str, Any]) -> Form:
     return classes.get(kind, made)(kind, tuple(shape), options)
 
 
-def _lengths(rows: torch.Tensor) -> torch.Tensor:
+def _lengths(rows: Tensor) -> Tensor:
     """Along the last axis; never zero, since DoRA divides by it, and some layers start at zero."""
-    length: torch.Tensor = torch.linalg.norm(rows, dim=-1)
+    length: Tensor = torch.linalg.norm(rows, dim=-1)
     return length.clamp_min(torch.finfo(rows.dtype).tiny)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from passes.lora.adapter import LowRank
-from passes.lora.forms import Conv, Experts, Form
+from passes.lora.forms import Experts, Form
 from passes.lora.slices import mask_of, ranges
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"]
@@ -124,4 +124,4 @@ def _rounded(matrix: torch.Tensor, bits: int) -> torch.Tensor:
 
 def can_take_out(form: Form) -> bool:
     """Whether the inits that take a part out of the weight know this form: groups and experts have no one matrix."""
-    return not isinstance(form, Experts) and not (isinstance(form, Conv) and form.groups > 1)
+    return not isinstance(form, Experts) and form.groups == 1

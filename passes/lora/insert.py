@@ -106,7 +106,7 @@ class Insertion:
         """What an adapter gets beside those that it has."""
         if not isinstance(module, Adapter) or self._adapter in module:
             return None
-        weight = parameter_of(self._region.program.root, module.slot)
+        weight = self._region.program.root.get_parameter(module.slot)
         recipe = self._choose(module.targets, module.operators, weight)
         if recipe is None:
             return None
@@ -189,7 +189,7 @@ class Insertion:
 
     def _adapter_of(self, site: Site, recipe: Recipe) -> Adapter:
         """The adapter of the parameter: shared with all other sites that read it."""
-        known = self._known_of(site.slot)
+        program, known = self._region.program, self._known_of(site.slot)
         kind = WeightAdapter if site.input is None else LayerAdapter
         same = next((a for a in known if a.form == site.form and type(a) is kind and self._adapter in a), None)
         if same is not None:
@@ -198,6 +198,9 @@ class Insertion:
         adapter.add_module(self._adapter, self._factors(site.form, site.slot, recipe))
         adapter.active = ((self._adapter, 1.0),)
         adapter.bias_slot = site.bias_slot
+        owner, _, projection = site.slot.removesuffix(".weight").rpartition(".")
+        if projection == "out_proj" and isinstance(program.root.get_submodule(owner), nn.MultiheadAttention):
+            adapter.steps = 2
         self._remember(adapter)
         return adapter
 
@@ -207,7 +210,7 @@ class Insertion:
         twin = next((each for each in known if self._adapter in each), None)
         if twin is not None:
             return twin[self._adapter]
-        weight = parameter_of(program.root, slot)
+        weight = program.root.get_parameter(slot)
         made, left = start(form, weight, recipe)
         if left is not None:
             program.replace_parameter(weight, left)
@@ -246,9 +249,6 @@ class Insertion:
             module = made
         assert isinstance(adapter, WeightAdapter)
         adapter.inner = site.inner
-        owner, _, leaf = site.inner.removesuffix(".weight").rpartition(".")
-        if leaf == "out_proj" and isinstance(module.get_submodule(owner), nn.MultiheadAttention):
-            adapter.steps = 2
         module.get_submodule(inside.HOLDER).add_module(_flat(site.inner), adapter.train(module.training))
 
     def _registered(self, adapter: Adapter) -> str:
@@ -265,15 +265,7 @@ class Insertion:
         return self._known.get(self._key(slot), [])
 
     def _key(self, slot: str) -> int | str:
-        return id(parameter_of(self._region.program.root, slot)) if self._ties else slot
-
-
-def parameter_of(root: nn.Module, slot: str) -> nn.Parameter:
-    """The parameter at a qualified name."""
-    owner, _, leaf = slot.rpartition(".")
-    found = root.get_submodule(owner)._parameters[leaf]
-    assert isinstance(found, nn.Parameter)
-    return found
+        return id(self._region.program.root.get_parameter(slot)) if self._ties else slot
 
 
 def _named(sites: Sequence[Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -21,7 +21,7 @@ from passes.lora.entries import Entry, from_entry
 from passes.lora.fold import put
 from passes.lora.forms import Form
 from passes.lora.init import Recipe, start
-from passes.lora.insert import Insertion, parameter_of
+from passes.lora.insert import Insertion
 from passes.lora.settings import Settings
 from passes.lora.sites import Site, find_sites
 from passes.lora.targets import nearest_names
@@ -109,7 +109,7 @@ class Loading:
                     found[site.name] = (site.form, site.weight)
         for child in self.module.modules():
             if isinstance(child, Adapter):
-                found[child.name] = (child.form, parameter_of(self.module, child.slot))
+                found[child.name] = (child.form, self.module.get_parameter(child.slot))
         return found
 
     def _unused(self, names: set[str]) -> set[str]:
@@ -170,7 +170,7 @@ class Loading:
         filled: dict[nn.Parameter, list[Adapter]] = defaultdict(list)
         for child in self.module.modules():
             if isinstance(child, Adapter) and self.adapter in child and child.name in by_name:
-                low, same = child[self.adapter], filled[parameter_of(self.module, child.slot)]
+                low, same = child[self.adapter], filled[self.module.get_parameter(child.slot)]
                 if any(each[self.adapter] is low for each in same):
                     low = copy.deepcopy(low)
                 from_entry(by_name[child.name], child.form, low, self.settings)

@@ -276,19 +276,12 @@ def _inside(node: fx.Node, region: Region) -> Iterator[Site]:
     module = region.submodule(node)
     for path, owner, parameter in inside.weights(module):
         slot = _slot(node, path, None, region)
-        names, kind = list(_names(slot)), "weight"
-        if isinstance(owner, nn.MultiheadAttention) and path.endswith("in_proj_weight"):
-            kind = "attention"
-            names.insert(0, slot.rpartition(".")[0])
-        elif isinstance(owner, nn.MultiheadAttention):
-            kind = "attention"
-            names.append(slot.rpartition(".")[0])
+        names, kind, layer = _names(slot), "weight", slot.rpartition(".")[0]
+        if isinstance(owner, nn.MultiheadAttention):
+            names, kind = ((layer, slot) if path.endswith("in_proj_weight") else (slot, layer)), "attention"
         elif isinstance(owner, nn.RNNBase):
-            kind = "recurrent"
-            names.append(slot.rpartition(".")[0])
+            names, kind = (slot, layer), "recurrent"
         elif isinstance(owner, nn.Linear):
             kind = "linear"
-            if path.endswith("out_proj.weight"):
-                names.append(slot.removesuffix(".out_proj.weight"))
-        form = form_of("weight", parameter.shape, {})
-        yield Site(node, tuple(dict.fromkeys(names)), slot, parameter, form, kind, inner=path)
+            names += (layer.removesuffix(".out_proj"),) if layer.endswith(".out_proj") else ()
+        yield Site(node, names, slot, parameter, form_of("weight", parameter.shape, {}), kind, inner=path)

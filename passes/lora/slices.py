@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from fxopt.errors import SpecError
-from passes.lora.forms import Conv, ConvTranspose, Embedding, Experts, Form
+from passes.lora.forms import ConvTranspose, Embedding, Experts, Form
 
 _THIRDS = ("q", "k", "v")
 
@@ -26,7 +26,7 @@ def check_slice(text: str) -> None:
 
 def why_not_sliced(slices: Sequence[str], form: Form) -> str | None:
     """What keeps a weight from being adapted for these outputs alone; None if nothing does."""
-    if isinstance(form, (Embedding, ConvTranspose, Experts)) or (isinstance(form, Conv) and form.groups > 1):
+    if isinstance(form, (Embedding, ConvTranspose, Experts)) or form.groups > 1:
         return "slices are rows of a weight, and its outputs are not"
     rows = form.shapes(1)[1][0]
     for text in slices:

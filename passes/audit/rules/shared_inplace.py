@@ -75,7 +75,8 @@ def _asked(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 def _exclude(function: ast.FunctionDef, first: ast.expr, second: ast.expr) -> bool:
     """Whether no run gets to both: they are in two arms of a branch, or the first is in an arm that leaves."""
-    for branch in (*code.parts(ast.If, function), *code.parts(ast.IfExp, function)):
+    branches: list[ast.If | ast.IfExp] = [*code.parts(ast.If, function), *code.parts(ast.IfExp, function)]
+    for branch in branches:
         arms = [arm if isinstance(arm, list) else [arm] for arm in (branch.body, branch.orelse)]
         for arm, other in (arms, arms[::-1]):
             leaves = bool(arm) and isinstance(arm[-1], (ast.Return, ast.Raise)) and not _holds(arm, second)
