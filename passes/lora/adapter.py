@@ -335,3 +335,9 @@ class WeightAdapter(Adapter):
         for low, factor in () if self.merged or self.batch is not None else self.counting:
             weight = self._with(low, factor, weight)
         return weight
+
+
+def can_be_called(name: str) -> bool:
+    """Whether an adapter may have a name: it is that of a child of what applies it, and `base` stands for none."""
+    kinds = (kind(Form("weight", ()), "", "") for kind in (LayerAdapter, WeightAdapter))
+    return bool(name) and "." not in name and name != BASE and not any(hasattr(each, name) for each in kinds)

@@ -15,7 +15,7 @@ from torch import nn
 from fxopt.errors import ArtifactError
 from fxopt.graph import GraphModule
 from passes.lora.active import adapters, names, root_of, saved_with, takes_part
-from passes.lora.adapter import Adapter, Beside, WeightAdapter
+from passes.lora.adapter import Adapter, Beside, WeightAdapter, can_be_called
 from passes.lora.entries import alike, nested, read_entries, to_entry, write_beside, write_entries
 from passes.lora.load import Loading
 from passes.lora.peft_config import configuration
@@ -113,6 +113,8 @@ def load_adapter(module: nn.Module, directory: str | Path, name: str = "default"
             f"load_adapter takes a captured module, not a '{type(module).__name__}': "
             "give it fxopt.capture(module, inputs).module"
         )
+    if not can_be_called(name):
+        raise ArtifactError(f"an adapter can't be called '{name}': take a name without dots that means nothing else")
     settings, tensors = read(directory)
     entries, rest = read_entries(tensors, settings, module)
     Loading(module, name, settings, entries, rest, str(directory)).run()

@@ -13,7 +13,7 @@ from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from fxopt.inputs import Inputs
-from passes.lora.adapter import BASE, Adapter, Beside, LowRank
+from passes.lora.adapter import Adapter, Beside, LowRank, can_be_called
 from passes.lora.files import load_adapter, save_adapter, show_adapter
 from passes.lora.fold import merge, merged_weights
 from passes.lora.init import MOVES_WEIGHT, Init, Recipe
@@ -181,8 +181,10 @@ def _check(lora: LoRA) -> None:
         raise SpecError("lora: 'targets' is empty; it would adapt nothing")
     if lora.slices and (lora.dora or lora.init in MOVES_WEIGHT):
         raise SpecError("lora: 'slices' goes with neither 'dora' nor an init that takes a part out of the weight")
-    if not lora.adapter.isidentifier() or lora.adapter == BASE or hasattr(nn.Module, lora.adapter):
+    if not lora.adapter.isidentifier():
         raise SpecError(f"lora: 'adapter' is a name of letters, digits and _, not '{lora.adapter}'")
+    if not can_be_called(lora.adapter):
+        raise SpecError(f"lora: 'adapter' can't be '{lora.adapter}', which means something else; take another name")
     for option in ("targets", "exclude", "rank_pattern", "alpha_pattern"):
         for target in getattr(lora, option):
             check_target(target, option)

@@ -449,6 +449,7 @@ class TestTargets:
             ({"slices": ("w",)}, "expected q, k, v, or a range"),
             ({"init": "magic"}, "'init' is one of default, gaussian"),
             ({"adapter": "a.b"}, "'adapter' is a name"),
+            *(({"adapter": name}, f"'adapter' can't be '{name}'") for name in ("name", "batch", "forward", "base")),
             ({"slices": ("q",), "dora": True}, "'slices' goes with neither"),
         ],
     )

@@ -96,6 +96,15 @@ def test_missing_files_and_modules(tmp_path: Path) -> None:
         save_adapter(module, tmp_path, "other")
 
 
+@pytest.mark.parametrize("name", ["v1.0", "", "name", "forward", "base"])
+def test_a_name_that_no_adapter_can_have(tmp_path: Path, name: str) -> None:
+    module = fresh()
+    inject(module, LoRA())
+    save_adapter(module, tmp_path)
+    with pytest.raises(ArtifactError, match=f"an adapter can't be called '{name}'"):
+        load_adapter(module, tmp_path, name)
+
+
 def test_a_second_adapter_from_a_file(tmp_path: Path) -> None:
     module = fresh()
     inject(module, LoRA(rank=3))
