@@ -60,14 +60,14 @@ def audit(
         raise typer.BadParameter("goes with --fix", param_hint="--write")
     if not targets and not rules and explain is None:
         raise typer.BadParameter("name a model, or ask for --rules or --explain RULE", param_hint="TARGET")
-    from fxopt.findings import catalog, patch, render, search
+    from fxopt.findings import Baseline, catalog, patch, render, search
     from fxopt.findings.render import layers as table
 
     cards = catalog.cards()
     if rules or explain is not None:
         typer.echo(catalog.listed(cards) if rules else catalog.explained(cards, explain or ""))
         return
-    kept = None if write_baseline is None else Output("--write-baseline", write_baseline, search.baseline_text)
+    kept = None if write_baseline is None else Output("--write-baseline", write_baseline, Baseline.written)
     if kept is not None:
         kept.check()
     with progress(quiet) as stage, kept_for_the_report():

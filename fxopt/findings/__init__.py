@@ -4,11 +4,10 @@ from fxopt.findings.accept import Baseline
 from fxopt.findings.finding import Finding, Fix, Place, Precision, Severity
 from fxopt.findings.inspection import Inspection, Inspector, Subject
 from fxopt.findings.layer import Layer
-from fxopt.findings.render import FORMATS, render
+from fxopt.findings.render import render
 from fxopt.findings.rule import RuleCard
 
 __all__ = [
-    "FORMATS",
     "Baseline",
     "Finding",
     "Fix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,13 +55,9 @@ class Inspection:
     def joined(cls, several: Iterable[Inspection]) -> Inspection:
         """One of many, with what they have in common only once."""
         parts = list(several)
-        findings = {finding: None for part in parts for finding in part.findings}
-        notes = {note: None for part in parts for note in part.notes}
-        suppressed = {finding: None for part in parts for finding in part.suppressed}
-        layers = {layer: None for part in parts for layer in part.layers}
-        known = {finding: None for part in parts for finding in part.known}
-        ordered = sorted(findings, key=lambda each: each.order)
-        return cls(tuple(ordered), tuple(notes), tuple(suppressed), tuple(layers), tuple(known))
+        kinds = ([item for part in parts for item in getattr(part, kind.name)] for kind in dataclasses.fields(cls))
+        findings, *others = (tuple(dict.fromkeys(items)) for items in kinds)
+        return cls(tuple(sorted(findings, key=lambda each: each.order)), *others)
 
 
 class Inspector(Pass):

@@ -65,8 +65,3 @@ def subject_of(target: str, inputs: Sequence[str] = ()) -> tuple[Subject, tuple[
 def fails(found: Inspection, fail_on: str) -> bool:
     """Whether anything is as bad as `fail_on`, or worse."""
     return any(finding.severity.rank >= Severity(fail_on).rank for finding in found.findings)
-
-
-def baseline_text(found: Inspection) -> str:
-    """A baseline file that accepts all of it."""
-    return Baseline.written(found)

@@ -14,7 +14,7 @@ from fxopt.findings.render.sarif import sarif
 from fxopt.findings.render.text import text
 from fxopt.findings.rule import RuleCard
 
-FORMATS: dict[str, Callable[[Inspection, Sequence[RuleCard]], str]] = {
+_FORMATS: dict[str, Callable[[Inspection, Sequence[RuleCard]], str]] = {
     "text": text,
     "json": as_json,
     "sarif": sarif,
@@ -25,8 +25,8 @@ FORMATS: dict[str, Callable[[Inspection, Sequence[RuleCard]], str]] = {
 
 
 def render(found: Inspection, rules: Sequence[RuleCard], style: str) -> str:
-    """Print `found` in a form of `FORMATS`."""
-    return FORMATS[style](found, rules)
+    """Print `found` as `text`, `json`, `sarif`, `junit`, `markdown` or `github`."""
+    return _FORMATS[style](found, rules)
 
 
-__all__ = ["FORMATS", "layers", "render"]
+__all__ = ["layers", "render"]

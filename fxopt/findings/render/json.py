@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -28,8 +27,7 @@ def as_json(found: Inspection, rules: Sequence[RuleCard]) -> str:
 
 def _measured(layer: Layer) -> dict[str, Any]:
     # JSON has no NaN and no infinity.
-    values = dataclasses.asdict(layer)
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in vars(layer).items()}
 
 
 def _plain(finding: Finding) -> dict[str, Any]:
@@ -48,14 +46,5 @@ def _plain(finding: Finding) -> dict[str, Any]:
             for each in finding.related
         ],
         "fix": finding.advice,
-        "edit": None
-        if finding.fix is None
-        else {
-            "line": finding.fix.line,
-            "column": finding.fix.column,
-            "end_line": finding.fix.end_line,
-            "end_column": finding.fix.end_column,
-            "text": finding.fix.text,
-            "what": finding.fix.what,
-        },
+        "edit": finding.fix and {key: value for key, value in vars(finding.fix).items() if key != "path"},
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from xml.etree import ElementTree
 
-from fxopt.findings.finding import Severity
+from fxopt.findings.finding import Finding, Severity
 from fxopt.findings.inspection import Inspection
 from fxopt.findings.rule import RuleCard
 
@@ -23,15 +23,20 @@ def junit(found: Inspection, rules: Sequence[RuleCard]) -> str:
     for rule in rules:
         case = ElementTree.SubElement(suite, "testcase", {"classname": f"fxopt.{rule.group}", "name": rule.id})
         own = [finding for finding in failing if finding.rule == rule.id]
-        if own:
-            lines = _ILLEGAL.sub("?", "\n".join(f"{finding.place}: {finding.message}" for finding in own))
-            kind = {"message": f"{len(own)} x {rule.title}", "type": rule.name}
-            ElementTree.SubElement(case, "failure", kind).text = lines
-        notes = [finding for finding in found.findings if finding.rule == rule.id and finding not in failing]
-        if notes:
-            lines = _ILLEGAL.sub("?", "\n".join(f"{finding.place}: {finding.message}" for finding in notes))
-            ElementTree.SubElement(case, "system-out").text = lines
-    if found.notes:
-        ElementTree.SubElement(suite, "system-out").text = _ILLEGAL.sub("?", "\n".join(found.notes))
+        _say(case, "failure", map(_line, own), {"message": f"{len(own)} x {rule.title}", "type": rule.name})
+        notes = (finding for finding in found.findings if finding.rule == rule.id and finding not in failing)
+        _say(case, "system-out", map(_line, notes))
+    _say(suite, "system-out", found.notes)
     ElementTree.indent(top)
     return ElementTree.tostring(top, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.place}: {finding.message}"
+
+
+def _say(about: ElementTree.Element, tag: str, lines: Iterable[str], kind: Mapping[str, str] | None = None) -> None:
+    """Add an element that holds the lines, where there are any."""
+    text = _ILLEGAL.sub("?", "\n".join(lines))
+    if text:
+        ElementTree.SubElement(about, tag, dict(kind or {})).text = text

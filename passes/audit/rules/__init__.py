@@ -1,45 +1,34 @@
 """All rules, by their ids."""
 
 from passes.audit.rule import Rule
-from passes.audit.rules.batch_statistics import batch_statistics
-from passes.audit.rules.bias_before_norm import bias_before_norm
-from passes.audit.rules.data_dependent import data_dependent
-from passes.audit.rules.dead_activation import dead_activation
-from passes.audit.rules.dead_gradient import dead_gradient
-from passes.audit.rules.dead_weights import dead_weights
-from passes.audit.rules.device_mismatch import device_mismatch
+from passes.audit.rules.activations import dead_activation, saturated_activation
+from passes.audit.rules.batch_norms import batch_statistics, bias_before_norm
+from passes.audit.rules.branches import data_dependent, shape_decision
 from passes.audit.rules.epsilon_underflows import epsilon_underflows
-from passes.audit.rules.factory_without_device import factory_without_device
+from passes.audit.rules.evaluation import left_in_training, random_in_eval
 from passes.audit.rules.fixed_device import fixed_device
 from passes.audit.rules.forward_fails import forward_fails
-from passes.audit.rules.gradient_range import gradient_range
+from passes.audit.rules.gradients import dead_gradient, gradient_range, no_gradient, unused_parameter
 from passes.audit.rules.host_round_trip import host_round_trip
 from passes.audit.rules.idle_mask import idle_mask
-from passes.audit.rules.init_gain import init_gain
-from passes.audit.rules.left_in_training import left_in_training
+from passes.audit.rules.initial_weights import dead_weights, init_gain
 from passes.audit.rules.lost_tie import lost_tie
 from passes.audit.rules.low_precision import low_precision
 from passes.audit.rules.made_in_forward import made_in_forward
+from passes.audit.rules.meetings import device_mismatch, factory_without_device
 from passes.audit.rules.missing_super_init import missing_super_init
 from passes.audit.rules.mixed_dtypes import mixed_dtypes
-from passes.audit.rules.no_gradient import no_gradient
 from passes.audit.rules.no_onnx import no_onnx
 from passes.audit.rules.not_finite import not_finite
 from passes.audit.rules.opaque_part import opaque_part
-from passes.audit.rules.random_in_eval import random_in_eval
-from passes.audit.rules.repeated_computation import repeated_computation
+from passes.audit.rules.plain_containers import unregistered_module, unregistered_parameter
 from passes.audit.rules.sample_loop import sample_loop
-from passes.audit.rules.saturated_activation import saturated_activation
-from passes.audit.rules.shape_decision import shape_decision
 from passes.audit.rules.shared_inplace import shared_inplace
 from passes.audit.rules.signal_lost import signal_lost
 from passes.audit.rules.unguarded import unguarded_division, unguarded_log, unguarded_sqrt
-from passes.audit.rules.unregistered_module import unregistered_module
-from passes.audit.rules.unregistered_parameter import unregistered_parameter
 from passes.audit.rules.unregistered_tensor import unregistered_tensor
 from passes.audit.rules.unsaved_buffer import unsaved_buffer
-from passes.audit.rules.unused_parameter import unused_parameter
-from passes.audit.rules.unused_result import unused_result
+from passes.audit.rules.waste import repeated_computation, unused_result
 from passes.audit.rules.whole_module_saved import whole_module_saved
 
 RULES: tuple[Rule, ...] = (

@@ -1,4 +1,4 @@
-"""FX102: submodules in a plain list, tuple or dict."""
+"""FX102 and FX103: submodules and parameters in a plain list, tuple or dict."""
 
 from __future__ import annotations
 
@@ -104,3 +104,27 @@ def unregistered_module(evidence: Evidence) -> Iterator[Found]:
                 message = f"'self.{name}' is a plain {kind} with {len(hidden)} modules that are not registered"
                 place = code.assigned(type(module), name)
                 yield Found(message, place, path, fix=_fix(type(module), name, value))
+
+
+@rule("FX103", Severity.ERROR)
+def unregistered_parameter(evidence: Evidence) -> Iterator[Found]:
+    """Parameters in a plain list, tuple or dict.
+
+    `parameters()` doesn't give them to the optimizer, and they are neither moved nor saved.
+
+    Bad:
+        self.scales = [nn.Parameter(torch.ones(3))]
+
+    Good:
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(3))])
+
+    Fix: use `nn.ParameterList` or `nn.ParameterDict`.
+    """
+    known = {id(each) for _, module in evidence.modules for each in module._parameters.values()}
+    for path, module in evidence.users:
+        for name, value in unregistered(module):
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Parameter)]
+            hidden = [leaf for leaf in leaves if id(leaf) not in known]
+            if hidden:
+                message = f"'self.{name}' holds {len(hidden)} parameters that are not registered"
+                yield Found(message, code.assigned(type(module), name), path)

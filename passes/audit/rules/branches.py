@@ -1,4 +1,4 @@
-"""FX501: control flow that depends on the values of a tensor."""
+"""FX501 and FX508: control flow that depends on values, or on shapes."""
 
 from __future__ import annotations
 
@@ -30,3 +30,23 @@ def data_dependent(evidence: Evidence) -> Iterator[Found]:
     for step in evidence.forward.steps:
         if step.name in _READS and step.place is not None and in_decision(step.place):
             yield Found("the value of a tensor decides what runs", step.place, step.module)
+
+
+@rule("FX508", Severity.NOTE, once_a_line=True)
+def shape_decision(evidence: Evidence) -> Iterator[Found]:
+    """Control flow that depends on the shape of an input.
+
+    A graph holds one of the branches only: for other shapes, an exported model raises, or computes the wrong thing.
+
+    Bad:
+        if x.shape[0] == 1:
+            x = x * 2
+
+    Good:
+        # one computation for every batch size
+
+    Fix: compute the same for every shape, or export one model for each side of the decision.
+    """
+    for guard in evidence.graph.guards:
+        if guard.place is not None:
+            yield Found(f"a graph holds only where `{guard.what}`", guard.place, guard.module)
