@@ -207,10 +207,7 @@ def _entry(path: str, roles: Mapping[str, torch.Tensor], settings: Settings, mod
     a, b = (roles[role] for role in wanted)
     projects = path.endswith(f"{_BASE}.out_proj")
     parts = path.split(".")
-    depth = 0
-    while parts and parts[-1] == _BASE:
-        parts.pop()
-        depth += 1
+    depth = len(parts) - max((i for i, part in enumerate(parts, 1) if part != _BASE), default=0)
     owner = ".".join(part for part in parts if part != _BASE)
     known = settings.parameters_at(owner) if module is None else _parameters_at(module, owner)
     adapted = [name for name in known if settings.is_parameter(name)]
@@ -251,17 +248,17 @@ def from_entry(entry: Entry, form: Form, low: LowRank, settings: Settings) -> No
         a = _grouped(a, form)
     _check(entry, a, b, form)
     like = low.A
-    low.A = nn.Parameter(a.to(like).contiguous().clone(), requires_grad=like.requires_grad)
-    low.B = nn.Parameter(b.to(like).contiguous().clone(), requires_grad=like.requires_grad)
+
+    def held(value: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to(like).contiguous().clone(), requires_grad=like.requires_grad)
+
+    low.A, low.B = held(a), held(b)
     low.mask = mask_of(entry.columns, low.B.detach()) if entry.columns else None
     low.start_a = low.start_b = None
     low.rank, low.scale, low.rslora, low.dropout = entry.rank, entry.scale, settings.rslora, settings.dropout
     low.alpha = entry.scale * (entry.rank**0.5 if settings.rslora else entry.rank)
-    low.magnitude = low.bias = None
-    if entry.magnitude is not None:
-        low.magnitude = nn.Parameter(entry.magnitude.flatten().to(like).clone(), requires_grad=like.requires_grad)
-    if entry.bias is not None:
-        low.bias = nn.Parameter(entry.bias.to(like).clone(), requires_grad=like.requires_grad)
+    low.magnitude = None if entry.magnitude is None else held(entry.magnitude.flatten())
+    low.bias = None if entry.bias is None else held(entry.bias)
 
 
 def _check(entry: Entry, a: torch.Tensor, b: torch.Tensor, form: Form) -> None:

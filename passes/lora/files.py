@@ -129,11 +129,7 @@ def show_adapter(directory: str | Path) -> dict[str, Any]:
     settings, tensors = read(directory)
     entries, rest = read_entries(tensors, settings)
     return {
-        "rank": settings.rank,
-        "alpha": settings.alpha,
-        "rslora": settings.rslora,
-        "dora": settings.dora,
-        "dropout": settings.dropout,
+        **{key: getattr(settings, key) for key in ("rank", "alpha", "rslora", "dora", "dropout")},
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "layers": [
             {

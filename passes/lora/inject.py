@@ -13,7 +13,7 @@ from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError, SpecError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from fxopt.inputs import Inputs
-from passes.lora.adapter import Adapter, Beside, LowRank, can_be_called
+from passes.lora.adapter import Adapter, Beside, can_be_called
 from passes.lora.files import load_adapter, save_adapter, show_adapter
 from passes.lora.fold import merge, merged_weights
 from passes.lora.init import MOVES_WEIGHT, Init, Recipe
@@ -93,12 +93,13 @@ class LoRA(Pass):
         Raises:
             PassError: no layer has the adapter.
         """
-        if not any(isinstance(child, Adapter) and self.adapter in child for child in module.modules()):
+        layers = (child for child in module.modules() if isinstance(child, Adapter))
+        trains = [layer[self.adapter] for layer in layers if self.adapter in layer]
+        if not trains:
             raise PassError(self._nothing(module))
         saved = self._saved(module)
         before = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
         module.requires_grad_(False)
-        trains = [low for child in module.modules() if isinstance(child, Adapter) for low in _of(child, self.adapter)]
         for part in (*trains, *saved.values()):
             part.requires_grad_(True)
         for low in trains:
@@ -158,10 +159,6 @@ def inject(module: GraphModule, lora: LoRA) -> tuple[Change | Skip, ...]:
         region.module.recompile()
     found += lora.finish(module, ())
     return tuple(found)
-
-
-def _of(adapter: Adapter, name: str) -> list[LowRank]:
-    return [adapter[name]] if name in adapter else []
 
 
 def _check(lora: LoRA) -> None:

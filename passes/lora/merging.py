@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch.fx as fx
-
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.graph import Region, source_of
 from passes.lora import inside
@@ -38,35 +36,25 @@ class LoRAMerge(Pass):
             object.__setattr__(self, "promise", Promise.CHANGES)
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
-        """Fold what a call in this graph applies, and bypass the call."""
+        """Fold what a call in this graph applies; then bypass the call, or call the plain module."""
         for node in list(region.graph.nodes):
-            if node.op != "call_module":
-                continue
-            module = region.submodule(node)
+            module = region.submodule(node) if node.op == "call_module" else None
             if isinstance(module, Adapter):
-                yield self._bypass(node, module, region)
+                adapters = [module]
             elif isinstance(module, inside.Adapted):
-                yield from self._inside(node, region)
-
-    def _bypass(self, node: fx.Node, adapter: Adapter, region: Region) -> Change | Skip:
-        reason = self._fold(adapter, region)
-        if reason is not None:
-            return Skip(adapter.name, reason, source_of(node))
-        node.replace_all_uses_with(node.args[-1] if len(node.args) == 1 else node.args[1])  # type: ignore[arg-type]
-        region.graph.erase_node(node)
-        return Change(_words(adapter), adapter.name, source_of(node))
-
-    def _inside(self, node: fx.Node, region: Region) -> Iterator[Change | Skip]:
-        module = region.submodule(node)
-        found = [child for child in module.get_submodule(inside.HOLDER).children() if isinstance(child, Adapter)]
-        for adapter in found:
-            reason = self._fold(adapter, region)
-            if reason is None:
-                yield Change(_words(adapter), adapter.name, source_of(node))
+                children = region.submodule(node).get_submodule(inside.HOLDER).children()
+                adapters = [child for child in children if isinstance(child, Adapter)]
             else:
-                yield Skip(adapter.name, reason, source_of(node))
-        if all(adapter.merged for adapter in found):
-            region.program.replace_module(module, inside.plain(module))
+                continue
+            reasons = [self._fold(adapter, region) for adapter in adapters]
+            source = source_of(node)
+            if not any(reasons) and isinstance(module, Adapter):
+                node.replace_all_uses_with(node.args[-1] if len(node.args) == 1 else node.args[1])
+                region.graph.erase_node(node)
+            elif not any(reasons):
+                region.program.replace_module(region.submodule(node), inside.plain(region.submodule(node)))
+            for adapter, reason in zip(adapters, reasons, strict=True):
+                yield Skip(adapter.name, reason, source) if reason else Change(_words(adapter), adapter.name, source)
 
     def _fold(self, adapter: Adapter, region: Region) -> str | None:
         if adapter.merged:
