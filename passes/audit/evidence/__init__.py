@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxopt.findings import Layer, Subject
 from passes.audit.evidence import code
 from passes.audit.evidence.backward import Backward, run_backward
-from passes.audit.evidence.device import FakeDeviceRun
+from passes.audit.evidence.device import FakeDeviceRun, Meeting, Seen
 from passes.audit.evidence.forward import Forward, run_forward
 from passes.audit.evidence.gains import Gain, gains
 from passes.audit.evidence.graph import Graph, look_at_graph
-from passes.audit.evidence.meeting import Meeting
 from passes.audit.evidence.precision import Loss, run_in_half
 from passes.audit.evidence.real_device import OnDevice, run_on_device
 
@@ -108,10 +107,16 @@ class Evidence:
         return self._tried("the run in low precision", run_in_half) or []
 
     @functools.cached_property
-    def meetings(self) -> list[Meeting]:
-        """Where tensors of two devices meet."""
+    def devices(self) -> Seen:
+        """Where tensors of two devices meet, and the plain attributes whose tensors the forward moves by itself."""
         run = self._fake_device
-        return (self._tried("the fake-device run", lambda subject: run.result()) or []) if run is not None else []
+        seen = self._tried("the fake-device run", lambda subject: run.result()) if run is not None else None
+        return seen or ([], set())
+
+    @property
+    def meetings(self) -> list[Meeting]:
+        """The first of these."""
+        return self.devices[0]
 
     @functools.cached_property
     def on_gpu(self) -> OnDevice | None:

@@ -11,12 +11,38 @@ import select
 import signal
 import time
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
-from fxopt.findings import Subject
-from passes.audit.evidence.meeting import Meeting
+from fxopt.findings import Place, Subject
 
 _SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """An operator that was given tensors of two devices.
+
+    Attributes:
+        operator: its name.
+        place: the user's line.
+        module: qualified name.
+        made: where the tensor on the CPU was made; None where that was before the forward.
+        maker: the operator that made it, or "".
+        attribute: `module path, name` where it is an attribute that no module has registered.
+        shape: of the tensor on the CPU.
+    """
+
+    operator: str
+    place: Place | None
+    module: str
+    made: Place | None
+    maker: str
+    attribute: tuple[str, str] | None
+    shape: tuple[int, ...]
+
+
+Seen = tuple[list[Meeting], set[tuple[str, str]]]
 
 
 class FakeDeviceRun:
@@ -40,20 +66,20 @@ class FakeDeviceRun:
             _answer(subject, self._reading, writing)
         os.close(writing)
 
-    def result(self) -> list[Meeting]:
-        """All meetings of one forward.
+    def result(self) -> Seen:
+        """All meetings of one forward, and the attributes whose tensors it moves by itself.
 
         Raises:
             RuntimeError: the process crashed, or took too long.
         """
         try:
-            found, error = _received(self._reading, self._child)
+            seen, error = _received(self._reading, self._child)
         finally:
             self._child = 0
             os.close(self._reading)
         if error:
             raise RuntimeError(error)
-        return found
+        return seen
 
     def stop(self) -> None:
         """End the process, where nobody asked for its result."""
@@ -79,7 +105,7 @@ def _answer(subject: Subject, reading: int, writing: int) -> None:
         answer = meetings(subject)
         data = pickle.dumps(answer)
     except BaseException as error:
-        data = pickle.dumps(([], f"{type(error).__name__}: {error}"))
+        data = pickle.dumps((([], set()), f"{type(error).__name__}: {error}"))
     try:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(data)
@@ -87,14 +113,14 @@ def _answer(subject: Subject, reading: int, writing: int) -> None:
         os._exit(0)
 
 
-def _received(reading: int, child: int) -> tuple[list[Meeting], str]:
+def _received(reading: int, child: int) -> tuple[Seen, str]:
     parts, limit = [], time.monotonic() + _SECONDS
     try:
         while True:
             ready, _, _ = select.select([reading], [], [], max(0.0, limit - time.monotonic()))
             if not ready:
                 os.kill(child, signal.SIGKILL)
-                return [], f"it took more than {_SECONDS:.0f} s"
+                return ([], set()), f"it took more than {_SECONDS:.0f} s"
             part = os.read(reading, 1 << 16)
             if not part:
                 break
@@ -102,6 +128,6 @@ def _received(reading: int, child: int) -> tuple[list[Meeting], str]:
     finally:
         _, status = os.waitpid(child, 0)
     if not parts:
-        return [], f"the process ended with status {status}"
+        return ([], set()), f"the process ended with status {status}"
     answer: Any = pickle.loads(b"".join(parts))
     return answer[0], answer[1]

@@ -18,8 +18,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.findings import Place, Subject
+from passes.audit.evidence.device import Meeting, Seen
 from passes.audit.evidence.driver import copied, telling_modules, unregistered
-from passes.audit.evidence.meeting import Meeting
 from passes.audit.evidence.places import running
 
 _NAME = "fxgpu"
@@ -37,8 +37,8 @@ class _Backend(_DummyBackendModule):
         return [torch.float16, torch.bfloat16]
 
 
-def meetings(subject: Subject) -> tuple[list[Meeting], str]:
-    """All meetings, and why the run ended early, if it did."""
+def meetings(subject: Subject) -> tuple[Seen, str]:
+    """All meetings and moves, and why the run ended early, if it did."""
     _setup_privateuseone_for_python_backend(_NAME, _Backend())
     assert subject.inputs is not None
     module = copied(subject, training=False)
@@ -58,7 +58,7 @@ def meetings(subject: Subject) -> tuple[list[Meeting], str]:
         except Exception as raised:  # what was found until then still holds
             first = (str(raised).splitlines() or ["no message"])[0]
             error = "" if watch.found else f"{type(raised).__name__}: {first}"
-    return watch.found, error
+    return (watch.found, watch.moved), error
 
 
 def _named(module: nn.Module) -> Any:
@@ -141,6 +141,7 @@ class _Devices(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.mode, self.kept, self.stack = mode, kept, stack
         self.found: list[Meeting] = []
+        self.moved: set[tuple[str, str]] = set()
         self.made = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,6 +164,8 @@ class _Devices(TorchDispatchMode):
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf not in self.made:
                 self.made[leaf] = self._origin(name, given)
+        if name == "aten::_to_copy" and result.device.type == _NAME and (attribute := self._of(given[0])[2]):
+            self.moved.add(attribute)
         return result
 
     def together(self, name: str, args: Any, kwargs: Any) -> Any:

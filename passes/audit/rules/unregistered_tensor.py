@@ -72,6 +72,10 @@ def unregistered_tensor(evidence: Evidence) -> Iterator[Found]:
             loose = [leaf for leaf in pytree.tree_leaves(value) if _is_loose(leaf) and id(leaf) not in known]
             if loose:
                 what = f"is a {str(loose[0].dtype).removeprefix('torch.')} tensor of shape {tuple(loose[0].shape)}"
-                message = f"'self.{name}' {what} that is no buffer: it stays behind on `to()`, and is not saved"
-                place = code.assigned(type(module), name)
-                yield Found(message, place, path, fix=_fix(evidence, type(module), name, value))
+                meetings, moved = evidence.devices
+                # Where the forward moves it, no device fails; that it is not saved may be meant.
+                fine = (path, name) in moved and (path, name) not in {meeting.attribute for meeting in meetings}
+                stays = "the forward moves it at each call" if fine else "it stays behind on `to()`"
+                message = f"'self.{name}' {what} that is no buffer: {stays}, and is not saved"
+                severity, place = Severity.NOTE if fine else None, code.assigned(type(module), name)
+                yield Found(message, place, path, (), severity, _fix(evidence, type(module), name, value))

@@ -250,6 +250,26 @@ def test_a_part_that_does_not_learn_is_told_of_once(rule, forward, write):
     assert [(finding.module, finding.message.partition(" ")[0]) for finding in found] == [("tower", "'tower'")]
 
 
+@pytest.mark.parametrize(
+    ("init", "forward", "severity"),
+    [
+        ("self.shift = torch.ones(3)", "return self.fc(x) + self.shift", "error"),
+        ("self.shift = torch.ones(3)", "return self.fc(x) + self.shift.to(x.device)", "note"),
+        (
+            "self.shift = [torch.ones(3)]",
+            "self.shift = [s.to(x) for s in self.shift]\nreturn x + self.shift[0]",
+            "note",
+        ),
+        ("self.shift = torch.ones(3)", "return self.fc(x + self.shift) + self.shift.to(x.device)", "error"),
+    ],
+)
+def test_a_tensor_that_the_forward_moves_fails_nowhere(init, forward, severity, write):
+    source = CLASS.format(init=init, forward=forward.replace("\n", "\n        "))
+    subject, _ = subject_of(f"{write(source)}:Module", ["2x3"])
+    (finding,) = Audit().inspect(subject).findings
+    assert (finding.rule, finding.severity.value) == ("FX101", severity)
+
+
 LINES = {
     "behind parts of unknown number": (
         "parts = [nn.Linear(3, 3), nn.Linear(3, 3)]\n        nn.init.ones_(parts[1].weight)\n"
