@@ -104,6 +104,11 @@ class _Words(TorchFunctionMode):
             return torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device=self.device)
         if "cuda" in str(kwargs.get("device")):
             kwargs["device"] = self.device
+        if name in ("__getitem__", "__setitem__") and _is_fake(args[0].device):
+            args = (args[0], self._index(args[1]), *args[2:])
+        if name == "new_tensor":
+            func, name, like = torch.tensor, "tensor", args[0]
+            args, kwargs = args[1:], {"dtype": like.dtype, "device": like.device, **kwargs}
         if name in _FROM_DATA and _is_fake(kwargs.get("device")):  # it has no kernels below the modes
             device = kwargs.pop("device")
             return _moved(func(*args, **kwargs), torch.device(device))
@@ -119,6 +124,13 @@ class _Words(TorchFunctionMode):
             # Some ask for one device before any operator runs, as an LSTM does of its hidden state.
             args, kwargs = self.watch.together(name, args, kwargs)
             return func(*args, **kwargs)
+
+    def _index(self, index: Any) -> tuple[Any, ...]:
+        """An index with its lists of numbers as tensors, which torch would make on the device, below the modes."""
+        parts = index if isinstance(index, tuple) else (index,)
+        listed = (isinstance(part, list) and all(isinstance(each, int) for each in part) for part in parts)
+        pairs = zip(parts, listed, strict=True)
+        return tuple(_moved(torch.tensor(part), self.device) if is_list else part for part, is_list in pairs)
 
 
 def _by_zeros(func: Any, args: Any, kwargs: Any) -> Any:

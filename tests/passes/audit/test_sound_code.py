@@ -171,6 +171,8 @@ CODE = {
         f"{SHIFT}kind = torch.cuda.FloatTensor if x.is_cuda else torch.FloatTensor\nreturn self.fc(x) + s.type(kind)",
         False,
     ),
+    "made of numbers, like the input": ("FX202", "", "return self.fc(x - x.new_tensor([1.0, 2.0, 3.0]))", False),
+    "columns by a list": ("FX203", "", "x[:, [0]] = 1.0\nreturn self.fc(x[:, [2, 1, 0]])[[1, 0]]", False),
     "made of numbers": ("FX202", "", "return self.fc(x) + torch.tensor([1.0, 2.0, 3.0])", True),
     "made of an array": ("FX202", "", "return self.fc(x) + torch.from_numpy(numpy.ones(3))", True),
     "a hidden state": (
