@@ -35,8 +35,9 @@ def test_the_interpreter_has_nothing_to_collect_when_a_command_ends():
     assert done.stdout == f"fxopt {__version__}\nTrue\n"
 
 
-def test_help_names_the_commands():
+def test_help_names_the_commands_and_their_options_in_full():
     assert {"run", "passes"} <= set(fxopt("--help").stdout.split())
+    assert {"--max-coverage-drop", "--max-memory-growth"} <= set(fxopt("ci", "--help").stdout.split())
 
 
 @pytest.mark.parametrize(
