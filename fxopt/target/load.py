@@ -48,7 +48,8 @@ class Target:
 def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None, train: bool = False) -> Target:
     """Load `model.py`, `model.py:Name`, `package.module` or `package.module:name`.
 
-    The random state of the process is as before afterwards; what lies beside the file stays importable.
+    The random state of the process is as before afterwards; what lies beside the file, and in the current directory,
+    stays importable.
 
     Args:
         target: where the model is; `fxopt.target.find` says which one is taken where it is not named.
@@ -63,9 +64,9 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
     declare_missing()
     here = Path.cwd()
     with same_randomness():
+        _importable(here)  # `model.py` may lie in a package below
         source = open_source(place)
-        if str(source.directory) not in sys.path:
-            sys.path.append(str(source.directory))  # for what a forward imports while it runs, behind all else
+        _importable(source.directory)  # for what a forward imports while it runs
         found = find(source, name)
         notes = found.notes + (() if train else _in_evaluation(found.module))
         if weights is not None and Path.cwd() != here:  # the file went elsewhere while it was imported
@@ -81,6 +82,12 @@ def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None
         calibration_data=_calibration_data(source),
         notes=notes,
     )
+
+
+def _importable(directory: Path) -> None:
+    """Behind all else."""
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
 
 
 def _in_evaluation(module: nn.Module) -> tuple[str, ...]:

@@ -121,7 +121,8 @@ def _import_module(place: str) -> Source:
             file = f"{place.replace('.', '/')}.py"
             hint = f"; for a file, `fxopt run {file}`" if Path(file).is_file() else _similar_file(Path(f"{place}.py"))
             raise MissingError(
-                f"there is no module '{missing}' in '{directory}' or among the installed packages{hint}"
+                f"there is no module '{missing}' in '{directory}' or among the installed packages"
+                f"{_elsewhere(missing, directory) or hint}"
             ) from error
     return Source(place, directory, namespace)
 
@@ -172,7 +173,7 @@ def _advice(error: BaseException, directory: Path) -> str:
     if isinstance(error, ImportError) and error.name and (hidden := _hidden(error.name, directory)):
         return f"; '{hidden}' is not what is imported: another module has that name, so rename it"
     if isinstance(error, ModuleNotFoundError):
-        return f"; install it where fxopt runs ({sys.executable})"
+        return _elsewhere(error.name or "", directory) or f"; install it where fxopt runs ({sys.executable})"
     if isinstance(error, ImportError) and "relative import" in str(error):
         return "; a file of a package is loaded by its dotted name: `fxopt run package.module` from above the package"
     if isinstance(error, SystemExit):
@@ -187,6 +188,15 @@ def _hidden(module: str, directory: Path) -> Path | None:
     if taken is None or Path(taken).is_relative_to(directory):
         return None
     return next(filter(Path.exists, (directory / f"{top}.py", directory / top)), None)
+
+
+def _elsewhere(module: str, directory: Path) -> str:
+    """Where a module of the user's lies that can't be imported from here: above, or in `src`."""
+    top = module.partition(".")[0]
+    for place in (directory / "src", *directory.parents):
+        if (place / f"{top}.py").is_file() or any((place / top).glob("*.py")):
+            return f"; '{top}' lies in '{place}': install its project by `pip install -e`, or put that on PYTHONPATH"
+    return ""
 
 
 def _similar_file(path: Path) -> str:

@@ -128,6 +128,32 @@ def test_a_file_that_an_imported_module_of_its_name_hides_is_named(write, tmp_pa
     assert f"'{hidden}' is not what is imported: another module has that name, so rename it" in fails("model.py")
 
 
+def test_a_file_of_a_package_may_import_that_package_from_above(write):
+    write("", "net_parts/model.py")
+    write("from net_parts.model import Net\nmodel = Net()", "net_tools/model.py", header="")
+    assert load("net_tools/model.py", inputs=["1x3"]).module.fc.out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "below", "lies"),
+    [
+        ("src/lying_there/main.py", ".", "src"),
+        ("lying_there.main", ".", "src"),
+        ("lying_there/main.py", "src", None),
+        ("main.py", "src/lying_there", "src"),
+    ],
+)
+def test_a_package_that_is_not_on_the_path_is_pointed_at(write, monkeypatch, tmp_path, target, below, lies):
+    write("", "src/lying_there/__init__.py", header="")
+    write("", "src/lying_there/net.py")
+    write("from lying_there.net import Net\nmodel = Net()", "src/lying_there/main.py", header="")
+    monkeypatch.chdir(tmp_path / below)
+    if lies is None:
+        assert load(target, inputs=["1x3"]).module
+    else:
+        assert f"'lying_there' lies in '{tmp_path / lies}': install its project by `pip install -e`" in fails(target)
+
+
 def test_a_forward_may_import_what_lies_beside_its_file(write, monkeypatch, tmp_path):
     write("SCALE = 2.0", "beside_the_net.py")
     write("Net.forward = lambda self, x: self.fc(x) * __import__('beside_the_net').SCALE")
