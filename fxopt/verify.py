@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt.capture.blame import raised_in
+from fxopt.capture.blame import advice_on, raised_in
 from fxopt.capture.independent import independent_copy
 from fxopt.capture.state import State, apart, random_state_kept
 from fxopt.contract import Promise
@@ -96,11 +96,9 @@ class Oracle:
         except Exception as error:
             _, location = raised_in(error, oracle)
             at = f" at {location}" if location else ""
-            within = "; in evaluation it runs without gradients: compute them within `torch.enable_grad()`"
-            needs = not self._trains and "does not require grad" in str(error)
             raise LoadError(
                 f"the model itself raises {type(error).__name__}{at} for the inputs {inputs.describe()}: {error}"
-                f"{within if needs else ''}"
+                f"{'' if self._trains else advice_on(error)}"
             ) from error
         if any(_has_nan(value) for value in outcome.values):
             raise LoadError(

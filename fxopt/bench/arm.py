@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.bench.cuda import graph_of
+from fxopt.capture.blame import advice_on
 from fxopt.capture.independent import deep_copy
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
@@ -94,7 +95,7 @@ class Arm:
         except Exception as error:
             raise EngineError(
                 f"{self.name!r} ({self.kind}) raised {type(error).__name__} while measured on {str(self._device)!r} "
-                f"with inputs {self._described}: {error}"
+                f"with inputs {self._described}: {error}{advice_on(error)}"
             ) from error
 
     def watched(self, measure: Callable[[Callable[[], object]], T]) -> T | None:

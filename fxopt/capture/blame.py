@@ -55,6 +55,12 @@ def said_of(error: BaseException) -> str | None:
     return next((note for note in getattr(error, "__notes__", ()) if note.startswith(_ITSELF)), None)
 
 
+def advice_on(error: BaseException) -> str:
+    """What to do about an error that a forward raises because it runs without gradients; "" for any other."""
+    lacks = "does not require grad" in str(error)
+    return "; it runs without gradients: compute them within `torch.enable_grad()`" if lacks else ""
+
+
 def drew_numbers(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Run `root` and see which modules draw numbers from Python's or numpy's streams."""
     drew: dict[str, None] = {}

@@ -91,6 +91,16 @@ def test_a_module_that_raises() -> None:
         measure_size(nn.Linear(4, 4), torch.zeros(1, 3))
 
 
+def test_a_module_that_needs_gradients_is_told_to_ask_for_them() -> None:
+    class Slope(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(x.pow(2).sum(), x)[0]
+
+    with pytest.raises(EngineError, match=r"without gradients: compute them within `torch.enable_grad\(\)`"):
+        measure_size(Slope(), torch.ones(2))
+
+
 class Shy(nn.Module):
     """Raises where its operators are watched."""
 
