@@ -25,7 +25,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("fxopt: interrupted; nothing was written", err=True)
+            typer.echo("fxopt: interrupted; no report was written", err=True)
             raise typer.Exit(130) from None
 
 
