@@ -83,7 +83,8 @@ class FxoptGate:
         if found["verdict"] == "new":
             pytest.skip("; ".join(found["notes"]))
         if gate.exit_code(record, self._strict):
-            pytest.fail(render(record), pytrace=False)
+            # The first line is all that pytest's summary shows.
+            pytest.fail(f"{target}: {found['verdict']}\n\n{render(record)}", pytrace=False)
         return found
 
 

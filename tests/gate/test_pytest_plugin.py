@@ -17,14 +17,14 @@ def test_latency(fxopt_gate):
 
 
 def run(repo: Repo, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfs", *arguments]
     return subprocess.run(command, cwd=repo.path, env=repo.environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
     ("head", "target", "outcome", "said"),
     [
-        (SLOWER, "model.py", "1 failed", "REGRESSION"),
+        (SLOWER, "model.py", "1 failed", "FAILED test_model.py::test_latency - Failed: model.py: REGRESSION"),
         (MODEL, "model.py", "1 passed", ""),
         (MODEL, "new.py", "1 skipped", "there is no file 'new.py'"),
         (MODEL, "{repo}/model.py", "1 passed", ""),
