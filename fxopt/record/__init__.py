@@ -4,7 +4,7 @@ Where a number can be not finite it is written as "nan", "inf" or "-inf", since 
 always means "not measured".
 """
 
-from fxopt.record.build import Entry, build, of_capture, of_comparison, of_entry, of_size
+from fxopt.record.build import build, of_capture, of_comparison, of_entry, of_size
 from fxopt.record.plain import number, plain
 from fxopt.record.shape import Record
 from fxopt.record.survey import of_survey
@@ -12,7 +12,6 @@ from fxopt.record.version import SCHEMA, check_version, schema
 
 __all__ = [
     "SCHEMA",
-    "Entry",
     "Record",
     "build",
     "check_version",

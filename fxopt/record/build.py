@@ -2,81 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from fxopt.bench.comparison import BeforeAfter, Comparison
 from fxopt.bench.fingerprint import Fingerprint
 from fxopt.bench.size import Size
 from fxopt.capture.captured import Captured
-from fxopt.contract import Change, Skip
 from fxopt.engines.ladder import Ladder
 from fxopt.inputs import Inputs
-from fxopt.ledger import Proof
+from fxopt.ledger import LedgerEntry
 from fxopt.record.plain import number, plain
 from fxopt.record.shape import (
     CaptureRecord,
-    ChangeRecord,
-    CoverageRecord,
     EnginesRecord,
-    GuardRecord,
     LatencyRecord,
     MemoryRecord,
     MetricsRecord,
     NotMeasured,
-    OpaqueRecord,
     PassRecord,
     ProofRecord,
     Record,
     RungRecord,
-    SensitivityRecord,
     SizeRecord,
-    SkipRecord,
     TimesRecord,
 )
 from fxopt.record.version import SCHEMA
-from fxopt.sensitivity import Sensitivity
-
-
-class Entry(Protocol):
-    """What the pipeline's ledger says of one pass."""
-
-    @property
-    def pass_name(self) -> str:
-        """The name that a spec calls it by."""
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Its options by name."""
-
-    @property
-    def seconds(self) -> float:
-        """Time that it took."""
-
-    @property
-    def changes(self) -> Sequence[Change]:
-        """What it did."""
-
-    @property
-    def skips(self) -> Sequence[Skip]:
-        """What it left alone."""
-
-    @property
-    def promise(self) -> str:
-        """What it promised of the outputs."""
-
-    @property
-    def relative_error(self) -> float | None:
-        """How far the outputs are from the original's; None where that was not measured."""
-
-    @property
-    def proofs(self) -> Sequence[Proof]:
-        """What measuring it gave."""
-
-    @property
-    def ranking(self) -> Sequence[Sensitivity]:
-        """The layers that it quantised, the costliest first."""
 
 
 def build(
@@ -85,7 +37,7 @@ def build(
     inputs: Inputs,
     machine: Fingerprint,
     captured: Captured,
-    ledger: Sequence[Entry],
+    ledger: Iterable[LedgerEntry],
     verified: bool,
     latency: Mapping[str, Comparison | str] | None = None,
     memory: BeforeAfter[Size] | None = None,
@@ -110,7 +62,7 @@ def build(
         schema=SCHEMA,
         target=target,
         inputs=inputs.describe(),
-        machine=plain(dataclasses.asdict(machine)),
+        machine=plain(asdict(machine)),
         capture=of_capture(captured),
         passes=[of_entry(entry) for entry in ledger],
         verified=verified,
@@ -123,8 +75,8 @@ def build(
             after=None if memory is None else of_size(memory.after),
         ),
         metrics=MetricsRecord(
-            before=None if metrics is None else {name: number(value) for name, value in metrics.before.items()},
-            after=None if metrics is None else {name: number(value) for name, value in metrics.after.items()},
+            before=None if metrics is None else plain(metrics.before),
+            after=None if metrics is None else plain(metrics.after),
         ),
         engines=None if engines is None else of_ladder(engines),
     )
@@ -136,45 +88,42 @@ def of_capture(captured: Captured) -> CaptureRecord:
         f"{constant.name}: {constant.description}, read but not registered, became a buffer ({constant.location})"
         for constant in captured.constants
     ]
-    coverage = captured.coverage
     return CaptureRecord(
         seconds=captured.seconds,
-        coverage=CoverageRecord(call_sites=coverage.call_sites, flops=coverage.flops, parameters=coverage.parameters),
-        opaque=[OpaqueRecord(path=one.path, reason=one.reason, location=one.location) for one in captured.opaque],
-        guards=[GuardRecord(assumption=guard.assumption, location=guard.location) for guard in captured.guards],
+        coverage=plain(asdict(captured.coverage)),
+        opaque=_plain(captured.opaque),
+        guards=_plain(captured.guards),
         notes=[*captured.notes, *constants],
     )
 
 
-def of_entry(entry: Entry) -> PassRecord:
+def of_entry(entry: LedgerEntry) -> PassRecord:
     """The part that tells of one pass."""
     return PassRecord(
         name=entry.pass_name,
-        options=plain(dict(entry.options)),
+        options=plain(entry.options),
         seconds=entry.seconds,
-        changes=[_of_change(change) for change in entry.changes],
-        skips=[SkipRecord(where=skip.where, reason=skip.reason, source=skip.source) for skip in entry.skips],
+        changes=_plain(entry.changes),
+        skips=_plain(entry.skips),
         promise=entry.promise,
-        relative_error=None if entry.relative_error is None else number(entry.relative_error),
+        relative_error=plain(entry.relative_error),
         proofs=[
             ProofRecord(
                 where=proof.where,
                 kept=proof.kept,
                 reason=proof.reason,
-                changes=[_of_change(change) for change in proof.changes],
+                changes=_plain(proof.changes),
                 latency=None if proof.latency is None else of_comparison(proof.latency),
             )
             for proof in entry.proofs
         ],
-        sensitivity=[
-            SensitivityRecord(name=one.name, sqnr_db=number(one.sqnr_db), seconds=one.seconds, kept=one.kept)
-            for one in entry.ranking
-        ],
+        sensitivity=_plain(entry.ranking),
     )
 
 
-def _of_change(change: Change) -> ChangeRecord:
-    return ChangeRecord(what=change.what, where=change.where, source=change.source)
+def _plain(found: Iterable[Any]) -> Any:
+    """Frozen results whose fields are those of the record."""
+    return [plain(asdict(one)) for one in found]
 
 
 def of_comparison(comparison: Comparison) -> LatencyRecord:
@@ -214,22 +163,22 @@ def of_ladder(ladder: Ladder) -> EnginesRecord:
         asked=ladder.asked,
         device=ladder.device,
         chosen=next((index for index, rung in enumerate(ladder.rungs) if rung is ladder.chosen), None),
-        max_error=None if ladder.max_error is None else number(ladder.max_error),
+        max_error=plain(ladder.max_error),
         budget_seconds=ladder.budget_seconds,
         seconds=ladder.seconds,
         rungs=[
             RungRecord(
                 label=rung.label,
                 engine=rung.engine,
-                options=plain(dict(rung.options)),
+                options=plain(rung.options),
                 passes=rung.passes,
                 in_floats=rung.in_floats,
                 build_seconds=rung.build_seconds,
-                relative_error=None if rung.relative_error is None else number(rung.relative_error),
+                relative_error=plain(rung.relative_error),
                 resident_bytes=rung.resident_bytes,
                 latency=None if rung.comparison is None else of_comparison(rung.comparison),
-                reasons=[SkipRecord(where=skip.where, reason=skip.reason, source=skip.source) for skip in rung.reasons],
-                choices=plain(dict(rung.executable.choices)) if rung.executable is not None else {},
+                reasons=_plain(rung.reasons),
+                choices=plain(rung.executable.choices) if rung.executable is not None else {},
                 dropped=rung.dropped,
             )
             for rung in ladder.rungs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from fxopt.capture.captured import Captured, Constant, Coverage, Guard, Opaque
 from fxopt.contract import Change, Skip
 from fxopt.engines import Ladder, Rung
 from fxopt.inputs import Inputs
-from fxopt.ledger import Proof
+from fxopt.ledger import LedgerEntry, Proof
 from fxopt.record import Record, build
 from fxopt.sensitivity import Sensitivity
 
@@ -33,17 +32,9 @@ MACHINE = Fingerprint(
 )
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
-    pass_name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.03
-    changes: tuple[Change, ...] = ()
-    skips: tuple[Skip, ...] = ()
-    promise: str = "close"
-    relative_error: float | None = None
-    proofs: tuple[Proof, ...] = ()
-    ranking: tuple[Sensitivity, ...] = ()
+def entry(pass_name: str, **facts: Any) -> LedgerEntry:
+    defaults: dict[str, Any] = {"options": {}, "seconds": 0.03, "changes": (), "skips": (), "promise": "close"}
+    return LedgerEntry(pass_name, **(defaults | facts))
 
 
 def comparison(verdict: Verdict = Verdict.FASTER, ratio: float = 0.76, **facts: Any) -> Comparison:
@@ -122,7 +113,7 @@ def example() -> Record:
         machine=MACHINE,
         captured=captured(),
         ledger=[
-            LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7, proofs),
+            LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7, proofs=proofs),
             LedgerEntry("qat", {"bits": 8}, 0.012, (), (), "changes", float("inf"), ranking=ranking),
         ],
         verified=True,

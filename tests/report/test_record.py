@@ -19,7 +19,7 @@ from fxopt.errors import ArtifactError
 from fxopt.inputs import Inputs
 from fxopt.record import SCHEMA, build, check_version, number, of_comparison, of_entry, plain, schema
 from tests.report.ci_example import example as ci_example
-from tests.report.record_example import LedgerEntry, captured, comparison, example, ladder
+from tests.report.record_example import captured, comparison, entry, example, ladder
 
 
 def valid(record: Any) -> None:
@@ -145,8 +145,8 @@ def test_numbers_that_json_lacks(value: float, written: object) -> None:
 
 
 def test_an_error_that_is_not_finite() -> None:
-    assert of_entry(LedgerEntry("fuse", relative_error=math.nan))["relative_error"] == "nan"
-    assert of_entry(LedgerEntry("fuse"))["relative_error"] is None
+    assert of_entry(entry("fuse", relative_error=math.nan))["relative_error"] == "nan"
+    assert of_entry(entry("fuse"))["relative_error"] is None
 
 
 class Kind(enum.Enum):
