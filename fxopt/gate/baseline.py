@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fxopt.bench.latency import Latency
 from fxopt.errors import BaselineError, GateError
+from fxopt.gate.revision import git
 from fxopt.record import SCHEMA
 
 _DECIDING = (
@@ -23,16 +22,6 @@ _DECIDING = (
 """Facts of a fingerprint that have to agree before two latencies are compared."""
 _VERSION = 1
 _ENTRY = ("version", "target", "inputs", "device", "commit", "time", "machine", "median_ms", "low_ms", "high_ms")
-
-
-class Store(Protocol):
-    """Where baselines are kept."""
-
-    def read(self) -> str:
-        """All lines; "" where there are none yet."""
-
-    def append(self, line: str) -> None:
-        """Add one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class BranchStore:
     def read(self) -> str:
         """All lines."""
         tip = self._tip()
-        return str(self._git("show", f"{tip}:{self.name}", check=False) or "") if tip else ""
+        return git(self.root, "show", f"{tip}:{self.name}").stdout if tip else ""
 
     def append(self, line: str) -> None:
         """Add one, as a commit.
@@ -79,7 +68,7 @@ class BranchStore:
         Raises:
             GateError: where git can't, or the branch is checked out: the working tree and the index would lack it.
         """
-        if f"branch refs/heads/{self.branch}" in str(self._git("worktree", "list", "--porcelain")).splitlines():
+        if f"branch refs/heads/{self.branch}" in self._git("worktree", "list", "--porcelain").splitlines():
             raise GateError(
                 f"the branch '{self.branch}' is checked out, and a commit there would change it below the working "
                 "tree: name one that is for baselines alone"
@@ -87,41 +76,35 @@ class BranchStore:
         blob = self._git("hash-object", "-w", "--stdin", given=self.read() + line + "\n")
         old, parent = self._commit(f"refs/heads/{self.branch}"), self._tip()
         with tempfile.TemporaryDirectory(prefix="fxopt-index-") as directory:
-            index = {"GIT_INDEX_FILE": str(Path(directory) / "index")}
+            index = Path(directory) / "index"
             if parent:
-                self._git("read-tree", parent, env=index)
-            self._git("update-index", "--add", "--cacheinfo", f"100644,{str(blob).strip()},{self.name}", env=index)
-            tree = str(self._git("write-tree", env=index)).strip()
+                self._git("read-tree", parent, index=index)
+            self._git("update-index", "--add", "--cacheinfo", f"100644,{blob.strip()},{self.name}", index=index)
+            tree = self._git("write-tree", index=index).strip()
         parents = ["-p", parent] if parent else []
-        commit = str(self._git("commit-tree", tree, *parents, "-m", "Add a baseline")).strip()
+        commit = self._git("commit-tree", tree, *parents, "-m", "Add a baseline").strip()
         # The old value makes a second writer fail rather than undo the first.
         self._git("update-ref", f"refs/heads/{self.branch}", commit, old or "0" * 40)
 
     def _tip(self) -> str | None:
         """Its newest commit; that of a remote in a clone that has no such branch of its own yet."""
         found = self._commit(f"refs/heads/{self.branch}")
-        for remote in str(self._git("remote")).split() if found is None else ():
+        for remote in self._git("remote").split() if found is None else ():
             found = found or self._commit(f"refs/remotes/{remote}/{self.branch}")
         return found
 
     def _commit(self, reference: str) -> str | None:
-        found = self._git("rev-parse", "--verify", "--quiet", reference, check=False)
-        return found.strip() if found else None
+        return git(self.root, "rev-parse", "--verify", "--quiet", reference).stdout.strip() or None
 
-    def _git(
-        self, *arguments: str, given: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
-    ) -> str | None:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=self.root,
-            input=given,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **(env or {})},
-        )
-        if done.returncode != 0 and check:
+    def _git(self, *arguments: str, given: str | None = None, index: Path | None = None) -> str:
+        done = git(self.root, *arguments, given=given, index=index)
+        if done.returncode != 0:
             raise GateError(f"git can't keep the baseline on the branch '{self.branch}': {done.stderr.strip()}")
-        return done.stdout if done.returncode == 0 else None
+        return done.stdout
+
+
+Store = FileStore | BranchStore
+"""Where baselines are kept."""
 
 
 def entry(

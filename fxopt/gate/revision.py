@@ -41,7 +41,7 @@ class Repository:
         """
         if shutil.which("git") is None:
             raise GateError("there is no 'git' on the path, and a gate compares with a revision: install it")
-        done = _git(Path.cwd(), "rev-parse", "--show-toplevel")
+        done = git(Path.cwd(), "rev-parse", "--show-toplevel")
         if done.returncode != 0:
             said = done.stderr.strip()
             if "not a git repository" not in said:  # but one that git refuses, as where another user owns it
@@ -59,16 +59,16 @@ class Repository:
             GateError: where there is no such commit; it says how to get it.
         """
         # After `--end-of-options` nothing that a user typed is taken for an option of git.
-        done = _git(self.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        done = git(self.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
         if done.returncode == 0:
             return done.stdout.strip()
         advice = "`git branch --all` and `git tag` list what there is"
         if revision == "HEAD":
             advice = "nothing was committed there yet: commit the model first"
         remote, slash, branch = revision.partition("/")
-        if slash and remote in _git(self.root, "remote").stdout.split():
+        if slash and remote in git(self.root, "remote").stdout.split():
             advice = f"`git fetch {remote} {branch}` gets it, if it is there"
-        elif _git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+        elif git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
             advice = "this clone is shallow: fetch the history first, by `git fetch --unshallow` or `fetch-depth: 0`"
         raise GateError(f"there is no commit '{revision}' in '{self.root}'; {advice}")
 
@@ -77,14 +77,14 @@ class Repository:
 
         "" where it is clean.
         """
-        listed = _git(self.root, "ls-files", "--others", "--exclude-standard", "-z").stdout.split("\0")
+        listed = git(self.root, "ls-files", "--others", "--exclude-standard", "-z").stdout.split("\0")
         untracked = []
         for name in filter(None, listed):
             with contextlib.suppress(OSError):  # it is gone, or its name is no UTF-8
                 stat = (self.root / name).lstat()
                 name += f" {stat.st_size} {stat.st_mtime_ns}"
             untracked.append(name)
-        return "\n".join([*untracked, _git(self.root, "diff", "HEAD").stdout]).strip()
+        return "\n".join([*untracked, git(self.root, "diff", "HEAD").stdout]).strip()
 
     def uncommitted(self, but: Path | None = None) -> list[str]:
         """Files of the working tree that differ from its commit, and those that it lacks; a new folder as one.
@@ -95,21 +95,16 @@ class Repository:
         counted = ["--", "."]
         if but is not None and but.is_relative_to(self.root):
             counted.append(f":(exclude,literal){but.relative_to(self.root)}")
-        lines = _git(self.root, "status", "--porcelain", "--untracked-files=normal", *counted).stdout.splitlines()
+        lines = git(self.root, "status", "--porcelain", "--untracked-files=normal", *counted).stdout.splitlines()
         return [line[3:].rpartition(" -> ")[2].strip('"') for line in lines]
 
     def changed_files(self, base: str) -> list[str]:
         """Tracked files of the working tree that differ from a commit."""
-        return _git(self.root, "diff", "--name-only", base).stdout.splitlines()
-
-    def show(self, commit: str, path: str) -> str | None:
-        """The text of a file in a commit; None where it has none."""
-        done = _git(self.root, "show", f"{commit}:{path}")
-        return done.stdout if done.returncode == 0 else None
+        return git(self.root, "diff", "--name-only", base).stdout.splitlines()
 
     def private(self, name: str) -> Path:
         """A path under git's own directory, where it makes no tree dirty."""
-        return self.root / _git(self.root, "rev-parse", "--git-path", name).stdout.strip()
+        return self.root / git(self.root, "rev-parse", "--git-path", name).stdout.strip()
 
     @contextlib.contextmanager
     def checked_out(self, commit: str) -> Iterator[Path]:
@@ -135,10 +130,10 @@ def compare_with(repository: Repository, base: str) -> str:
         BaselineError: where the two have no common ancestor here.
     """
     commit = repository.resolve(base)
-    done = _git(repository.root, "merge-base", commit, "HEAD")
+    done = git(repository.root, "merge-base", commit, "HEAD")
     if done.returncode == 0:
         return done.stdout.strip()
-    shallow = _git(repository.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+    shallow = git(repository.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
     advice = "; this clone is shallow: `git fetch --unshallow`, or `fetch-depth: 0` in a workflow" if shallow else ""
     raise BaselineError(f"'{base}' and HEAD have no common ancestor{advice}")
 
@@ -147,11 +142,11 @@ def _check_out(root: Path, commit: str, tree: Path) -> None:
     """Put a commit of the repository at `root` into a new or empty directory, and those of its submodules below."""
     # A hook of the user's is for their own working tree: one may install packages, and one that fails stops git.
     quietly = ("-c", f"core.hooksPath={os.devnull}")
-    done = _git(root, *quietly, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+    done = git(root, *quietly, "worktree", "add", "--detach", "--quiet", str(tree), commit)
     if done.returncode != 0:
         raise GateError(f"cannot check out '{commit}' of '{root}' beside the working tree: {done.stderr.strip()}")
     for path in _submodules(root):
-        mode, *_, pinned = _git(root, "ls-tree", commit, "--", path).stdout.split()[:3] or ("", "")
+        mode, *_, pinned = git(root, "ls-tree", commit, "--", path).stdout.split()[:3] or ("", "")
         if mode == _SUBMODULE:
             # From the clone that is here already: git's own way would ask the network for another.
             _check_out(root / path, pinned, tree / path)
@@ -159,7 +154,7 @@ def _check_out(root: Path, commit: str, tree: Path) -> None:
 
 def _submodules(root: Path) -> list[str]:
     """Paths of those that the working tree at `root` has checked out."""
-    listed = [line.partition("\t") for line in _git(root, "ls-files", "--stage", "-z").stdout.split("\0")]
+    listed = [line.partition("\t") for line in git(root, "ls-files", "--stage", "-z").stdout.split("\0")]
     return [path for facts, _, path in listed if facts.startswith(_SUBMODULE) and (root / path / ".git").exists()]
 
 
@@ -194,12 +189,12 @@ def _forget(root: Path, is_gone: Callable[[Path], bool]) -> None:
     """Remove directories that are to be gone, and the worktrees in them from git's lists."""
     # Never `git worktree prune`: it forgets the user's own worktrees too, where their disk is not mounted right now.
     for repository in _repositories(root):
-        for line in _git(repository, "worktree", "list", "--porcelain").stdout.splitlines():
+        for line in git(repository, "worktree", "list", "--porcelain").stdout.splitlines():
             kind, _, path = line.partition(" ")
             gone = next(filter(is_gone, Path(path).parents), None)
             if kind == "worktree" and gone is not None:
                 shutil.rmtree(gone, ignore_errors=True)
-                _git(repository, "worktree", "remove", "--force", "--force", path)
+                git(repository, "worktree", "remove", "--force", "--force", path)
 
 
 def _alive(pid: int) -> bool:
@@ -212,16 +207,21 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _git(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def git(
+    directory: Path, *arguments: str, given: str | None = None, index: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run git in a directory, with its own repository and index, or with this index."""
     # Hooks run with GIT_DIR set, which would point the worktree's git at the wrong index.
     kept = {
         name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")
     }
+    own = {"LC_ALL": "C"} | ({} if index is None else {"GIT_INDEX_FILE": str(index)})
     # Names that are not ASCII come as they are, not as octal numbers.
     return subprocess.run(
         ["git", "-c", "core.quotePath=false", *arguments],
         cwd=directory,
-        env=kept | {"LC_ALL": "C"},
+        env=kept | own,
+        input=given,
         capture_output=True,
         encoding="utf-8",
         errors="replace",

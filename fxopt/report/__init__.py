@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,7 +11,6 @@ from fxopt.record import Record, check_version
 from fxopt.report.baseline import baseline_sections
 from fxopt.report.ci import ci_sections
 from fxopt.report.github import github
-from fxopt.report.json import as_json
 from fxopt.report.junit import junit
 from fxopt.report.markdown import markdown
 from fxopt.report.section import Section
@@ -46,7 +46,9 @@ def render(record: Record | Mapping[str, Any], format: str = "table") -> str:
     if format not in FORMATS:
         raise SpecError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
     check_version(record)
-    return as_json(record) if format == "json" else _TEXTS[format](_sections(record))
+    if format == "json":  # a number that JSON lacks would be a bug
+        return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _TEXTS[format](_sections(record))
 
 
 def _sections(record: Mapping[str, Any]) -> list[Section]:

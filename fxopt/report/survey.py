@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fxopt.bench.latency import TAILS
 from fxopt.report import words
 from fxopt.report.section import Section, Table
 
 _MOST_ROWS = 12
-_TAILS = {"p90": 64, "p99": 662}
 
 
 def survey_sections(record: Mapping[str, Any]) -> list[Section]:
@@ -38,7 +38,7 @@ def _latency(record: Mapping[str, Any]) -> Section:
         for name, value in found["percentiles"].items():
             if value is None:
                 notes.append(
-                    f"{device}: {name} needs {_TAILS[name]} calls, {calls} fitted into the budget: raise --budget"
+                    f"{device}: {name} needs {TAILS[name][1]} calls, {calls} fitted into the budget: raise --budget"
                 )
         notes += [f"{device}: {note}" for note in found["notes"]]
     headings = ("device", "median", "95 % interval", "p90", "p99", "calls", "preempted")
