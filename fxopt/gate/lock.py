@@ -53,7 +53,7 @@ def updated(path: Path, found: Mapping[str, Counts]) -> str:
     with contextlib.suppress(GateError):
         kept = read(path) or {}
     content = {"version": _VERSION, "targets": dict(sorted({**kept, **found}.items()))}
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def lost(locked: Counts, now: Counts) -> list[str]:

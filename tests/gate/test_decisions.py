@@ -196,6 +196,7 @@ def test_matches_are_counted_by_kind_and_losses_named(tmp_path):
     path.write_text(lock.updated(path, {"b": then}))
     path.write_text(lock.updated(path, {"a": then}))
     assert lock.read(path) == {"a": then, "b": then}
+    assert '"modèle"' in lock.updated(path, {"modèle": then})
     path.write_text("<<<<<<< HEAD\n")
     path.write_text(lock.updated(path, {"a": then}))
     assert lock.read(path) == {"a": then}
