@@ -12,11 +12,15 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
     """Give a function that says which stage has begun: a live line on a terminal, a line a stage elsewhere."""
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
     start = time.perf_counter()
-    if not console.is_terminal:
+    if not console.is_interactive:
         yield lambda stage: console.print(f"{time.perf_counter() - start:6.1f} s  {escape(stage)}", soft_wrap=True)
         return
-    with console.status("load") as status:
-        yield lambda stage: status.update(f"{escape(stage)} [dim]{time.perf_counter() - start:.0f} s[/dim]")
+    wrapped = TextColumn("{task.description}", table_column=Column())
+    with Progress(SpinnerColumn(), TimeElapsedColumn(), wrapped, console=console, transient=True) as shown:
+        task = shown.add_task("load", total=None)
+        yield lambda stage: shown.update(task, description=escape(stage))
