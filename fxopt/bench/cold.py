@@ -73,6 +73,7 @@ def cold_start(
             [sys.executable, "-P", "-m", "fxopt.bench.cold", json.dumps(order)],
             capture_output=True,
             text=True,
+            errors="replace",  # a model prints what it likes
             timeout=seconds,
             cwd=directory,
         )

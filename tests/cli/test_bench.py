@@ -56,7 +56,7 @@ def test_a_cold_start_begins_where_the_command_did(write, tmp_path):
 
 def test_a_cold_start_imports_what_the_command_does_and_takes_no_file_for_fxopt(write, tmp_path, monkeypatch):
     write("import beside\nexample_inputs = torch.randn(2, 3)", "nets/model.py")
-    write("", "beside.py")
+    write("import os\nos.write(2, b'no UTF-8: \\xff')", "beside.py")
     write("", "fxopt.py")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     assert cold_start("nets/model.py").first_call > 0
