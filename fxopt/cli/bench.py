@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fxopt.cli.numbers import seconds
 from fxopt.cli.options import (
     MOST_THREADS,
     Debug,
@@ -22,7 +23,6 @@ from fxopt.cli.options import (
     Weights,
 )
 from fxopt.cli.progress import progress
-from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
 
 _MOST = 2**31

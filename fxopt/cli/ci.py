@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fxopt.cli.numbers import seconds
 from fxopt.cli.options import MOST_THREADS, Debug, Format, InputTexts, Quiet, Style
 from fxopt.cli.outputs import Output
 from fxopt.cli.progress import progress
-from fxopt.cli.seconds import seconds
 from fxopt.cli.stdout import kept_for_the_report
 
 

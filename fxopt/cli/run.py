@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from fxopt.cli.numbers import seconds, share
 from fxopt.cli.options import (
     MOST_THREADS,
     Debug,
@@ -22,8 +23,6 @@ from fxopt.cli.options import (
     Weights,
 )
 from fxopt.cli.progress import progress
-from fxopt.cli.seconds import seconds
-from fxopt.cli.share import share
 from fxopt.cli.stdout import kept_for_the_report
 
 DEFAULT_PASSES = "clean,fuse"

@@ -48,18 +48,10 @@ class Contest:
     def run(self, find_causes: bool, tell: Callable[[str], None]) -> dict[str, Any]:
         """The part of the record on this job; errors become its verdict."""
         began = time.perf_counter()
-        found: dict[str, Any] = {"name": self._job.name, "target": self._job.target, "device": self._job.device}
-        found |= {"spec": self._job.passes, "engine": self._job.engine, "threads": self._job.threads}
-        found |= {"threshold": self._job.limits.latency}
-        found |= {
-            "inputs": None,
-            "latency": None,
-            "checks": [],
-            "cause": None,
-            "passes": [],
-            "graphs": None,
-            "notes": [],
-        }
+        job = self._job
+        found: dict[str, Any] = {"name": job.name, "target": job.target, "device": job.device, "spec": job.passes}
+        found |= {"engine": job.engine, "threads": job.threads, "threshold": job.limits.latency}
+        found |= {**dict.fromkeys(("inputs", "latency", "cause", "graphs")), "checks": [], "passes": [], "notes": []}
         try:
             self._gate(found, find_causes, tell)
         except FxoptError as error:
