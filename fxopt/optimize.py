@@ -24,7 +24,7 @@ from fxopt.evaluation import Evaluate, evaluated
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger
-from fxopt.pipeline import aimed_at, run_passes
+from fxopt.pipeline import aimed_at, check_order, run_passes
 from fxopt.precision import Precision
 from fxopt.prove import Prover, measuring
 from fxopt.prove import check as check_proof
@@ -115,6 +115,7 @@ def optimize(
     tell = progress or (lambda stage: None)
     example = Inputs.of(inputs)
     pipeline = aimed_at(engine, _pipeline(passes))
+    check_order(pipeline)
     if max_error is not None and not max_error >= 0:
         raise SpecError(f"max_error: expected 0 or more, not {max_error}")
     if engine is not None:

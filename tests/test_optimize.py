@@ -154,7 +154,7 @@ def test_calibration_data_reaches_the_pass_that_needs_it() -> None:
         ({"passes": "fuze"}, SpecError, "unknown pass 'fuze'"),
         ({"passes": [Fuse]}, SpecError, r"passes: expected a list of passes, such as \[Fuse\(\), .*, not <class"),
         ({"passes": Fuse()}, SpecError, r"passes: expected .*, not Fuse\("),
-        ({"passes": "qat,fuse"}, SpecError, "'qat' must come after 'fuse'"),
+        ({"passes": "qat,fuse", "progress": pytest.fail}, SpecError, "'qat' must come after 'fuse'"),
         ({"passes": "fuse", "calibration_data": [3]}, LoadError, "expected a tensor"),
         ({"passes": "fuse", "evaluate": lambda module: 3}, LoadError, r"evaluate\(module\) raises"),
         ({"passes": "fuse", "inputs": torch.ones(1, 1, 1)}, LoadError, "the model itself raises"),

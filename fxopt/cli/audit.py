@@ -55,7 +55,10 @@ def audit(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Find buffer, device, registration, numerics, training and deployment faults, at your own line."""
+    """Find what is wrong with a model, each fault at your own line.
+
+    Faults of buffers, devices, registration, numerics, training and deployment.
+    """
     if write and not fix:
         raise typer.BadParameter("goes with --fix", param_hint="--write")
     if not targets and not rules and explain is None:

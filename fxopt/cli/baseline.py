@@ -16,7 +16,7 @@ from fxopt.cli.progress import progress
 from fxopt.cli.stdout import kept_for_the_report
 
 app = typer.Typer(
-    help="Keep measurements, hold a new one against them, and show them over time.",
+    help="Keep measurements, and hold new ones against them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

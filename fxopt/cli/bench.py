@@ -63,7 +63,10 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: latency, throughput, memory, cold start, and where the time goes."""
+    """Measure a model: how fast, how large, and where its time goes.
+
+    Latency, throughput by batch size, cold start, memory, and the cost of its operators and modules.
+    """
     sizes = _numbers("--batch", batches, 1)
     cores = None if pin is None else _numbers("--pin", pin, 0)
     with progress(quiet) as stage:

@@ -76,7 +76,9 @@ def ci(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compare the working tree with a revision: latency, accuracy, memory, size, coverage and matches.
+    """Hold the working tree against a revision; fail if it is worse.
+
+    By latency, accuracy, output error, memory, size, coverage and matches.
 
     Exit codes: 0 fine, 1 the tool failed, 2 wrong call, 3 regression, 4 inconclusive (with --strict), 5 nothing to
     compare with. In a GitHub workflow the report goes to the step summary and the failures become annotations.

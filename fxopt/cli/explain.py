@@ -29,7 +29,10 @@ def explain(
     train: Train = False,
     debug: Debug = False,
 ) -> None:
-    """Show the graph of a model by module, what is not in it and why, and what it assumes of the inputs."""
+    """Show the graph of a model by module, and what is not in it.
+
+    With the reasons, and with what it assumes of the inputs.
+    """
     # What the user's code prints is no part of the answer.
     with kept_for_the_report():
         from fxopt.capture import capture

@@ -92,7 +92,10 @@ def run(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Capture a model, rewrite it by passes, verify each, measure the latency before and after, and report."""
+    """Rewrite a model by passes, each verified, and measure the gain.
+
+    Its graph is captured, and the latency is measured before and after.
+    """
     with progress(quiet) as stage:
         stage("load")
         # What the user's code prints is not part of the report.
