@@ -31,6 +31,7 @@ class Attribute:
         self.value = value
         self.copy = lazy_copy(value) if isinstance(value, torch.Tensor) else None
         self.version = value._version if self.copy is not None else 0
+        self.may_detach = self.copy is not None and value.grad_fn is None and not value._is_view()
         self.contents: Any = None
         if isinstance(value, _OPAQUE) or depth == 0:
             return
@@ -77,6 +78,8 @@ class Attribute:
             return self.value
         seen.add(id(self))
         if self.copy is not None and self.value._version != self.version:
+            if self.may_detach and self.value.grad_fn is not None:
+                self.value.detach_()
             with torch.no_grad():
                 self.value.copy_(self.copy)
         if self.contents is not None and not self.is_left(self.value):

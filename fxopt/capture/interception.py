@@ -149,6 +149,12 @@ def _gradients(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
 
         return end
 
+    inference_mode = torch._C._InferenceMode
+
+    def inference(enabled: bool) -> Any:
+        """A region without gradients: what is made in inference mode itself can't be followed, nor used elsewhere."""
+        return (torch.no_grad if enabled else torch.enable_grad)() if is_recording() else inference_mode(enabled)
+
     with ExitStack() as stack:
         # `set_grad_enabled` begins where it is made, and ends there too where it is made to decorate a function.
         places = {torch.no_grad: "__enter__", torch.enable_grad: "__enter__", torch.set_grad_enabled: "__init__"}
@@ -156,6 +162,7 @@ def _gradients(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
             stack.enter_context(replaced(cls, beginning, begins(vars(cls)[beginning])))
             stack.enter_context(replaced(cls, "__exit__", ends(vars(cls)["__exit__"])))
         stack.enter_context(replaced(torch.set_grad_enabled, "__call__", ends(torch.set_grad_enabled.__call__)))
+        stack.enter_context(replaced(torch._C, "_InferenceMode", inference))
         yield
 
 

@@ -77,6 +77,8 @@ class Recorder(Decisions, TorchFunctionMode):
             return self._sizes_of(func, args, kwargs)
         if name in operators.DTYPE_READS:
             self.asked_dtype(args[0] if args else kwargs["input"])
+        if args and isinstance(args[0], torch.Tensor) and operators.is_in_place(name):
+            self.known(args[0])  # met as it is before the write, which may give it a history
         with self.noting_errors(name):
             result = func(*_plain(args), **_plain(kwargs))
         if result is NotImplemented or name in operators.SILENT:

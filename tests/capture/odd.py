@@ -137,6 +137,19 @@ class Lazy(nn.Module):
         return self.fc(x)
 
 
+class KeyCache(nn.Module):
+    """Writes its keys, with their gradients, into a plain tensor, as decoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.keys = torch.zeros(8, 4)
+
+    def forward(self, x):
+        self.keys[: len(x)] = self.fc(x)
+        return x @ self.keys[: len(x)].T
+
+
 class WithinNoGrad(nn.Module):
     def __init__(self):
         super().__init__()

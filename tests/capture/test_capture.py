@@ -322,7 +322,14 @@ def caught(fc, x):
         return fc(x)
 
 
-@pytest.mark.parametrize("function", [nested, switched, decorated, entered_twice, caught])
+@torch.inference_mode()
+def inferred(fc, x):
+    with torch.inference_mode(False):
+        y = fc(x)
+    return y, fc(x)
+
+
+@pytest.mark.parametrize("function", [nested, switched, decorated, entered_twice, caught, inferred])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_region_without_gradients_ends_in_the_mode_of_its_caller(function, recorded):
     module, x = Region(function), torch.randn(3, 4)
@@ -426,6 +433,15 @@ def test_buffers_have_no_history_of_the_recording(in_place, was_run):
 
 
 # Attributes and constants
+
+
+def test_what_is_written_into_a_plain_attribute_leaves_it_no_history():
+    module, x = odd.KeyCache(), torch.randn(3, 4)
+    captured = capture(module, (x,))
+    assert captured.opaque == ()
+    assert not module.keys.requires_grad
+    again = copy.deepcopy(captured.module)  # which torch refuses where a tensor has a history
+    same(again(x), module(x))
 
 
 def test_a_cache_is_no_state():
