@@ -33,9 +33,11 @@ class Attribute:
         self.version = value._version if self.copy is not None else 0
         self.may_detach = self.copy is not None and value.grad_fn is None and not value._is_view()
         self.contents: Any = None
-        if isinstance(value, _OPAQUE) or depth == 0:
+        is_opaque = isinstance(value, _OPAQUE)
+        if is_opaque or depth > 0:
+            memo[id(value)] = self
+        if is_opaque or depth == 0:
             return
-        memo[id(value)] = self
         kind, items = _contents(value)
         if kind is dict:
             self.contents = {key: look(item, memo, depth - 1) for key, item in items.items()}
