@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
+import dis
 import functools
+import importlib.abc
+import linecache
 import math
 import re
 import sys
@@ -58,7 +60,7 @@ def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iter
             if id(value) in computing:  # the user's files may have them by name
                 yield owner, name, computing[id(value)]
     for owner in files:
-        called = _called_only(str(owner.__file__))
+        called = _called_only(owner)
         for kind, convert in ((int, whole), (float, real)):
             if kind.__name__ in called and kind.__name__ not in vars(owner):
                 yield owner, kind.__name__, _Converting(kind, convert)
@@ -135,24 +137,42 @@ def _are_neighbours(one: types.ModuleType, other: types.ModuleType) -> bool:
 
 
 @functools.cache
-def _called_only(path: str) -> frozenset[str]:
+def _called_only(file: types.ModuleType) -> frozenset[str]:
     """Those of `int` and `float` with which a file does no more than call them, name a type and ask `isinstance`.
 
     Where it hands one on, as in `dtype=int`, nothing else can be in its place.
     """
+    called, handed_on = set(), set()
+    for name, line, column, is_called in _uses(_code(file)):
+        before = linecache.getline(str(file.__file__), line)[:column]
+        (called if is_called or _TYPE.search(before) else handed_on).add(name)
+    return frozenset(called - handed_on)
+
+
+_TYPE = re.compile(r"\b(isinstance|issubclass|map|defaultdict)\([^=)]*$|\btype=$|\bdef .*(: |-> |\| )$")
+"""What stands before a name of a type that is no argument to anything that takes only types."""
+
+
+def _code(file: types.ModuleType) -> types.CodeType | None:
+    """What a file was compiled to, which Python mostly keeps."""
+    spec = file.__spec__  # None for a script
     try:
-        text = Path(path).read_text("utf-8")
-        nodes = list(ast.walk(ast.parse(text))) if re.search(r"\b(int|float)\(", text) else []
-    except (OSError, SyntaxError, ValueError):
-        return frozenset()
-    fine: list[ast.AST] = []
-    for node in nodes:
-        fine += [each for each in (getattr(node, "annotation", None), getattr(node, "returns", None)) if each]
-        if isinstance(node, ast.Call):
-            fine.append(node.func)
-            if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass", "map", "defaultdict"):
-                fine += node.args
-            fine += [keyword.value for keyword in node.keywords if keyword.arg == "type"]
-    within = {id(part) for each in fine for part in ast.walk(each) if not isinstance(each, ast.Attribute)}
-    used = [node for node in nodes if isinstance(node, ast.Name) and node.id in ("int", "float")]
-    return frozenset({node.id for node in used}) - {node.id for node in used if id(node) not in within}
+        if spec is not None and isinstance(spec.loader, importlib.abc.InspectLoader):
+            return spec.loader.get_code(spec.name)
+        return compile(Path(str(file.__file__)).read_bytes(), str(file.__file__), "exec")
+    except (OSError, ImportError, SyntaxError, ValueError):
+        return None
+
+
+def _uses(code: types.CodeType | None) -> Iterator[tuple[str, int, int, bool]]:
+    """Where functions read `int` and `float`: the name, its line and column, and whether to call it."""
+    if code is None:
+        return
+    for instruction in dis.get_instructions(code) if {"int", "float"} & {*code.co_names} else ():
+        place = instruction.positions
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval in ("int", "float") and place is not None:
+            # The lowest bit asks for what a call needs beside the function.
+            yield instruction.argval, place.lineno or 0, place.col_offset or 0, bool((instruction.arg or 0) & 1)
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from _uses(part)

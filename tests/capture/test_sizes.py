@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import math
 import pickle
@@ -450,3 +451,29 @@ def test_copies_of_what_recaptures(duplicate):
         other.fc.weight.zero_()
     assert not torch.equal(other(torch.ones(2, 4)), module(torch.ones(2, 4)))
     assert len(other.captures) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "follows"),
+    [
+        ("isinstance(x, (str, int))", True),
+        ("list(map(int, [1.0]))", True),
+        ("size: int = 2", True),
+        ("(lambda part: int(part))(x.shape[0])", True),
+        ("torch.zeros(1, dtype=int)", False),
+        ("isinstance(x, str) or x.to(int)", False),
+        ("kind = int", False),
+    ],
+)
+def test_int_of_a_size_is_followed_unless_its_file_hands_the_type_on(line, follows, tmp_path, monkeypatch):
+    name = "sizes_" + "".join(filter(str.isalnum, line))
+    forward = f"    def forward(self, x):\n        {line}\n        return x[: int(x.shape[0] * 0.5)]\n"
+    (tmp_path / f"{name}.py").write_text(f"import torch\n\n\nclass Half(torch.nn.Module):\n{forward}")
+    monkeypatch.syspath_prepend(tmp_path)
+    captured = capture(importlib.import_module(name).Half(), (torch.randn(4),))
+    assert captured.opaque == ()
+    if follows:
+        assert captured.module(torch.randn(8)).shape == (4,)
+    else:
+        with pytest.raises(GuardError):
+            captured.module(torch.randn(8))
