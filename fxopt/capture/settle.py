@@ -160,7 +160,7 @@ def _find_what_stays(
     attempt.blocked = {**found, **attempt.blocked}
     for module, name in changed:
         path = paths[id(module)]
-        if path not in attempt.blocked and not is_within(path, opaque):
+        if path not in attempt.blocked and not is_within(path, opaque) and not is_leaf(module):
             attempt.notes[
                 f"'{name}', an attribute that the forward of '{path or type(root).__name__}' sets, is not kept"
             ] = None

@@ -444,6 +444,13 @@ def test_what_is_written_into_a_plain_attribute_leaves_it_no_history():
     same(again(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_what_the_hooks_of_a_layer_set_on_it_is_kept_and_not_noted():
+    module = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.utils.weight_norm(nn.Linear(4, 4)))
+    captured = capture(module, (torch.randn(3, 4),))
+    assert captured.opaque == captured.notes == ()
+
+
 def test_a_cache_is_no_state():
     module, case = build("shape_cache", False)
     captured = capture(module, case.example())
