@@ -69,6 +69,10 @@ class Cast(Pass):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """One sweep in the order of the graph: each layer finds the values before it cast already, where they are."""
+        if region.mode is False and not region.module.training and _has_layers(region):
+            # Layers in fewer bits do not train, and the training graph calls the same ones.
+            region.take_both_modes()
+            yield Change("runs in both modes from now on, with its layers cast", region.path or "evaluation graph")
         casting = _Casting(region, _DTYPES[self.dtype])
         changed = False
         for node in list(region.graph.nodes):
@@ -231,6 +235,11 @@ class _Casting:
             wide = self._region.graph.call_method("to", (node, torch.float32))
         node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
         self._low[inherit(wide, node)] = node
+
+
+def _has_layers(region: Region) -> bool:
+    layers = (read_affine(node, region) for node in region.graph.nodes)
+    return any(isinstance(layer, Affine) and layer.weight.dtype is torch.float32 for layer in layers)
 
 
 def _sees(reader: fx.Node, module: nn.Module, region: Region) -> bool:

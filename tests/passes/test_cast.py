@@ -277,3 +277,27 @@ def test_a_slow_cpu_is_told(flags: tuple[str, ...], said: bool, monkeypatch: pyt
 def test_bad_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         Cast(**options)
+
+
+class NoisyInTraining(nn.Module):
+    """The two modes take different paths, so that each has a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            x = x + torch.randn_like(x)
+        return self.fc(x)
+
+
+def test_layers_that_the_graphs_of_both_modes_call_are_cast_and_training_takes_that_path_too() -> None:
+    outcome = rewrite(Cast(), capture(NoisyInTraining().eval(), (torch.randn(3, 8),)).module)
+    assert [change.what for change in outcome.changes] == [
+        "runs in both modes from now on, with its layers cast",
+        "computed in bfloat16",
+    ]
+    assert list(outcome.module.graphs) == [None]
+    outcome = rewrite(Cast(), capture(NoisyInTraining().train(), (torch.randn(3, 8),)).module)
+    assert outcome.changes == []
