@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Coverage
@@ -42,23 +43,14 @@ def _share(hidden: int, total: int) -> float:
 
 
 def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
-    counter = FlopCounterMode(display=False)
-    hidden = 0
-    depth: list[tuple[bool, int]] = []
+    running = [False]
+    counter = _Flops(lambda: running[-1])
 
     def enter(child: nn.Module, args: Any) -> None:
-        nonlocal hidden
-        if depth and depth[-1][0]:
-            hidden += counter.get_total_flops() - depth[-1][1]
-        depth.append((_is_opaque(child), counter.get_total_flops()))
+        running.append(_is_opaque(child))
 
     def leave(child: nn.Module, args: Any, output: Any) -> None:
-        nonlocal hidden
-        opaque, since = depth.pop()
-        if opaque:
-            hidden += counter.get_total_flops() - since
-        if depth:
-            depth[-1] = (depth[-1][0], counter.get_total_flops())
+        running.pop()
 
     state = State(module)
     try:
@@ -67,7 +59,28 @@ def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
             Call(inputs.args, inputs.kwargs).run(module)
     finally:
         state.restore()
-    return counter.get_total_flops(), hidden
+    return counter.total, counter.hidden
+
+
+class _Flops(TorchDispatchMode):
+    """Counts operations, and those while a question is answered by yes."""
+
+    def __init__(self, is_hidden: Callable[[], bool]):
+        super().__init__()
+        self.total = self.hidden = 0
+        self.is_hidden = is_hidden
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, as torch's own counter does, all of the compiler is imported
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **(kwargs or {}), out_val=result) if count is not None else 0
+        self.total += flops
+        self.hidden += flops if self.is_hidden() else 0
+        return result
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from torch import nn
 
@@ -54,3 +57,10 @@ def test_what_breaks_the_whole_is_found_by_halves() -> None:
     assert put_what_holds(parent, graphs, holds) == ("8", "9", "30")
     assert sum(isinstance(child, nn.ReLU) for child in parent) == 29
     assert tried < 32
+
+
+def test_to_measure_what_stays_opaque_imports_no_compiler():
+    code = "import sys; from fxopt import capture; from tests.models import DYNAMIC as models; "
+    code += "case = models['early_exit']; assert capture(case.build(), case.example()).opaque; "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
