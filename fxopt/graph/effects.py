@@ -132,7 +132,8 @@ class Effects:
         if node.target is fused_call:
             return ()
         name = _operator_name(node)
-        if node.kwargs.get("inplace") is not True and _returns_fresh(name):
+        multiplies = name == "einsum" and len(node.all_input_nodes) > 1  # of one tensor it gives a view
+        if multiplies or (node.kwargs.get("inplace") is not True and _returns_fresh(name)):
             return tuple(_nodes([node.kwargs.get("out")]))
         if _is_inplace(node, name) and name != "set_" and (node.target in _INPLACE_OPERATORS or _schemas(name)):
             return self.writes(node)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.graph import Region
 from passes.attention.activations import recognise_activation
+from passes.attention.einsum import recognise_product
 from passes.attention.norms import recognise_norm
 from passes.attention.sdpa import recognise_attention
 
@@ -21,9 +22,10 @@ class Attention(Pass):
         (x - mean) / sqrt(var + eps) * w + b        =>  F.layer_norm, F.rms_norm without the mean
         0.5 x (1 + erf(x / sqrt(2))), x sigmoid(x)  =>  F.gelu, F.silu
 
-    Scale, masks of either kind, dropout (in training alone, by the flag of the module that had it), causal masks and
-    heads that are repeated for groups are kept. What returns its attention weights stays as it is. A query all of
-    whose keys are masked by minus infinity gives 0 where the formula gives NaN.
+    Products may be equations: each `einsum` that is a matrix product becomes one. Scale, masks of either kind, dropout
+    (in training alone, by the flag of the module that had it), causal masks and heads that are repeated for groups are
+    kept. What returns its attention weights stays as it is. A query all of whose keys are masked by minus infinity
+    gives 0 where the formula gives NaN.
 
     It pays for memory and for long sequences: the scores are never written out. Where values are wider than keys,
     torch has no fast kernel on the CPU.
@@ -39,6 +41,10 @@ class Attention(Pass):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Offer each node to what might be the middle of a formula."""
+        for node in list(region.graph.nodes):
+            product = recognise_product(node, region)
+            if product is not None:
+                yield product
         kinds = [recognise_attention]
         kinds += [recognise_norm] if self.norms else []
         kinds += [recognise_activation] if self.activations else []

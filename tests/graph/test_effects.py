@@ -109,6 +109,12 @@ def test_what_may_return_its_argument_shares_memory_with_it(name: str) -> None:
     assert Effects(region).may_alias(node) == (x,)
 
 
+def test_a_product_by_einsum_shares_no_memory_with_its_operands() -> None:
+    region = region_of(lambda graph, x: call(graph, torch.einsum, "ij,jk->ik", x, call(graph, "relu", x)))
+    *_, product, _ = region.graph.nodes
+    assert Effects(region).may_alias(product) == ()
+
+
 @pytest.mark.parametrize("function", [operator.and_, operator.or_])
 def test_operators_whose_names_are_words_of_python_write_into_nothing(function: object) -> None:
     region = region_of(lambda graph, x: call(graph, function, x, x))

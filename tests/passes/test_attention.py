@@ -54,6 +54,18 @@ def plain(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return torch.matmul(F.softmax(torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(8), dim=-1), v)
 
 
+def by_equation(scores: str, result: str) -> Forward:
+    """Attention whose products are equations, with heads where they put them."""
+
+    def forward(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if scores.startswith("bl"):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        weights = torch.einsum(scores, q, k).masked_fill_(self.seen == 0, -math.inf)
+        return torch.einsum(result, (0.25 * weights).softmax(-1), v)
+
+    return forward
+
+
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
 
@@ -123,6 +135,8 @@ ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
     "scaled before": (before, {"scale": 8**-0.5}),
     "scaled in place": (scaled_in_place, {"scale": 1.0}),
     "written once it was scaled": (written_once_scaled, {"scale": 1.0}),
+    "equations": (by_equation("b h i d, b h j d -> b h i j", "b h i j, b h j d -> b h i d"), {"attn_mask": ()}),
+    "equations of heads behind": (by_equation("blhe,bshe->bhls", "bhls,bshd->blhd"), {"attn_mask": ()}),
     "no scale": (lambda self, q, k, v: (q @ k.mT).softmax(3) @ v, {"scale": 1.0}),
     "scaled twice": (lambda self, q, k, v: (2 * (q * 0.25) @ (k / 2).mT * 0.5).softmax(-1) @ v, {"scale": 0.125}),
     "scaled by the length": (lambda self, q, k, v: (q @ k.mT * q.size(0) ** -0.5).softmax(-1) @ v, {}),
@@ -403,6 +417,29 @@ NOT_OURS: dict[str, Forward] = {
         torch.complex(q, k)
     ),
 }
+
+
+PRODUCTS = {
+    "bhid,bhjd->bhij": 1,
+    "bhjd,bhid->bhij": 1,
+    "bhid,bhjd->bijh": 1,
+    "bhid,bhjd->bhi": 0,
+    "bhid,bhid->bhi": 0,
+    "bhii,bhjd->bhij": 0,
+    "...id,...jd->...ij": 0,
+    "bhid,bhjd": 0,
+}
+
+
+@pytest.mark.parametrize("equation", PRODUCTS)
+def test_an_equation_becomes_the_matrix_product_that_it_is(equation: str) -> None:
+    queries = torch.randn(2, 4, 8, 8)
+    model = Formula(lambda self, q, k: torch.einsum(equation, q, k))
+    outcome = run(Attention(), model.eval(), (queries, queries + 1))
+    assert [change.what for change in outcome.changes] == ["computed by matmul"] * PRODUCTS[equation]
+    for batch in (2, 4):
+        inputs = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 8, 8)
+        assert_close(outcome.module(*inputs), model(*inputs))
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
