@@ -11,21 +11,8 @@ from tabulate import tabulate
 from fxopt.explain.explanation import Explanation, Part
 from fxopt.markdown import escaped
 
-_HIDDEN = (
-    "getitem",
-    "getattr",
-    "reads",
-    ".size",
-    "guard",
-    "guard_rank",
-    "guard_dtype",
-    "guard_input",
-    "guard_items",
-    "guard_parts",
-    "guard_mode",
-    "guard_tensor",
-)
-"""Calls that a reader of the text does not look for: the guards are listed apart."""
+_HIDDEN = ("getitem", "getattr", "reads", ".size")
+"""Calls that a reader of the text does not look for, beside the guards, which are listed apart."""
 
 
 def render(explanation: Explanation, form: str) -> str:
@@ -107,7 +94,7 @@ def _rows(part: Part, explanation: Explanation) -> Iterator[list[str]]:
     """One row a call, under a row for the module whose forward makes it."""
     inside = part.path
     for call in part.calls:
-        if call.what in _HIDDEN:
+        if call.what in _HIDDEN or call.what.startswith("guard"):
             continue
         module = call.module if call.what not in ("input", "output") else part.path
         if module != inside:
