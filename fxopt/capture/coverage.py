@@ -66,7 +66,7 @@ class _Flops(TorchDispatchMode):
     """Counts operations, and those while a question is answered by yes."""
 
     def __init__(self, is_hidden: Callable[[], bool]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = self.hidden = 0
         self.is_hidden = is_hidden
 

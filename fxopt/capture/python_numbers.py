@@ -142,7 +142,7 @@ def _called_only(file: types.ModuleType) -> frozenset[str]:
 
     Where it hands one on, as in `dtype=int`, nothing else can be in its place.
     """
-    called, handed_on = set(), set()
+    called, handed_on = set[str](), set[str]()
     for name, line, column, is_called in _uses(_code(file)):
         before = linecache.getline(str(file.__file__), line)[:column]
         (called if is_called or _TYPE.search(before) else handed_on).add(name)

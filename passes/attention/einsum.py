@@ -19,10 +19,11 @@ def recognise_product(node: fx.Node, region: Region) -> Change | None:
     """The matrix products, one for each of a batch, that `node` computes, if it is such an equation."""
     if node.target is not torch.einsum or node.kwargs or region.is_spared(node):
         return None
-    equation, *values = node.args
-    if len(values) == 1 and isinstance(values[0], (list, tuple)):
-        values = [*values[0]]
-    terms = _terms(equation) if isinstance(equation, str) and len(values) == 2 else None
+    equation, *given = node.args
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = [*given[0]]
+    values = [value for value in given if isinstance(value, fx.Node)]
+    terms = _terms(equation) if isinstance(equation, str) and len(given) == len(values) == 2 else None
     if terms is None:
         return None
     first, second, out = terms
