@@ -206,6 +206,43 @@ def test_arguments_may_be_named_in_any_order_and_left_out(engine: str) -> None:
         executable(x, shifted=shift)
 
 
+class Starred(nn.Module):
+    """Takes whatever it is given, as models that hand arguments on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor, **named: Any) -> torch.Tensor:
+        x = self.linear(x)
+        for other in others:
+            x = 2 * x - other
+        for name in ("shift", "state"):
+            if named.get(name) is not None:
+                x = 3 * x + named[name]
+        return x
+
+
+STARRED = {
+    "None by name": lambda x: Inputs((x,), {"state": None}),
+    "tensors by name": lambda x: Inputs((x,), {"state": x * 2, "shift": x * 3}),
+    "tensors by place": lambda x: Inputs((x, x * 2, x * 3)),
+    "both": lambda x: Inputs((x, x * 2, x * 3), {"state": x * 5}),
+}
+
+
+@pytest.mark.parametrize("given", STARRED)
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_what_a_parameter_with_stars_takes_has_a_free_batch_size(engine: str, given: str) -> None:
+    needs(engine)
+    model = Starred().eval()
+    executable = fxopt.lower(model, STARRED[given](torch.randn(2, 4)), engine)
+    assert not executable.reasons
+    for rows in (2, 5, 1):
+        inputs = STARRED[given](torch.randn(rows, 4))
+        agree(inputs.call(executable), inputs.call(model).detach())
+
+
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path: Path) -> None:
     needs(engine)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import inspect
 from typing import Any
 
 import torch
@@ -36,9 +35,10 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
         shapes: the free sizes of each tensor among the inputs, nested as these are; None where all are fixed.
     """
     prepared = for_onnx(module)
-    if outputs.with_others is not None:
-        prepared = _TensorsWithin(prepared)
-    dynamic = None if shapes is None else _by_parameter(prepared, *shapes)
+    # Of what a parameter with stars takes, torch's exporter knows neither the names nor the free sizes.
+    if outputs.with_others is not None or any(str(node.target).startswith("*") for node in module.graph.nodes):
+        prepared = _Plain(prepared, inputs)
+    dynamic = None if shapes is None else (*shapes[0], *shapes[1].values())
     # The exporter makes one input of a tensor that is given twice, whatever later calls give there.
     given = inputs.map(lambda tensor: tensor.detach().clone())
     # Where nothing is named, it would read a dict that comes last as the named arguments.
@@ -71,18 +71,22 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
     return program
 
 
-class _TensorsWithin(nn.Module):
-    """Gives the tensors that the outputs of a module are made of."""
+class _Plain(nn.Module):
+    """Takes each argument of `inputs` by a parameter of its own, and gives the tensors that outputs are made of."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, inputs: Inputs):
         super().__init__()
         self.module = module
 
-        # The exporter finds free sizes by the names of the parameters.
-        @functools.wraps(module.forward)
         def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
             return tuple(tensors_in(module(*args, **kwargs)))
 
+        known = inspect.signature(module.forward).parameters.values()
+        names = [each.name for each in known if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        names += [f"argument_{number}" for number in range(len(names), len(inputs.args))]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs.kwargs]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward
 
 
@@ -100,10 +104,3 @@ def _drop_metadata(model: Any) -> None:
     noted += [output for node in graph.all_nodes() for output in node.outputs]
     for one in noted:
         one.metadata_props.clear()
-
-
-def _by_parameter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    import inspect
-
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    return dict(bound.arguments)
