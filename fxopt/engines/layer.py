@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
-from fxopt.graph import Affine, Effects, Region, is_written, read_affine, read_parameter, read_product, source_of
+from fxopt.graph import Affine, Region, is_written, read_affine, read_parameter, read_product, source_of
+from fxopt.graph.effects import ADDS, ADDS_INTO, Effects
 from fxopt.modules import Activation, Fused, fused_call
 
-_ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 Supported = Callable[[torch.dtype], "str | None"]
 """Why there are no kernels for a dtype; None where there are."""
 
@@ -109,7 +108,7 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
         last=node,
         input=affine.input,
         other=other,
-        reuses=other is not None and other is not affine.input and _is_fresh(other, region),
+        reuses=other is not None and other is not affine.input and Effects(region).is_fresh(other),
         kind=affine.kind.rstrip("123d"),
         shape=meta.shape,
         weight=(affine.module.masked_weight() if isinstance(affine.module, Fused) else affine.weight).detach(),
@@ -205,7 +204,7 @@ def _tail(affine: Affine) -> tuple[Activation | None, fx.Node | None]:
 def _with_bias(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
     """With the addition behind it of a parameter that has a number for each output: x W + b of matrices."""
     operands = [*user.args, *user.kwargs.values()]
-    if user.target not in _ADDS or user.op == "call_module" or len(operands) != 2:
+    if user.target not in ADDS or user.op == "call_module" or len(operands) != 2:
         return None
     bias = read_parameter(operands[1] if operands[0] is layer.node else operands[0], region)
     if layer.kind != "linear" or layer.bias is not None or bias is None or is_written(bias, region.program):
@@ -218,7 +217,7 @@ def _with_bias(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
 def _with_addition(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
     """With the addition behind it, where one follows that may come later than the layer."""
     operands = [*user.args, *user.kwargs.values()]
-    if user.target not in _ADDS or user.op == "call_module" or len(operands) != 2 or operands[0] is operands[1]:
+    if user.target not in ADDS or user.op == "call_module" or len(operands) != 2 or operands[0] is operands[1]:
         return None
     other = operands[1] if operands[0] is layer.node else operands[0]
     if not isinstance(other, fx.Node):
@@ -226,8 +225,8 @@ def _with_addition(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
     metas = [node.meta.get("tensor_meta") for node in (layer.node, other, user)]
     if None in metas or len({(meta.shape, meta.dtype) for meta in metas}) != 1:  # type: ignore[union-attr]
         return None
-    fresh = _is_fresh(other, region)
-    writes_other = user.target in (operator.iadd, "add_") and user.args[0] is other
+    fresh = Effects(region).is_fresh(other)
+    writes_other = user.target in ADDS_INTO and user.args[0] is other
     if writes_other and not fresh:
         return None
     return replace(layer, last=user, other=other, reuses=fresh)
@@ -243,11 +242,3 @@ def _with_hardsigmoid(layer: Layer, user: fx.Node, region: Region) -> Layer | No
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].op.startswith("call_") else None
-
-
-def _is_fresh(value: fx.Node, region: Region) -> bool:
-    """Whether its only user is the only one that ever sees its memory."""
-    if not value.op.startswith("call_") or len(value.users) > 1:
-        return False
-    effects = Effects(region)
-    return effects.is_known(value) and not effects.may_alias(value) and not effects.writes(value)

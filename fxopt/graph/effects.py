@@ -80,6 +80,9 @@ _PURE_FUNCTIONS: frozenset[Any] = OF_NUMBERS | frozenset(
     ))}
 )  # fmt: skip
 
+ADDS_INTO: frozenset[Any] = frozenset({operator.iadd, "add_"})
+ADDS: frozenset[Any] = ADDS_INTO | {operator.add, torch.add, "add"}
+
 
 class Effects:
     """Effects of the nodes of one region.
@@ -153,6 +156,12 @@ class Effects:
     def is_pure(self, node: fx.Node) -> bool:
         """Whether `node` always gives the same for the same arguments, and does nothing else."""
         return self.is_known(node) and not self.is_random(node) and not self.writes(node)
+
+    def is_fresh(self, value: fx.Node) -> bool:
+        """Whether nothing but its only user ever sees the memory of `value`."""
+        if not value.op.startswith("call_") or len(value.users) > 1:
+            return False
+        return self.is_known(value) and not self.may_alias(value) and not self.writes(value)
 
     def written(self) -> frozenset[fx.Node]:
         """The nodes whose memory something writes into, whether by them or by others that share it."""

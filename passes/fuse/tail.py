@@ -6,19 +6,15 @@ act(layer(x) + other)  =>  fused(x, other)
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Affine, Effects, Region, also_used, source_of, why_called_elsewhere, why_other_mode
+from fxopt.graph import Affine, Region, also_used, source_of, why_called_elsewhere, why_other_mode
+from fxopt.graph.effects import ADDS, ADDS_INTO, Effects
 from fxopt.modules import Activation, Fused, fused_call
 from passes.fuse.activation import read_activation
-
-_ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-_ADDS_IN_PLACE: frozenset[Any] = frozenset({operator.iadd, "add_"})
 
 
 def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | None:
@@ -34,7 +30,7 @@ def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | Non
     if not adds:
         return None
     for user in users:
-        if user.target in _ADDS and user.op in ("call_function", "call_method") and len(user.users) == 1:
+        if user.target in ADDS and user.op in ("call_function", "call_method") and len(user.users) == 1:
             last = next(iter(user.users))
             activation = read_activation(last, region)
             if isinstance(activation, Activation):
@@ -111,19 +107,11 @@ def _wrong_shapes(affine: Affine, add: fx.Node, other: fx.Node) -> str | None:
 def _why_not_later(affine: Affine, add: fx.Node, other: fx.Node, region: Region) -> str | None:
     if "output_size" in affine.options:
         return "the layer is called with an output size"
-    into_other = add.target in _ADDS_IN_PLACE and add.args[0] is other
-    if into_other and not _is_fresh(other, add, region):
+    into_other = add.target in ADDS_INTO and add.args[0] is other
+    if into_other and not Effects(region).is_fresh(other):
         return f"it adds in place into '{region.qualified(other)}', which is not the layer's own output"
     for value in (affine.input, affine.node):
         writer = Effects(region).written_between(value, affine.node, add)
         if writer is not None:
             return f"'{region.qualified(writer)}' writes in place what the layer reads, before the addition"
     return None
-
-
-def _is_fresh(value: fx.Node, user: fx.Node, region: Region) -> bool:
-    """Whether only `user` ever sees the memory of `value`."""
-    if value.op in ("placeholder", "get_attr") or len(value.users) > 1:
-        return False
-    effects = Effects(region)
-    return not effects.may_alias(value) and not effects.writes(value)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
-import torch
 import torch.fx as fx
 
 from fxopt.graph import Region, behind_mask, read_parameter
-
-_ADDS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
-_ADDS_INTO: frozenset[Any] = frozenset({operator.iadd, "add_"})
+from fxopt.graph.effects import ADDS, ADDS_INTO
 
 
 def added_table(node: fx.Node, region: Region) -> tuple[fx.Node, int] | None:
@@ -19,10 +13,10 @@ def added_table(node: fx.Node, region: Region) -> tuple[fx.Node, int] | None:
 
     A bias or a scale, with one dimension that is longer than 1, is no table; nor is what is written into.
     """
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDS | _ADDS_INTO:
+    if node.op not in ("call_function", "call_method") or node.target not in ADDS:
         return None
     for read in node.all_input_nodes:
-        if node.target in _ADDS_INTO and read is node.args[0]:
+        if node.target in ADDS_INTO and read is node.args[0]:
             continue
         parameter = read_parameter(behind_mask(read, region), region)
         if parameter is not None and sum(size > 1 for size in parameter.shape) > 1:
