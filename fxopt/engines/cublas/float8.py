@@ -11,6 +11,8 @@ from fxopt.contract import Skip
 from fxopt.engines.cublas.candidate import Candidate, Kernel
 from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
+from fxopt.engines.onednn.kernels import plain
+from fxopt.modules.functional import tail
 
 _DTYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_DTYPE).max
@@ -33,7 +35,7 @@ def candidates(found: Layers) -> Iterator[Candidate | Skip]:
         shapes = [layer.shape] if layer.other is None else [layer.shape, (*layer.shape[:-1], len(layer.weight))]
         given = tuple(torch.randn(shape).to(layer.weight) for shape in shapes)
         put = functools.partial(found.put, layer, kernel)
-        yield Candidate(found.key(layer), skip, kernel, _plain(layer), given, put)
+        yield Candidate(found.key(layer), skip, kernel, plain(layer), given, put)
 
 
 def supported(dtype: torch.dtype) -> str | None:
@@ -55,7 +57,7 @@ def float8_linear(layer: Layer) -> Kernel:
         rows, by_row = _rounded(x.reshape(-1, width))
         product = torch._scaled_mm(rows, weight.t(), by_row, by_output.t(), out_dtype=torch.bfloat16)
         found = product.to(x.dtype).reshape(*x.shape[:-1], len(weight))
-        return _tail(layer, found if layer.bias is None else found + layer.bias, other)
+        return tail(found if layer.bias is None else found + layer.bias, other, layer.activation)
 
     return run
 
@@ -73,15 +75,3 @@ def _rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of float8, and the scale of each as a column."""
     scale = rows.abs().amax(1, keepdim=True).float().clamp_(min=_SMALLEST) / _LARGEST
     return (rows / scale).to(_DTYPE).contiguous(), scale
-
-
-def _plain(layer: Layer) -> Kernel:
-    def run(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        return _tail(layer, torch.nn.functional.linear(x, layer.weight, layer.bias), other)
-
-    return run
-
-
-def _tail(layer: Layer, found: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
-    found = found if other is None else found + other
-    return found if layer.activation is None else layer.activation.apply_(found)

@@ -13,6 +13,7 @@ from fxopt.engines.binding import named
 from fxopt.engines.cublas.candidate import Candidate, Kernel
 from fxopt.graph import Effects, GraphModule, Program, Region, source_of
 from fxopt.modules import FakeQuantize, Fused, FusedLinear
+from fxopt.modules.functional import tail
 from fxopt.modules.quantized import quantized_weights
 from fxopt.modules.stored import StoredWeight
 
@@ -121,9 +122,7 @@ def int8_linear(owner: FusedLinear, quantizer: FakeQuantize, value: FakeQuantize
             places = F.pad(places, (0, 0, 0, _FEWEST_ROWS - rows))
         product = torch._int_mm(places.contiguous(), weight.t())[:rows]
         found = torch.addcmul(offset, product.float(), scale).to(x.dtype).reshape(*x.shape[:-1], len(weight))
-        found = found if inner is None else inner(found)
-        found = found if other is None else found + other
-        return found if activation is None else activation.apply_(found)
+        return tail(found if inner is None else inner(found), other, activation)
 
     return run
 
@@ -135,8 +134,6 @@ def _floats(owner: FusedLinear, quantizer: FakeQuantize, value: FakeQuantize) ->
 
     def run(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         found = F.linear(value(x), weight, owner.bias)
-        found = found if inner is None else inner(found)
-        found = found if other is None else found + other
-        return found if activation is None else activation.apply_(found)
+        return tail(found if inner is None else inner(found), other, activation)
 
     return run

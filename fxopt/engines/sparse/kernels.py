@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fxopt.engines.layer import Layer
 from fxopt.engines.onednn.kernels import mkl as packed_mkl
 from fxopt.engines.onednn.kernels import packed as packed_onednn
+from fxopt.engines.onednn.kernels import plain
 from fxopt.engines.sparse.linear import csr as csr_matrix
 from fxopt.engines.sparse.quiet import quiet
 from fxopt.engines.sparse.semi_structured import LIBRARIES, is_two_of_four
@@ -26,12 +27,6 @@ Make = Callable[[Layer], Kernel | None]
 _BLOCK = 16
 _SPARSE_ENOUGH = 0.4
 """Share of zeros below which no sparse format was ever measured to be faster."""
-
-
-def plain(layer: Layer) -> Kernel:
-    """As torch runs it."""
-    weight, bias, activation = layer.weight, layer.bias, layer.activation
-    return lambda x, other=None: tail(F.linear(x, weight, bias), other, activation)
 
 
 def packed(layer: Layer) -> Kernel | None:
