@@ -30,13 +30,19 @@ from passes import PTQ, Fuse, QuantizeFreeze
 from tests.engines.test_contract import REFUSED_CALLS, Running, agree
 from tests.models import DYNAMIC, STATIC
 
-EXPORTING = ("onnxruntime", "openvino")
-
 
 def needs(engine: str) -> None:
     reason = ENGINES[engine]().unavailable()
     if reason is not None:
         pytest.skip(reason)
+
+
+def _if_there(engine: str) -> Any:
+    reason = ENGINES[engine]().unavailable()
+    return pytest.param(engine, marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
+
+
+EXPORTING = [_if_there("onnxruntime"), _if_there("openvino")]
 
 
 class Nested(nn.Module):
@@ -77,7 +83,6 @@ class Asking(nn.Module):
 @pytest.mark.parametrize("engine", EXPORTING)
 @pytest.mark.parametrize("of", ["sizes", "a number of sizes"])
 def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
-    needs(engine)
     executable = fxopt.lower(Asking(of).eval(), torch.ones(3, 5), engine)
     assert not executable.reasons
     torch.testing.assert_close(executable(torch.ones(7, 5)), torch.full((7, 5), 2.0))
@@ -96,7 +101,6 @@ def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
 def test_what_the_number_of_rows_decides_is_asked_for_each(
     of: str, held: tuple[int, ...], broken: int, engine: str
 ) -> None:
-    needs(engine)
     executable = fxopt.lower(Asking(of).eval(), torch.ones(3, 5), engine)
     assert [skip.reason for skip in executable.reasons] == [ASKED.reason]
     for rows in held:
@@ -144,7 +148,6 @@ UNSEEN: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("engine", EXPORTING)
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_unseen_code_decides_by_the_number_of_rows_is_asked(name: str, engine: str) -> None:
-    needs(engine)
     model = UNSEEN[name]().eval()
     executable = fxopt.lower(model, torch.ones(4, 5), engine)
     assert [skip.reason for skip in executable.reasons] == [ASKED.reason]
@@ -155,7 +158,6 @@ def test_what_unseen_code_decides_by_the_number_of_rows_is_asked(name: str, engi
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_one_row_is_no_batch_where_the_module_takes_it_for_none(engine: str) -> None:
-    needs(engine)
     executable = fxopt.lower(Handed(lambda x: x.unsqueeze(-1).squeeze() * 2).eval(), torch.ones(4, 5), engine)
     assert executable(torch.ones(3, 5)).shape == (3, 5)
     with pytest.raises(EngineError, match="2 dimensions after 'squeeze'"):
@@ -164,7 +166,6 @@ def test_one_row_is_no_batch_where_the_module_takes_it_for_none(engine: str) -> 
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_where_only_this_number_of_rows_is_allowed_it_is_fixed(engine: str) -> None:
-    needs(engine)
     executable = fxopt.lower(Asking("this many rows").eval(), torch.ones(3, 5), engine)
     assert "the batch size is fixed" in executable.reasons[0].reason
     for each in (executable, pickle.loads(pickle.dumps(executable))):
@@ -192,7 +193,6 @@ class Optional(nn.Module):
 
 @pytest.mark.parametrize("engine", ["eager", "onednn", *EXPORTING])
 def test_arguments_may_be_named_in_any_order_and_left_out(engine: str) -> None:
-    needs(engine)
     model = Optional().eval()
     x, shift = torch.randn(3, 4), torch.randn(3, 4)
     executable = fxopt.lower(model, {"shift": torch.randn(2, 4), "x": torch.randn(2, 4)}, engine)
@@ -234,7 +234,6 @@ STARRED = {
 @pytest.mark.parametrize("given", STARRED)
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_what_a_parameter_with_stars_takes_has_a_free_batch_size(engine: str, given: str) -> None:
-    needs(engine)
     model = Starred().eval()
     executable = fxopt.lower(model, STARRED[given](torch.randn(2, 4)), engine)
     assert not executable.reasons
@@ -245,7 +244,6 @@ def test_what_a_parameter_with_stars_takes_has_a_free_batch_size(engine: str, gi
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path: Path) -> None:
-    needs(engine)
     model = Nested().eval()
 
     def inputs(batch: int) -> Inputs:
@@ -301,7 +299,6 @@ WITH_CONSTANTS: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("given", WITH_CONSTANTS)
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_constants_among_the_outputs_are_given_with_them(engine: str, given: str) -> None:
-    needs(engine)
     model = Scores(WITH_CONSTANTS[given]).eval()
     executable = fxopt.lower(model, torch.randn(2, 4), engine)
     x = torch.randn(5, 4)
@@ -332,7 +329,6 @@ class OfDict(nn.Module):
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_a_dict_that_comes_last_is_an_argument_by_position(engine: str) -> None:
-    needs(engine)
     executable = fxopt.lower(OfDict().eval(), ({"x": torch.zeros(2, 3), "y": torch.zeros(2, 3)},), engine)
     x, y = torch.randn(5, 3), torch.randn(5, 3)
     agree(executable({"x": x, "y": y}), x - 2 * y)
@@ -347,7 +343,6 @@ class Difference(nn.Module):
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_an_example_of_the_same_tensor_twice_takes_different_ones_later(engine: str) -> None:
-    needs(engine)
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     executable = fxopt.lower(Difference().eval(), (x, x), engine)
     agree(executable(x, y), x - 2 * y)
@@ -357,7 +352,6 @@ def test_an_example_of_the_same_tensor_twice_takes_different_ones_later(engine: 
 @pytest.mark.parametrize("engine", EXPORTING)
 @pytest.mark.parametrize("name", ["conv_zoo", "encoder"])
 def test_runs_what_the_module_runs(name: str, engine: str) -> None:
-    needs(engine)
     case = STATIC[name]
     model, example = case.build(), case.example()
     executable = fxopt.lower(model, example, engine)
@@ -367,7 +361,6 @@ def test_runs_what_the_module_runs(name: str, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_refuses_what_it_was_not_built_for(engine: str) -> None:
-    needs(engine)
     case = STATIC["staged_cnn"]
     (x,) = case.example()
     executable = fxopt.lower(case.build(), x, engine)
@@ -572,7 +565,6 @@ class TestIntegers:
 
     @pytest.mark.parametrize("engine", EXPORTING)
     def test_outputs_are_those_of_the_simulation(self, engine: str) -> None:
-        needs(engine)
         module, x = self.frozen(engine)
         executable = fxopt.lower(module, x, engine)
         other = torch.randn(7, 3, 10, 10)
@@ -582,7 +574,6 @@ class TestIntegers:
 
     @pytest.mark.parametrize("engine", EXPORTING)
     def test_a_ladder_tells_how_outputs_agree_with_the_simulation_and_how_large_the_file_is(self, engine: str) -> None:
-        needs(engine)
         module, x = self.frozen(engine)
         result = fxopt.optimize(module, x, (), devices=(), engine=engine, engine_seconds=1.0)
         rung = result.record["engines"]["rungs"][1]
