@@ -77,16 +77,38 @@ def _cross_entropy(input: torch.Tensor, target: torch.Tensor, **options: Any) ->
         input, target: of which the mode is handed these by position.
         options: all the others, by name.
     """
-    smoothing = options["label_smoothing"]
-    if not smoothing and not target.is_floating_point():
+    if not options["label_smoothing"] and not target.is_floating_point():
         return F.cross_entropy(input, target, **options)
+    return _of_pixels(_composed, input, target, **options)
+
+
+def _composed(input: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
     reduction = torch.nn._reduction.get_enum(options["reduction"])
-    composed = torch.ops.aten.cross_entropy_loss.default.decompose
-    return composed(input, target, options["weight"], reduction, options["ignore_index"], smoothing)  # type: ignore[no-any-return]
+    rest = options["weight"], reduction, options["ignore_index"], options["label_smoothing"]
+    return torch.ops.aten.cross_entropy_loss.default.decompose(input, target, *rest)  # type: ignore[no-any-return]
+
+
+def _nll_loss(input: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+    """F.nll_loss of rows  =>  of images; see `_cross_entropy` for the arguments."""
+    return _of_pixels(F.nll_loss, input, target, **options)
+
+
+def _of_pixels(
+    loss: Callable[..., torch.Tensor], input: torch.Tensor, target: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """A loss of rows (N, C)  =>  of images (N, C, 1, 1): of these the exporter takes it apart
+
+    For rows it writes an operator of ONNX that OpenVINO does not read.
+    """
+    if input.dim() != 2:
+        return loss(input, target, **options)
+    found = loss(input[..., None, None], target[..., None, None], **options)
+    return found.flatten() if options["reduction"] == "none" else found
 
 
 _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
     F.scaled_dot_product_attention: _attention,
     torch._grouped_mm: _grouped_mm,
 }

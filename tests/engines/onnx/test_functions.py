@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.engines.onnx.functions import ExportedOtherwise
 from fxopt.relative_error import relative_error
-from tests.engines.test_others import EXPORTING, needs
+from tests.engines.test_others import EXPORTING
 
 
 class OneHead(nn.Module):
@@ -34,7 +34,6 @@ class OneHead(nn.Module):
 )
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_attention_of_fewer_or_more_axes(engine: str, shape: tuple[int, ...], masked: bool) -> None:
-    needs(engine)
     torch.manual_seed(0)
     model = OneHead(masked).eval()
     executable = fxopt.lower(model, torch.randn(shape).abs(), engine)
@@ -47,7 +46,6 @@ def test_attention_of_fewer_or_more_axes(engine: str, shape: tuple[int, ...], ma
 @pytest.mark.parametrize("axes", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_a_mask_of_attention_of_five_axes(engine: str, axes: int) -> None:
-    needs(engine)
     torch.manual_seed(0)
     mask = torch.rand((2, 3, 4, 5, 5)[-axes:]) > 0.3
     mask[..., 0] = True
@@ -63,7 +61,6 @@ def test_a_mask_of_attention_of_five_axes(engine: str, axes: int) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_heads_may_be_grouped_by_one(engine: str, heads: int) -> None:
-    needs(engine)
     torch.manual_seed(0)
 
     class Grouped(nn.Module):
@@ -92,7 +89,6 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("experts", [4, 12], ids=["more rows than experts", "fewer rows than experts"])
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_experts_take_their_rows(engine: str, experts: int) -> None:
-    needs(engine)
     torch.manual_seed(0)
     model = Experts(experts).eval()
     executable = fxopt.lower(model, 5 * torch.randn(8, 16), engine)
@@ -111,25 +107,30 @@ def test_other_products_by_groups_stay() -> None:
 
 
 class Loss(nn.Module):
-    """The cross-entropy of classes, of which the last is ignored, or of shares of them."""
+    """The cross-entropy of classes or of logarithms, where the last class is ignored, or of shares of them."""
 
-    def __init__(self, shares: bool, smoothing: float, reduction: str):
+    def __init__(self, of: str, smoothing: float, reduction: str):
         super().__init__()
-        ignored = -100 if shares else 4
-        self.of = nn.CrossEntropyLoss(torch.rand(5), None, ignored, None, reduction, smoothing)
-        self.shares = shares
+        weight, ignored = torch.rand(5), -100 if of == "shares" else 4
+        self.cross_entropy = nn.CrossEntropyLoss(weight, None, ignored, None, reduction, smoothing)
+        self.of_logarithms = nn.NLLLoss(weight, None, ignored, None, reduction)
+        self.of = of
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.of(x, y.softmax(1) if self.shares else y.argmax(1))
+        if self.of == "logarithms":
+            return self.of_logarithms(x.log_softmax(1), y.argmax(1))
+        return self.cross_entropy(x, y.softmax(1) if self.of == "shares" else y.argmax(1))
 
 
-# OpenVINO reads no loss of classes that is not one operator.
-@pytest.mark.parametrize(("engine", "shares"), [("onnxruntime", True), ("onnxruntime", False), ("openvino", True)])
-@pytest.mark.parametrize(("smoothing", "reduction"), [(0.0, "mean"), (0.3, "mean"), (0.3, "none")])
-def test_a_loss_keeps_its_smoothing(engine: str, shares: bool, smoothing: float, reduction: str) -> None:
-    needs(engine)
+@pytest.mark.parametrize("engine", EXPORTING)
+@pytest.mark.parametrize(
+    ("of", "smoothing", "reduction"),
+    [(of, smoothing, "mean") for of in ("shares", "classes") for smoothing in (0.0, 0.3)]
+    + [("shares", 0.3, "none"), ("classes", 0.3, "none"), ("logarithms", 0.0, "mean"), ("logarithms", 0.0, "none")],
+)
+def test_a_loss_keeps_its_smoothing_and_what_it_ignores(engine: str, of: str, smoothing: float, reduction: str) -> None:
     torch.manual_seed(0)
-    model = Loss(shares, smoothing, reduction).eval()
+    model = Loss(of, smoothing, reduction).eval()
     executable = fxopt.lower(model, (torch.randn(6, 5), torch.randn(6, 5)), engine)
     given = torch.randn(9, 5), torch.randn(9, 5)
     assert relative_error(model(*given), executable(*given)) < 1e-5
@@ -144,7 +145,6 @@ class Confidence(nn.Module):
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_logarithms_of_sigmoids_are_finite(engine: str) -> None:
-    needs(engine)
     model, x = Confidence().eval(), torch.linspace(-300, 300, 64).reshape(4, 16)
     for found, expected in zip(fxopt.lower(model, x, engine)(x), model(x), strict=True):
         assert relative_error(expected, found) < 1e-5
@@ -165,7 +165,6 @@ class AssignsToSlices(nn.Module):
 
 @pytest.mark.parametrize("engine", EXPORTING)
 def test_assignments_to_empty_slices_change_nothing(engine: str) -> None:
-    needs(engine)
     model = AssignsToSlices().eval()
     executable = fxopt.lower(model, torch.randn(2, 4, 6), engine)
     fresh = torch.randn(3, 4, 6)
