@@ -31,7 +31,8 @@ class Rung:
         executable: what it made; None where it dropped out.
         build_seconds: that it took, with these passes and without capture.
         relative_error: the largest over all inputs that were tried, against the original.
-        resident_bytes: by which what the process holds there grew meanwhile; None where that is not known.
+        resident_bytes: by which what the process holds there grew meanwhile, with libraries that nothing had loaded
+            before; None where that is not known.
         comparison: of the original with it.
         dropped: why it is out of the running; empty where it is not.
         closer_than: the label of a rung that rounds more, and is preferred where its error is allowed.

@@ -68,9 +68,9 @@ class Engine(ABC):
     integers: ClassVar[bool] = False
     """Whether a quantised module runs on integers, whose sums may round to the neighbour of the simulated value."""
 
-    @abstractmethod
     def unavailable(self) -> str | None:
         """Why it cannot run here and which command would bring it; None where it can."""
+        return None
 
     @abstractmethod
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:

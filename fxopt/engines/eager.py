@@ -18,10 +18,6 @@ class Eager(Engine):
     name: ClassVar[str] = "eager"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
-    def unavailable(self) -> str | None:
-        """It is always there."""
-        return None
-
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """The module itself."""
         return Built(module)

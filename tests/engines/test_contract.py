@@ -234,9 +234,6 @@ class Broken(Engine):
     sizes: ClassVar[Sizes] = Sizes.BATCH
     fault: str = ""
 
-    def unavailable(self) -> str | None:
-        return None
-
     def build(self, module: Any, inputs: Any, choices: Any) -> Built:
         faults = {"value": lambda y: y + 1e-2, "shape": lambda y: y[:1], "dtype": lambda y: y.double(),
                   "nesting": lambda y: (y,), "": lambda y: y}  # fmt: skip
@@ -442,9 +439,6 @@ class Rounding(Engine):
     """Gives floats that differ in the last digits."""
 
     name: ClassVar[str] = "rounding"
-
-    def unavailable(self) -> str | None:
-        return None
 
     def build(self, module: Any, inputs: Any, choices: Any) -> Built:
         def run(x: torch.Tensor) -> Any:

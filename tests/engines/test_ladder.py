@@ -190,9 +190,6 @@ class RoundsLater(Engine):
 
     name: ClassVar[str] = "rounds later"
 
-    def unavailable(self) -> str | None:
-        return None
-
     def build(self, module: Any, inputs: Any, choices: Any) -> Built:
         def run(x: torch.Tensor) -> Any:
             narrow, wide = module(x)
