@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.capture import capture
+from fxopt.engines import sparse
 from fxopt.engines.lower import build
 from fxopt.engines.sparse import Indices, Sparse, place, sparse_linear
 from fxopt.engines.sparse.gate import plans
@@ -248,6 +249,17 @@ class Written(nn.Module):
         z = self.second(y)
         y.add_(1)
         return self.second(y) + z
+
+
+def test_ways_to_run_a_graph_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = [], sparse._kernel
+    monkeypatch.setattr(sparse, "_kernel", lambda name, layer, key: made.append((key, name)) or real(name, layer, key))
+    measured = [{"dense": 1.0, "csr": 0.5}, {"dense": 1.0, "csr": 1.2}]
+    monkeypatch.setattr(sparse, "layer_times", lambda found, *_: dict(zip(found.named, measured, strict=True)))
+    monkeypatch.setattr(sparse, "run_times", lambda runs, _: {name: 1.0 + (name == "torch") for name in runs})
+    model = zeroed(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), 0.9).eval()
+    assert set(fxopt.lower(model, torch.randn(4, 32), "sparse").choices["kernels"].values()) <= {"dense", "csr"}
+    assert sorted(kernel for _, kernel in made) == ["csr", "csr", "dense", "dense"]
 
 
 def test_a_value_that_is_written_in_place_is_not_stale() -> None:

@@ -76,19 +76,23 @@ class OneDNN(Engine):
         names = choose(layers, self.tune_seconds) if self.tune_seconds else ["packed"] * len(layers)
         hand_back()
         kernels = {found.key(layer): name for layer, name in zip(layers, names, strict=True)}
+
+        def assembled(layout: str, why: str = "") -> Built:
+            return _assemble(module, {"layout": layout, "why": why, "kernels": kernels}, made)
+
         if not any(layer.spatial for layer in layers):
-            return _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
-        ours = _assemble(module, {"layout": _CHANNELS_LAST, "why": "", "kernels": kernels}, made)
+            return assembled(_AS_GIVEN)
+        ours = assembled(_CHANNELS_LAST)
         if not self.tune_seconds:
             return ours
-        given = _assemble(module, {"layout": _AS_GIVEN, "why": "", "kernels": kernels}, made)
+        given = assembled(_AS_GIVEN)
         products = sum(layer.weight.numel() * places(layer) for layer in layers)
         with state_kept(*ours.holds):
             times = _time_shortly({_AS_GIVEN: given.run, _CHANNELS_LAST: ours.run}, inputs, products)
         if times[_CHANNELS_LAST] <= times[_AS_GIVEN]:
             return ours
-        why = f"packed, the graph took {times[_CHANNELS_LAST] / times[_AS_GIVEN]:.2f}x as long"
-        return _assemble(module, {"layout": _AS_GIVEN, "why": why, "kernels": kernels}, made)
+        ratio = times[_CHANNELS_LAST] / times[_AS_GIVEN]
+        return assembled(_AS_GIVEN, f"packed, the graph took {ratio:.2f}x as long")
 
 
 def _supported(dtype: torch.dtype) -> str | None:

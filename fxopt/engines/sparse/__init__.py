@@ -50,10 +50,6 @@ class Sparse(Engine):
     tune_seconds: float = field(default=2.0, metadata={"help": "about how long to try kernels"})
     bfloat16: bool = field(default=False, metadata={"help": "let dense layers run in bfloat16 too"})
 
-    def unavailable(self) -> str | None:
-        """It runs wherever torch does; which kernels there are depends on the machine."""
-        return None
-
     def build(self, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any]) -> Built:
         """See `Engine.build`; shapes are written into the metadata of the module's nodes."""
         propagate_shapes(module, inputs)
@@ -65,29 +61,32 @@ class Sparse(Engine):
     def _built(
         self, module: GraphModule, device: str, found: Found, inputs: Inputs, choices: Mapping[str, Any]
     ) -> Built:
+        made: Made = {}
+
+        def assembled(kernels: Mapping[str, str], why: str = "") -> Built:
+            return _assemble(module, device, {"kernels": kernels, "why": why}, made)
+
         if choices:
-            return _assemble(module, device, choices)
+            return _assemble(module, device, choices, made)
         if not any(zeros(layer) for layer in found.named.values()):
-            return _assemble(module, device, {"kernels": {}, "why": "no linear layer has zeros in its weight"})
+            return assembled({}, "no linear layer has zeros in its weight")
         times = layer_times(found, () if self.bfloat16 else ("bfloat16",), self.tune_seconds)
-        runs = {name: _assemble(module, device, {"kernels": plan, "why": ""}) for name, plan in plans(times).items()}
-        runs["torch"] = _assemble(module, device, {"kernels": {}, "why": ""})
+        runs = {name: assembled(plan) for name, plan in plans(times).items()}
+        runs["torch"] = assembled({})
         with state_kept(*(held for built in runs.values() for held in built.holds)):
             seconds = run_times({name: built.run for name, built in runs.items()}, inputs)
         best = min(seconds, key=seconds.__getitem__)
         if seconds[best] <= _WORTH * seconds["torch"]:
             return runs[best]
-        why = f"measured, the graph took {seconds[best] / seconds['torch']:.2f}x as long as torch's"
-        return _assemble(module, device, {"kernels": {}, "why": why})
+        return assembled({}, f"measured, the graph took {seconds[best] / seconds['torch']:.2f}x as long as torch's")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """That of bfloat16 where layers may run in it."""
         return super().tolerance(torch.bfloat16 if self.bfloat16 else dtype)
 
 
-def _assemble(module: GraphModule, device: str, choices: Mapping[str, Any], made: Made | None = None) -> Built:
+def _assemble(module: GraphModule, device: str, choices: Mapping[str, Any], made: Made) -> Built:
     """What was chosen, built with the kernels that are `made` and those that it adds to them."""
-    made = {} if made is None else made
     found = Found(module, device)
     chosen: Mapping[str, str] = choices["kernels"]
     if not chosen:
