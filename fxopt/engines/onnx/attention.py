@@ -17,12 +17,9 @@ def transpose_keys(model: Any) -> None:
     Args:
         model: of `onnx_ir`; changed in place.
     """
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
     for node in list(model.graph):
         if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [0, 2, 1]:
             _replace(model.graph, node)
-    RemoveUnusedNodesPass()(model)
 
 
 def _replace(graph: Any, transpose: Any) -> None:

@@ -14,10 +14,10 @@ from fxopt.engines.onnx.empty import drop_empty_assignments
 from fxopt.engines.onnx.functions import TRANSLATED, ExportedOtherwise
 from fxopt.engines.onnx.moved import pad_integers, split_weights
 from fxopt.engines.onnx.outputs import Outputs
+from fxopt.engines.onnx.parted import part_zero_points
 from fxopt.engines.onnx.products import part_sums, transpose_weights
 from fxopt.engines.onnx.quiet import quiet
 from fxopt.engines.onnx.simplify import simplify
-from fxopt.engines.onnx.zero_points import part_zero_points
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -58,16 +58,8 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
         simplify(program.model)
     if len(program.model.graph.inputs) != len(inputs.tensors):
         raise EngineError(f"it has {len(program.model.graph.inputs)} inputs in place of {len(inputs.tensors)}")
-    drop_empty_assignments(program.model)
-    transpose_keys(program.model)
-    pad_integers(program.model)
-    split_weights(program.model)
-    hold_biases(program.model)
-    transpose_weights(program.model)
-    part_sums(program.model)
-    part_zero_points(program.model)
-    _drop_unread(program.model)
-    _drop_metadata(program.model)
+    for rewrite in _REWRITES:
+        rewrite(program.model)
     return program
 
 
@@ -104,3 +96,17 @@ def _drop_metadata(model: Any) -> None:
     noted += [output for node in graph.all_nodes() for output in node.outputs]
     for one in noted:
         one.metadata_props.clear()
+
+
+_REWRITES = (
+    drop_empty_assignments,
+    transpose_keys,
+    pad_integers,
+    split_weights,
+    hold_biases,
+    transpose_weights,
+    part_sums,
+    part_zero_points,
+    _drop_unread,
+    _drop_metadata,
+)
