@@ -28,6 +28,24 @@ def _attention(
     *others: Any,
     **options: Any,
 ) -> torch.Tensor:
+    """F.scaled_dot_product_attention with rows that booleans mask throughout  =>  with zeros there
+
+    The exporter makes the smallest number of the mask, by which such a row becomes the mean of all values.
+    """
+    found = _of_four_axes(query, key, value, attn_mask, *others, **options)
+    if attn_mask is None or attn_mask.dtype is not torch.bool:
+        return found
+    return found * attn_mask.any(-1, keepdim=True)
+
+
+def _of_four_axes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *others: Any,
+    **options: Any,
+) -> torch.Tensor:
     """F.scaled_dot_product_attention of fewer or more axes  =>  of four: with axes of size 1, or the first as one
 
     The exporter takes `enable_gqa` only where queries have more heads than keys.

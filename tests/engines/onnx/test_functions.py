@@ -71,6 +71,20 @@ def test_heads_may_be_grouped_by_one(engine: str, heads: int) -> None:
     assert relative_error(Grouped()(x), fxopt.lower(Grouped().eval(), x, engine)(x)) < 1e-5
 
 
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_a_row_of_attention_that_is_masked_throughout_gives_zeros(engine: str) -> None:
+    class Padded(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x + 1, 2 * x, mask)
+
+    x, mask = torch.randn(2, 3, 5, 16), torch.ones(2, 1, 5, 5).tril().bool()
+    executable = fxopt.lower(Padded().eval(), (x, mask), engine)
+    mask[1, :, :2] = False
+    found = executable(x, mask)
+    assert not found[1, :, :2].any()
+    assert relative_error(Padded()(x, mask), found) < 1e-5
+
+
 class Experts(nn.Module):
     """Each row goes to the expert that its first feature names."""
 
