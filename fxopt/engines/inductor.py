@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.independent import same_tensors_copy
 from fxopt.capture.state import state_kept
 from fxopt.contract import Skip
+from fxopt.engines.binding import named
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.saturation import SATURATES, saturates
 from fxopt.engines.written import refuse_writes
@@ -56,6 +57,8 @@ class Inductor(Engine):
             from fxopt.engines.inductor_integers import CountIntegers
 
         copy: nn.Module = cast(GraphModule, same_tensors_copy(module))
+        if self.freezing:
+            _copy_constants(cast(GraphModule, copy))
         options: dict[str, Any] = {"max_autotune": self.max_autotune}
         reasons: list[Skip] = []
         integers = False
@@ -111,6 +114,21 @@ class Inductor(Engine):
                 ) from error
 
         return Built(run_others, tuple(reasons), holds=(copy,))
+
+
+def _copy_constants(module: GraphModule) -> None:
+    """Give copies of outputs that depend on no input: frozen, they are the compiler's own, and a caller may write."""
+    copied = torch.compiler.disable(lambda value: pytree.tree_map_only(torch.Tensor, torch.clone, value))
+    graph, reached = module.graph, set[torch.fx.Node]()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    output = next(iter(reversed(graph.nodes)))
+    for value in output.all_input_nodes:
+        if value not in reached and value.op != "get_attr":
+            with graph.inserting_before(output):
+                output.replace_input_with(value, graph.call_function(named(copied, "copied"), (value,)))
+    module.recompile()
 
 
 def _config() -> Any:

@@ -510,6 +510,28 @@ def test_inductor_compiles() -> None:
         executable(x.clone().requires_grad_())
 
 
+class WithAnchors(nn.Module):
+    """Gives what it computes of its weights alone beside what it computes of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.anchors = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x), self.anchors * 2
+
+
+def test_what_a_caller_writes_into_an_output_of_inductor_is_gone_at_the_next_call() -> None:
+    needs("inductor")
+    model, x = WithAnchors().eval(), torch.randn(2, 4)
+    executable = fxopt.lower(model, x, "inductor")
+    for _ in range(2):
+        found = executable(x)
+        with torch.no_grad():
+            agree(found, model(x))
+        found[1].add_(1)
+
+
 def test_inductor_says_which_sizes_it_fails_for(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("inductor")
 
