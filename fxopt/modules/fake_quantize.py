@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.distributed as dist
@@ -288,8 +288,18 @@ class FakeQuantize(nn.Module):
     def _observed(self) -> bool:
         return bool(self.minimum.isfinite().all() and self.maximum.isfinite().all())
 
+    def train(self, mode: bool = True) -> Self:
+        """Besides, take up what was copied into the buffers alone, as averages of weights are."""
+        super().train(mode)
+        if not self.rounds:
+            self._read_buffers()
+        return self
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._read_buffers()
+
+    def _read_buffers(self) -> None:
         self.ready = self._observed()
         self._state = _PHASES[int(self.phase)]
 

@@ -37,7 +37,11 @@ class QuantizeFreeze(Pass):
     after: ClassVar[tuple[str, ...]] = ("clean", "fuse", "qat", "ptq")
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
-        """Freeze the layers first, then what quantises the values between them."""
+        """Freeze the layers first, then what quantises the values between them.
+
+        Raises:
+            PassError: where a quantiser only observes.
+        """
         calls = [node for node in region.graph.nodes if node.op == "call_module"]
         if region.mode is not None and region.mode is not region.module.training:
             return  # the graph of the other mode calls the same layers
@@ -46,6 +50,12 @@ class QuantizeFreeze(Pass):
             if any(isinstance(child, FakeQuantize) for child in inside):
                 yield Skip(region.path or "the model", "it is in training mode; call .eval() on it before it is frozen")
             return
+        for name, child in region.module.named_modules():
+            if isinstance(child, FakeQuantize) and child.state is State.OBSERVE:
+                raise PassError(
+                    f"quantize-freeze: {name!r} only observes as yet, so the model never ran with its rounding: train "
+                    "on until `quantize_from` of its QATSchedule, or `calibrate`"
+                )
         for node in calls:
             if region.is_erased(node):
                 continue

@@ -17,6 +17,7 @@ class QATSchedule:
     Until `quantize_from` quantisers observe in training mode and pass on what they are given; from then on they round,
     and their ranges follow the data until `freeze_ranges_at`. From `freeze_norms_at` batch norms that `fuse` joined
     with their layers normalise by the running statistics, as the folded model will (Krishnamoorthi 2018, section 4).
+    Learned scales train in between alone: DistributedDataParallel needs `find_unused_parameters=True` for that.
 
     Args:
         module: what the pass `qat` has been through.
@@ -85,5 +86,6 @@ class QATSchedule:
                 quantizer.state = state
             if quantizer.learned and quantizer.state is State.FROZEN:
                 quantizer.scale.requires_grad_(False)
+                quantizer.scale.grad = None  # by one of zeros an optimizer's momentum would still move it
         for layer in self._layers:
             layer.norm_frozen = self.freeze_norms_at is not None and self.steps >= self.freeze_norms_at

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import fxopt
 from fxopt.errors import PassError, SpecError
@@ -247,6 +248,31 @@ class TestSchedule:
         assert_close(again.state_dict(), weights, 0)
         resting = {fake.scale.requires_grad for fake in quantizers(again).values()}
         assert resting == {steps < 5}
+
+    @pytest.mark.parametrize("learned", [False, "lsq"])
+    @pytest.mark.parametrize("quantize_from", [0, 1])
+    def test_an_average_of_weights_rounds_once_the_model_does(self, learned: object, quantize_from: int) -> None:
+        program = self.program(learned=learned)
+        schedule = QATSchedule(program, quantize_from=quantize_from)
+        average = AveragedModel(program, avg_fn=lambda averaged, given, count: given)
+        for _ in range(3):
+            program(torch.randn(4, 3, 8, 8))
+            schedule.step()
+        average.update_parameters(program)
+        x = torch.randn(4, 3, 8, 8)
+        assert torch.equal(average.eval()(x), program.eval()(x))
+        assert all(fake.rounds for fake in quantizers(average).values())
+
+    def test_a_learned_scale_at_rest_is_not_moved_by_momentum(self) -> None:
+        program = self.program(learned="lsq")
+        schedule, optimizer = QATSchedule(program, freeze_ranges_at=2), torch.optim.Adam(program.parameters(), 0.1)
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=False)
+            program(torch.randn(4, 3, 8, 8)).square().mean().backward()
+            before = [fake.scale.detach().clone() for fake in quantizers(program).values()]
+            optimizer.step()
+            schedule.step()
+        assert_close([fake.scale for fake in quantizers(program).values()], before, 0)
 
     def test_frozen_norms_use_and_keep_the_running_statistics(self) -> None:
         program = self.program()
@@ -774,6 +800,12 @@ class Tied(nn.Module):
 
 
 class TestFreeze:
+    def test_what_only_observes_is_refused(self) -> None:
+        program = prepared(Residual().eval(), (torch.randn(*IMAGES),))
+        QATSchedule(program, quantize_from=3)
+        with pytest.raises(PassError, match=r"'stem.weight_fake_quant' only observes as yet.* `quantize_from`"):
+            rewrite(QuantizeFreeze(), program)
+
     @pytest.mark.parametrize(
         "options", [{}, {"learned": "lsq"}, {"weights": "int4"}, {"target": "onnxruntime"}], ids=str
     )
