@@ -20,9 +20,12 @@ from fxopt.modules.onnx_quantize import for_onnx
 from fxopt.modules.quantized import (
     QuantizedEmbedding,
     QuantizedGRU,
+    QuantizedGRUCell,
     QuantizedLSTM,
+    QuantizedLSTMCell,
     QuantizedMultiheadAttention,
     QuantizedRNN,
+    QuantizedRNNCell,
     quantized_weights,
 )
 from fxopt.modules.rebuild import rebuild
@@ -45,9 +48,12 @@ __all__ = [
     "Observer",
     "QuantizedEmbedding",
     "QuantizedGRU",
+    "QuantizedGRUCell",
     "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedMultiheadAttention",
     "QuantizedRNN",
+    "QuantizedRNNCell",
     "State",
     "WithSettings",
     "for_inductor",

@@ -51,8 +51,8 @@ class _Replacing:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain forward."""
         assert isinstance(self, nn.Module)
-        found = quantized_weights(self)
-        with replaced([(owner, leaf, fake(held_weight(owner, leaf))) for _, owner, leaf, fake in found]):
+        quantizers = [(name.removesuffix(SUFFIX), child) for name, child in self.named_children() if SUFFIX in name]
+        with replaced([(self, leaf, quantizer(held_weight(self, leaf))) for leaf, quantizer in quantizers]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -66,6 +66,18 @@ class QuantizedGRU(_Replacing, nn.GRU):
 
 class QuantizedRNN(_Replacing, nn.RNN):
     """`torch.nn.RNN` with quantised weights."""
+
+
+class QuantizedLSTMCell(_Replacing, nn.LSTMCell):
+    """`torch.nn.LSTMCell` with quantised weights."""
+
+
+class QuantizedGRUCell(_Replacing, nn.GRUCell):
+    """`torch.nn.GRUCell` with quantised weights."""
+
+
+class QuantizedRNNCell(_Replacing, nn.RNNCell):
+    """`torch.nn.RNNCell` with quantised weights."""
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):

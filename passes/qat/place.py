@@ -158,7 +158,7 @@ class _Placing:
         if form is not module:
             self._region.program.replace_module(module, form)
         yield from found
-        if isinstance(form, nn.RNNBase) and form is not module and isinstance(values[0], fx.Node):
+        if isinstance(form, (nn.RNNBase, nn.RNNCellBase)) and form is not module and isinstance(values[0], fx.Node):
             reason = why_recurrent_float(self._target) or _why_no_tensor(values[0])
             if reason:
                 yield Skip(name, reason, source)

@@ -14,9 +14,12 @@ from fxopt.modules import (
     Fused,
     QuantizedEmbedding,
     QuantizedGRU,
+    QuantizedGRUCell,
     QuantizedLSTM,
+    QuantizedLSTMCell,
     QuantizedMultiheadAttention,
     QuantizedRNN,
+    QuantizedRNNCell,
     rebuild,
 )
 from passes.qat.scheme import Scheme
@@ -26,6 +29,9 @@ _FORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: QuantizedLSTM,
     nn.GRU: QuantizedGRU,
     nn.RNN: QuantizedRNN,
+    nn.LSTMCell: QuantizedLSTMCell,
+    nn.GRUCell: QuantizedGRUCell,
+    nn.RNNCell: QuantizedRNNCell,
     nn.MultiheadAttention: QuantizedMultiheadAttention,
 }
 _CONTAINERS = (

@@ -305,6 +305,14 @@ def test_a_parameter_that_stays_a_float_is_told_of(model: nn.Module, reason: str
     assert [text for text in outcome.reasons if text.startswith(reason)]
 
 
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: Calls(lambda m, x: m.layer(x)[0], layer=nn.LSTM(16, 8)),
+    "GRU": lambda: Calls(lambda m, x: m.layer(x)[0], layer=nn.GRU(16, 8)),
+    "LSTMCell": lambda: Calls(lambda m, x: m.layer(x[0])[0], layer=nn.LSTMCell(16, 8)),
+    "GRUCell": lambda: Calls(lambda m, x: m.layer(x[0], m.layer(x[1])), layer=nn.GRUCell(16, 8)),
+}
+
+
 class Tables(nn.Module):
     """A table and a bias, each added to what a layer gives."""
 
@@ -351,6 +359,24 @@ def test_a_table_lies_in_the_file_as_integers(tmp_path: Path) -> None:
     dtypes = {tuple(tensor.dims): tensor.data_type for tensor in onnx.load(file).graph.initializer}
     assert dtypes[1, 6, 16] == onnx.TensorProto.INT8
     assert dtypes[1, 1, 16] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_weights_of_recurrent_layers_lie_in_the_file_as_integers(kind: str, freeze: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    outcome = run(QAT(target="onnxruntime"), RECURRENT[kind]().eval(), (TOKENS,))
+    calibrate(outcome.module, [(TOKENS,)])
+    if freeze:
+        rewrite(QuantizeFreeze(), outcome.module)
+    executable = fxopt.lower(outcome.module, TOKENS, engine="onnxruntime")
+    with torch.no_grad():
+        assert_close(executable(TOKENS), outcome.module(TOKENS), 1e-5)
+    executable.save(tmp_path)
+    held = onnx.load(tmp_path / "model.onnx").graph.initializer
+    gates = [tensor.data_type for tensor in held if len(tensor.dims) > 1 and tensor.dims[-2] >= 3 * 8]
+    assert gates == [onnx.TensorProto.INT8] * 2
 
 
 def test_each_layer_of_a_transformer_can_be_left_out_by_name() -> None:
