@@ -6,6 +6,7 @@ import builtins
 import dis
 import functools
 import importlib.abc
+import itertools
 import linecache
 import math
 import re
@@ -126,27 +127,49 @@ def _files(root: nn.Module) -> Iterator[types.ModuleType]:
 
 
 def _is_users(file: types.ModuleType) -> bool:
-    path = getattr(file, "__file__", None)
-    return path is not None and is_users(path)
+    path = _path(file)
+    return file.__name__ == "__main__" if path is None else is_users(path)
+
+
+def _path(file: types.ModuleType) -> str | None:
+    """Where it lies; None for what is typed into an interpreter or a notebook."""
+    path = str(getattr(file, "__file__", "<none>"))
+    return None if path.startswith("<") else path
 
 
 def _are_neighbours(one: types.ModuleType, other: types.ModuleType) -> bool:
     if one.__name__.partition(".")[0] == other.__name__.partition(".")[0]:
         return True
-    return Path(str(other.__file__)).is_relative_to(Path(str(one.__file__)).parent)
+    path = _path(one)
+    return Path(str(_path(other))).is_relative_to(Path.cwd() if path is None else Path(path).parent)
 
 
-@functools.cache
 def _called_only(file: types.ModuleType) -> frozenset[str]:
     """Those of `int` and `float` with which a file does no more than call them, name a type and ask `isinstance`.
 
     Where it hands one on, as in `dtype=int`, nothing else can be in its place.
     """
+    return _only_called_in(*_typed(file)) if _path(file) is None else _only_called_in_file(file)
+
+
+@functools.cache
+def _only_called_in_file(file: types.ModuleType) -> frozenset[str]:
+    return _only_called_in(_code(file))
+
+
+def _only_called_in(*codes: types.CodeType | None) -> frozenset[str]:
     called, handed_on = set[str](), set[str]()
-    for name, line, column, is_called in _uses(_code(file)):
-        before = linecache.getline(str(file.__file__), line)[:column]
+    for name, before, is_called in itertools.chain(*map(_uses, codes)):
         (called if is_called or _TYPE.search(before) else handed_on).add(name)
     return frozenset(called - handed_on)
+
+
+def _typed(file: types.ModuleType) -> Iterator[types.CodeType]:
+    """What the functions were compiled to that are typed in, methods among them."""
+    for value in list(vars(file).values()):
+        for each in (value, *vars(value).values()) if isinstance(value, type) else (value,):
+            if isinstance(each, types.FunctionType) and each.__module__ == file.__name__:
+                yield each.__code__
 
 
 _TYPE = re.compile(r"\b(isinstance|issubclass|map|defaultdict)\([^=)]*$|\btype=$|\bdef .*(: |-> |\| )$")
@@ -164,15 +187,16 @@ def _code(file: types.ModuleType) -> types.CodeType | None:
         return None
 
 
-def _uses(code: types.CodeType | None) -> Iterator[tuple[str, int, int, bool]]:
-    """Where functions read `int` and `float`: the name, its line and column, and whether to call it."""
+def _uses(code: types.CodeType | None) -> Iterator[tuple[str, str, bool]]:
+    """Where functions read `int` and `float`: the name, what stands before it on its line, and whether to call it."""
     if code is None:
         return
     for instruction in dis.get_instructions(code) if {"int", "float"} & {*code.co_names} else ():
         place = instruction.positions
         if instruction.opname == "LOAD_GLOBAL" and instruction.argval in ("int", "float") and place is not None:
+            before = linecache.getline(code.co_filename, place.lineno or 0)[: place.col_offset]
             # The lowest bit asks for what a call needs beside the function.
-            yield instruction.argval, place.lineno or 0, place.col_offset or 0, bool((instruction.arg or 0) & 1)
+            yield instruction.argval, before, bool((instruction.arg or 0) & 1)
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
             yield from _uses(part)

@@ -7,6 +7,8 @@ import importlib
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 from math import log2
 from pathlib import Path
 
@@ -477,3 +479,21 @@ def test_int_of_a_size_is_followed_unless_its_file_hands_the_type_on(line, follo
     else:
         with pytest.raises(GuardError):
             captured.module(torch.randn(8))
+
+
+TYPED = """\
+import torch
+from torch import nn
+from fxopt.capture import capture
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x[: int(x.shape[0] * 0.5)]
+
+print(capture(Half(), (torch.zeros(4),)).module(torch.zeros(8)).shape)
+"""
+
+
+def test_int_of_a_size_is_followed_in_what_is_typed_into_an_interpreter():
+    done = subprocess.run([sys.executable], input=TYPED, capture_output=True, text=True, check=True)
+    assert done.stdout == "torch.Size([4])\n"
