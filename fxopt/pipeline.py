@@ -167,7 +167,10 @@ def replay(
         changes, _ = run_pass(each, captured.module, batches, spared=places)
         for name, child in captured.module.named_modules():
             if ranged is not None and isinstance(child, FakeQuantize):
-                child.ready = name in ranged
+                if name in ranged:
+                    child.ready = True
+                else:
+                    child.reset()
         if changes:
             propagate_shapes(captured.module, captured.inputs)
     return captured.module
