@@ -130,7 +130,7 @@ class Executable(nn.Module):
                     with without_rounding(self.module):
                         exact = self._outputs()
                 far = [relative_error(*pair) for pair in zip(rounded, exact, strict=True)]
-                self._rounding = max(_ROUNDING, *(2 * each for each in far if each != math.inf))
+                self._rounding = max([_ROUNDING, *(2 * each for each in far if each != math.inf)])
         return self._rounding
 
     def _outputs(self) -> list[torch.Tensor]:

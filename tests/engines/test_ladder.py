@@ -505,6 +505,14 @@ def test_a_quantised_module_may_round_otherwise_than_the_oracle() -> None:
     assert fxopt.lower(quantised, example, "eager").rounding > TOLERANCE[torch.float32]
 
 
+def test_a_quantised_module_may_round_its_example_to_zeros() -> None:
+    model = nn.Linear(4, 4, bias=False).eval()
+    wide: Any = {"devices": (), "calibration_data": [torch.full((2, 4), 1e6)]}
+    quantised = fxopt.optimize(model, torch.ones(2, 4), "ptq{correct=false},quantize-freeze", **wide).module
+    assert not quantised(torch.ones(2, 4)).any()
+    assert fxopt.lower(quantised, torch.ones(2, 4), "onnxruntime").rounding > 0
+
+
 @pytest.fixture
 def build_seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """How long it takes to build an engine, by its name; nothing else takes any time."""
