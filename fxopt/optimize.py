@@ -16,6 +16,7 @@ from fxopt.capture import Captured, capture
 from fxopt.capture.state import with_versions
 from fxopt.contract import Pass, Promise
 from fxopt.engines import Executable, climb
+from fxopt.engines.candidates import placed_for
 from fxopt.engines.eager import Eager
 from fxopt.engines.ladder import check as check_engine
 from fxopt.engines.place import place_for
@@ -114,7 +115,8 @@ def optimize(
     """
     tell = progress or (lambda stage: None)
     example = Inputs.of(inputs)
-    pipeline = aimed_at(engine, _pipeline(passes))
+    aim = None if engine is None else placed_for(engine, place_for(engine, devices, example))
+    pipeline = aimed_at(aim, _pipeline(passes))
     check_order(pipeline)
     if max_error is not None and not max_error >= 0:
         raise SpecError(f"max_error: expected 0 or more, not {max_error}")

@@ -45,7 +45,7 @@ def check_order(passes: Sequence[Pass]) -> None:
 def aimed_at(engine: str | None, passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """Passes with what their options leave to the engine that will run the result, such as `openvino{precision=bf16}`.
 
-    A word that stands for several, as `auto` does, or None leaves them as they are.
+    What is no target of theirs leaves them as they are.
     """
     name = (engine or "").partition("{")[0].strip()
     return tuple(each.aimed_at(name) for each in passes)

@@ -17,6 +17,7 @@ from torch import nn
 import fxopt
 from fxopt import record
 from fxopt.artifact import save
+from fxopt.engines.candidates import placed_for
 from fxopt.errors import LoadError, SpecError
 from fxopt.pipeline import aimed_at
 from passes import QAT, Fuse
@@ -183,6 +184,21 @@ def test_wrong_arguments_are_refused_with_a_reason(
 )
 def test_quantisers_are_placed_for_the_engine_asked_for(engine: str | None, target: Any, placed: str) -> None:
     assert aimed_at(engine, [Fuse(), QAT(target=target)]) == (Fuse(), QAT(target=cast(Any, placed)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "engine"),
+    [
+        ("auto", "cpu", "onnxruntime"),
+        ("all", "cpu", "onnxruntime"),
+        ("auto", "cuda", "auto"),
+        ("openvino{precision=bf16}", "cpu", "openvino{precision=bf16}"),
+    ],
+)
+def test_of_several_engines_on_a_cpu_quantisers_are_placed_for_the_one_that_asks_most(
+    asked: str, device: str, engine: str
+) -> None:
+    assert placed_for(asked, torch.device(device)) == engine
 
 
 def test_what_an_engine_gave_as_the_target_is_kept(tmp_path: Path) -> None:
