@@ -17,7 +17,7 @@ class Group:
 
     Attributes:
         text: in the words of the pass; names in it are left out where they differ.
-        places: `layer1.0.bn1 (model.py:41)`.
+        places: `layer1.0.bn1 (model.py:41)`; "" for the model as a whole.
     """
 
     text: str
@@ -25,9 +25,11 @@ class Group:
 
     def shortened(self, most: int) -> str:
         """`20x folded into '...': bn1 (model.py:41), layer1.0.bn1 (model.py:57) and 18 more`."""
-        shown = ", ".join(self.places[:most])
-        hidden = len(self.places) - most
         times = f"{len(self.places)}x " if len(self.places) > 1 else ""
+        if not any(self.places):
+            return f"{times}{self.text}"
+        shown = ", ".join(place or "the model" for place in self.places[:most])
+        hidden = len(self.places) - most
         return f"{times}{self.text}: {shown}{f' and {hidden} more' if hidden > 0 else ''}"
 
 
@@ -57,4 +59,4 @@ def _grouped(found: Sequence[tuple[str, str]]) -> tuple[Group, ...]:
 
 
 def _place(where: str, source: str) -> str:
-    return f"{where or '(root)'} ({source})" if source else where or "(root)"
+    return f"{where} ({source})".strip() if source else where

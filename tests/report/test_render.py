@@ -148,3 +148,8 @@ def test_groups_name_what_all_share() -> None:
     assert [group.text for group in kinds] == ["folded into '...'", "joined relu to 'stem'"]
     assert [len(group.places) for group in kinds] == [20, 1]
     assert kinds[1].shortened(3) == "joined relu to 'stem': stem.relu (model.py:31)"
+
+
+def test_what_is_said_of_the_model_as_a_whole_has_no_place() -> None:
+    assert groups.Group("2 Conv on integers", ("",)).shortened(3) == "2 Conv on integers"
+    assert groups.Group("in floats", ("", "fc", "head")).shortened(2) == "3x in floats: the model, fc and 1 more"
