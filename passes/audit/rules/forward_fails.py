@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fxopt.capture.blame import advice_on
 from fxopt.findings import Severity
 from passes.audit.evidence import Evidence
 from passes.audit.rule import Found, rule
@@ -26,4 +27,4 @@ def forward_fails(evidence: Evidence) -> Iterator[Found]:
     if evidence.forward.error is not None:
         error, place = evidence.forward.error
         first = (str(error).splitlines() or ["no message"])[0]
-        yield Found(f"the forward raises {type(error).__name__}: {first}", place)
+        yield Found(f"the forward raises {type(error).__name__}: {first}{advice_on(error)}", place)

@@ -179,6 +179,22 @@ def test_a_forward_that_raises_is_told_once(write):
     assert report["notes"] == []
 
 
+FORCES = """
+class Forces(nn.Module):
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((x**2).sum(), x)[0]
+example_inputs = torch.ones(2, 3)
+"""
+
+
+def test_a_forward_that_needs_gradients_is_told_how_to_have_them(write):
+    called = ["audit", f"{write(FORCES)}:Forces", "--quiet", "--format", "json"]
+    (finding,) = json.loads(CliRunner().invoke(app, called).stdout)["findings"]
+    assert finding["rule"] == "FX410"
+    assert finding["message"].endswith("; it runs without gradients: compute them within `torch.enable_grad()`")
+
+
 FAULTY = """
 class Faulty(nn.Module):
     def __init__(self):
