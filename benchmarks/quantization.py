@@ -43,9 +43,11 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onednn, float32": ("onednn", "float", {}),
     "onnxruntime, float32": ("onnxruntime", "float", {}),
     "onnxruntime, int8": ("onnxruntime", "onnxruntime", {}),
+    "onnxruntime, int8 as placed for none": ("onnxruntime", "generic", {}),
     "openvino, float32": ("openvino", "float", {}),
     "openvino, bf16": ("openvino", "float", {"precision": "bf16"}),
     "openvino, int8": ("openvino", "openvino", {}),
+    "openvino, int8 as placed for onnxruntime": ("openvino", "onnxruntime", {}),
     "openvino, int8 and bf16": ("openvino", "openvino", {"precision": "bf16"}),
     "inductor, int8": ("inductor", "inductor", {}),
 }
@@ -247,7 +249,8 @@ def weight_bytes(file: Path) -> int:
 def render(record: Row) -> str:
     """Markdown: speed-ups over eager with their intervals, SQNR, how much smaller, and the costs."""
     models, costs, machine = record["models"], record["costs"], record["machine"]
-    table = [[form, *(cell(rows.get(form), form) for rows in models.values())] for form in FORMS]
+    there = [form for form in FORMS if any(form in rows for rows in models.values())]
+    table = [[form, *(cell(rows.get(form), form) for rows in models.values())] for form in there]
     lines = [
         "# What integers gain",
         "",
@@ -259,9 +262,7 @@ def render(record: Row) -> str:
         "all that it is saved as, against what the float model's `state_dict` holds.",
         "",
         tabulate(table, ["", *models], tablefmt="github", disable_numparse=True),
-        "",
-        "# What training towards them costs",
-        "",
+        *(["", "# What training towards them costs", ""] if costs else []),
     ]
     for name in [name for name in _TRAINING if name in costs]:
         row = costs[name]

@@ -24,8 +24,8 @@ AUTO, ALL = "auto", "all"
 def placed_for(asked: str, place: torch.device) -> str:
     """The engine to place quantisers for: the one asked for, and where several will run them on a CPU, onnxruntime.
 
-    OpenVINO runs what onnxruntime's kernels want as fast as what its own want (resnet18, mobilenet_v3_small and
-    vit_tiny, by intervals that overlap); the reverse is 1.1 to 3.3 times slower.
+    Its integer kernels ask for most: OpenVINO runs the same as fast as what is placed for it, and onnxruntime what is
+    placed for none at 0.3 to 0.9 of the speed (benchmarks/results/ice_lake/quantization.md).
     """
     return OnnxRuntime.name if asked in (AUTO, ALL) and place.type == "cpu" else asked
 

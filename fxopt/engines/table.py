@@ -37,7 +37,10 @@ def written(text: str) -> tuple[str, dict[str, Any]]:
     if name not in ENGINES:
         close = difflib.get_close_matches(name, ENGINES, n=1)
         meant = f"did you mean '{close[0]}'? " if close else ""
-        raise EngineError(f"unknown engine '{name}'; {meant}there are {', '.join(ENGINES)}")
+        raise EngineError(
+            f"unknown engine '{name}'; {meant}there are {', '.join(ENGINES)}; `fxopt run --engine auto`, and "
+            "`fxopt.optimize(..., engine='auto')`, choose the fastest"
+        )
     return (name, {}) if text == name else spec.read_options(text, ENGINES, "engine")
 
 

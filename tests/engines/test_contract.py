@@ -382,6 +382,7 @@ def test_inputs_have_one_batch_size(one: int, other: int) -> None:
     ("arguments", "message"),
     [
         ({"engine": "onedn"}, "unknown engine 'onedn'; did you mean 'onednn'"),
+        ({"engine": "auto"}, "`fxopt.optimize(..., engine='auto')`, choose the fastest"),
         ({"engine": "eager", "threads": 2}, "engine 'eager' has no option 'threads'"),
         ({"engine": "onednn", "tune": 2}, "no option 'tune'; its options are tune_seconds"),
         ({"engine": "onedn{tune=2}"}, "unknown engine 'onedn'; did you mean 'onednn'"),
