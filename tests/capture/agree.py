@@ -46,7 +46,9 @@ def step(module: nn.Module, args: tuple[Any, ...], kwargs: Any, seed: int = 0) -
     return output, parameters, inputs, (args, kwargs), dict(module.state_dict()), torch.get_rng_state()
 
 
-def agree(original: nn.Module, captured: nn.Module, case: Case, *, modes: tuple[bool, ...] = (False, True)) -> None:
+def assert_agree(
+    original: nn.Module, captured: nn.Module, case: Case, *, modes: tuple[bool, ...] = (False, True)
+) -> None:
     """Run copies of both side by side, several calls in a row, on the example, other values and other batch sizes."""
     for mode in modes:
         one, other = independent_copy(original).train(mode), independent_copy(captured).train(mode)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxopt.capture import capture
 from fxopt.graph import GraphModule
-from tests.capture.agree import agree, same
+from tests.capture.agree import assert_agree, same
 from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC, Case
 
@@ -38,7 +38,7 @@ def saved(module: nn.Module) -> nn.Module:
 def test_copies_do_the_same_and_share_nothing(pair, duplicate):
     module, captured, case = pair
     other = duplicate(captured)
-    agree(module, other, case)
+    assert_agree(module, other, case)
     assert list(other.graphs) == list(captured.graphs)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -51,7 +51,7 @@ def test_copies_do_the_same_and_share_nothing(pair, duplicate):
 def test_copies_of_odd_modules_do_the_same(name, duplicate):
     case = ODD[name]
     module = case.build()
-    agree(module, duplicate(capture(module, case.example(), case.kwargs).module), case)
+    assert_agree(module, duplicate(capture(module, case.example(), case.kwargs).module), case)
 
 
 def test_copies_know_where_their_nodes_come_from():
@@ -115,7 +115,7 @@ def test_hooks_on_leaves_run_and_change_outputs():
     for each in (module, captured):
         each.get_submodule("stem.conv").register_forward_hook(lambda module, args, output: output * 2)
         each.get_submodule("head.2").register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 3,))
-    agree(module, captured, case)
+    assert_agree(module, captured, case)
 
 
 @pytest.mark.parametrize("name", ["residual_mlp", "staged_cnn", "heads", "learnable_dropout"])

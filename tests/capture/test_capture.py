@@ -16,7 +16,7 @@ from fxopt.capture.independent import independent_copy
 from fxopt.errors import CaptureError, GuardError
 from fxopt.graph import GraphModule
 from tests.capture import odd
-from tests.capture.agree import agree, same, side_by_side
+from tests.capture.agree import assert_agree, same, side_by_side
 from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC, Case, EarlyExit
 
@@ -62,7 +62,7 @@ def build(name: str, training: bool) -> tuple[nn.Module, Case]:
 def test_outputs_gradients_state_and_random_numbers_are_those_of_the_original(name, training):
     module, case = build(name, training)
     captured = capture(module, case.example(), case.kwargs)
-    agree(module, captured.module, case, modes=(training, not training))
+    assert_agree(module, captured.module, case, modes=(training, not training))
 
 
 @MODES
@@ -200,7 +200,7 @@ def test_frozen_parts_keep_their_own_mode():
     module.frozen_noise.eval()
     captured = capture(module, case.example()).module
     side_by_side(copy.deepcopy(module), copy.deepcopy(captured), case)
-    agree(module, captured, case)
+    assert_agree(module, captured, case)
 
 
 def test_a_frozen_batch_norm_keeps_its_own_mode():
@@ -230,12 +230,12 @@ def test_a_part_that_is_switched_alone_is_refused_where_one_graph_holds_for_the_
 def test_a_mode_whose_graph_would_not_hold_is_refused_where_it_was_not_captured(name):
     module, case = build(name, False)
     captured = capture(module, case.example())
-    agree(module, captured.module, case, modes=(False,))
+    assert_agree(module, captured.module, case, modes=(False,))
     assert captured.opaque == ()
     assert f"captured for one mode only: in training mode {ONE_MODE[name]}" in captured.notes[0]
     with pytest.raises(GuardError, match=f"in training mode {ONE_MODE[name]}"):
         captured.module.train()(*case.example())
-    agree(module, capture(module.train(), case.example()).module, case)
+    assert_agree(module, capture(module.train(), case.example()).module, case)
 
 
 def test_a_mode_that_raises_is_refused():
@@ -552,7 +552,7 @@ def test_a_generator_is_refused():
 def test_capturing_a_captured_module():
     module, case = build("holder", False)
     captured = capture(capture(module, case.example()).module, case.example())
-    agree(module, captured.module, case)
+    assert_agree(module, captured.module, case)
 
 
 def test_capturing_in_several_threads_at_once():

@@ -31,7 +31,7 @@ CASES = {**STATIC, **DYNAMIC}
 IN_PROCESS = ("eager", "onednn", "sparse")
 
 
-def agree(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+def assert_agree(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
     """Equal nesting, shapes and dtypes; values within the tolerance."""
     if isinstance(expected, torch.Tensor):
         assert isinstance(found, torch.Tensor)
@@ -45,7 +45,7 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
     if isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
         for one, two in zip(found, expected, strict=True):
-            agree(one, two, tolerance)
+            assert_agree(one, two, tolerance)
     elif isinstance(expected, float):
         assert found == pytest.approx(expected, rel=tolerance)
     else:
@@ -61,10 +61,10 @@ def test_runs_what_the_module_runs(name: str, engine: str) -> None:
     assert executable.relative_error is not None
     assert executable.relative_error < 1e-5
     with torch.no_grad():
-        agree(executable(*example, **case.kwargs), model(*example, **case.kwargs))
+        assert_agree(executable(*example, **case.kwargs), model(*example, **case.kwargs))
         if name not in DYNAMIC:
             fresh = case.example(seed=5)
-            agree(executable(*fresh, **case.kwargs), model(*fresh, **case.kwargs))
+            assert_agree(executable(*fresh, **case.kwargs), model(*fresh, **case.kwargs))
 
 
 @pytest.mark.parametrize("name", ["staged_cnn", "conv_zoo", "encoder", "mixture", "recurrent"])
@@ -74,7 +74,7 @@ def test_runs_what_passes_made_of_it(name: str) -> None:
     result = fxopt.optimize(model, example, "clean,fuse", devices=())
     executable = fxopt.lower(result.module, example, "onednn")
     with torch.no_grad():
-        agree(executable(*example), model(*example))
+        assert_agree(executable(*example), model(*example))
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_module_is_not_changed_and_not_shared(engine: str, cnn: tuple[nn.Mod
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    agree(executable(x), expected, 0)
+    assert_agree(executable(x), expected, 0)
 
 
 @pytest.mark.parametrize("engine", IN_PROCESS)
@@ -106,7 +106,7 @@ def test_copies_and_pickles_build_again_without_measuring(
     expected, choices = executable(x), executable.choices
     monkeypatch.setattr("fxopt.engines.onednn.choose", lambda *_: pytest.fail("it measured"))
     for duplicate in (copy.deepcopy(executable), pickle.loads(pickle.dumps(executable))):
-        agree(duplicate(x), expected, 0)
+        assert_agree(duplicate(x), expected, 0)
         assert duplicate.choices == choices
         own = {parameter.data_ptr() for parameter in executable.parameters()}
         assert not own & {parameter.data_ptr() for parameter in duplicate.parameters()}
@@ -136,7 +136,7 @@ def test_saves_and_loads(engine: str, cnn: tuple[nn.Module, torch.Tensor], tmp_p
     assert facts["engine"] == engine
     assert facts["choices"] == executable.choices
     loaded = torch.load(tmp_path / "lowered" / "executable.pt", weights_only=False)
-    agree(loaded(x), executable(x), 0)
+    assert_agree(loaded(x), executable(x), 0)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="choose a directory"):
         executable.save(tmp_path / "file" / "below")
@@ -150,7 +150,7 @@ def test_new_weights_are_seen(engine: str, cnn: tuple[nn.Module, torch.Tensor]) 
     executable.module.load_state_dict(other.state_dict())
     executable.load_state_dict({f"module.{name}": value for name, value in other.state_dict().items()})
     with torch.no_grad():
-        agree(executable(x), other(x))
+        assert_agree(executable(x), other(x))
 
 
 @pytest.mark.parametrize("engine", IN_PROCESS)
@@ -159,7 +159,7 @@ def test_new_weights_of_a_module_around_it_are_seen(engine: str, cnn: tuple[nn.M
     around = nn.Sequential(fxopt.lower(model, x, engine))
     other = nn.Sequential(fxopt.lower(StagedCNN().eval(), x, engine))
     around.load_state_dict(other.state_dict())
-    agree(around(x), other(x))
+    assert_agree(around(x), other(x))
 
 
 def test_the_example_is_a_copy_of_its_own(cnn: tuple[nn.Module, torch.Tensor]) -> None:
@@ -180,7 +180,7 @@ def test_threads_may_share_what_is_not_built_yet(engine: str, cnn: tuple[nn.Modu
         for _ in range(5):
             executable = copy.deepcopy(lowered)
             for found in threads.map(executable, [x] * 8):
-                agree(found, expected)
+                assert_agree(found, expected)
 
 
 REFUSED_CALLS = {
@@ -208,7 +208,7 @@ def test_refuses_what_it_was_not_built_for(what: str, engine: str, cnn: tuple[nn
     with pytest.raises(EngineError, match=message):
         call(executable, x)
     executable.eval().to("cpu").requires_grad_(False)
-    agree(executable(x), executable(x), 0)
+    assert_agree(executable(x), executable(x), 0)
 
 
 def test_a_guard_of_the_capture_is_an_engine_error() -> None:
@@ -285,8 +285,8 @@ def test_building_and_checking_leave_buffers_and_random_streams_as_they_were(eng
     assert torch.equal(torch.get_rng_state(), before)
     with torch.no_grad():
         for _ in range(3):
-            agree(executable(x), model(x))
-    agree(executable.module.mean, model.mean)
+            assert_agree(executable(x), model(x))
+    assert_agree(executable.module.mean, model.mean)
 
 
 class Counting(nn.Module):
@@ -318,7 +318,7 @@ def test_building_and_checking_leave_attributes_as_they_were(name: str, engine: 
     executable = fxopt.lower(model, example, engine)
     with torch.no_grad():
         for seed in (1, 5, 6):
-            agree(executable(*case.example(seed)), model(*case.example(seed)))
+            assert_agree(executable(*case.example(seed)), model(*case.example(seed)))
 
 
 class Sparse(nn.Module):
@@ -338,7 +338,7 @@ class Sparse(nn.Module):
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
 def test_state_of_other_layouts_stands_beside_outputs_that_are_no_tensors(layout: torch.layout) -> None:
     model, x = Sparse(layout).eval(), torch.randn(4, 2)
-    agree(fxopt.lower(model, x, "eager")(x), model(x))
+    assert_agree(fxopt.lower(model, x, "eager")(x), model(x))
 
 
 class Shifted(nn.Module):
@@ -356,7 +356,7 @@ class Shifted(nn.Module):
 def test_values_that_are_no_tensors_are_held_to_those_of_the_example(shift: Any, same: Any, other: Any) -> None:
     x = torch.ones(2)
     executable = fxopt.lower(Shifted().eval(), (x, shift), "onednn")
-    agree(executable(x, same), x)
+    assert_agree(executable(x, same), x)
     with pytest.raises(EngineError, match=r"input 1 is .*, it was built for"):
         executable(x, other)
 

@@ -29,7 +29,7 @@ from fxopt.engines.table import ENGINES
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.pipeline import replay
-from tests.engines.test_contract import Running, agree
+from tests.engines.test_contract import Running, assert_agree
 from tests.models import STATIC
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -66,7 +66,7 @@ def test_cudnn_fuses_what_it_can_and_says_what_it_cannot(calls: list[str]) -> No
     model, module, example = fused("staged_cnn")
     built = CuDNN().build(module, Inputs(example), {})
     with torch.no_grad():
-        agree(built.run(*example), model(*example))
+        assert_agree(built.run(*example), model(*example))
     assert calls.count("add_relu") == 2
     assert calls.count("relu") >= 4
     reasons = {skip.reason for skip in built.reasons}
@@ -88,7 +88,7 @@ def test_what_is_added_is_broadcast_where_batches_differ(calls: list[str]) -> No
     built = CuDNN().build(replay(model, Inputs((x[:1],)), spec.parse("clean,fuse")), Inputs((x[:1],)), {})
     with torch.no_grad():
         for given in (x[:1], x):
-            agree(built.run(given), model(given))
+            assert_agree(built.run(given), model(given))
     assert calls == ["add_relu"]
 
 
@@ -171,7 +171,7 @@ def test_a_cuda_graph_is_replayed_on_its_own_tensors(graphs: list[Recording]) ->
     built = CudaGraph(around="eager").build(module, Inputs(example), {})
     with torch.no_grad():
         one, two = built.run(*example), built.run(*example)
-        agree(one, model(*example))
+        assert_agree(one, model(*example))
     assert graphs[0].replays == 2
     assert one.data_ptr() != two.data_ptr(), "a later call leaves an output as it is"
 
@@ -379,7 +379,7 @@ def test_a_graph_is_recorded_on_the_second_gpu() -> None:
     model = nn.Linear(3, 3).eval().to("cuda:1")
     lowered = fxopt.lower(model, torch.randn(2, 3, device="cuda:1"), "cudagraph", around="eager")
     fresh = torch.randn(2, 3, device="cuda:1")
-    agree(on_cpu(lowered(fresh)), on_cpu(model(fresh)))
+    assert_agree(on_cpu(lowered(fresh)), on_cpu(model(fresh)))
 
 
 def on_cpu(value: Any) -> Any:
@@ -396,7 +396,7 @@ def test_on_a_gpu(name: str, engine: str) -> None:
     allowed = 1e-4 if engine in ("cudnn", "cudagraph") else rounding_of_torch(torch.device("cuda"))
     for values in (example, fresh):
         with torch.no_grad():
-            agree(on_cpu(executable(*(value.cuda() for value in values))), model(*values), allowed)
+            assert_agree(on_cpu(executable(*(value.cuda() for value in values))), model(*values), allowed)
 
 
 @on_gpu
@@ -411,4 +411,4 @@ def test_a_module_on_the_cpu_is_built_and_measured_on_a_gpu(engine: str, max_err
     assert result.executable is not None
     with torch.no_grad():
         found = on_cpu(result.executable(*(value.cuda() for value in example)))
-        agree(found, model(*example), max_error or TF32_TOLERANCE)
+        assert_agree(found, model(*example), max_error or TF32_TOLERANCE)

@@ -31,7 +31,7 @@ from fxopt.relative_error import TOLERANCE, relative_error
 from fxopt.verify import Oracle
 from passes import QAT
 from tests.capture.odd import ODD
-from tests.engines.test_contract import Running, agree
+from tests.engines.test_contract import Running, assert_agree
 from tests.engines.test_others import needs
 from tests.models import STATIC
 from tests.report.record_example import comparison
@@ -315,12 +315,12 @@ def test_an_error_that_is_allowed_lets_layers_run_in_bfloat16(
     assert result.executable.dtypes == {torch.bfloat16}
     assert {parameter.dtype for parameter in result.module.parameters()} == {torch.float32}
     with torch.no_grad():
-        agree(result.executable(x), model(x), 5e-2)
+        assert_agree(result.executable(x), model(x), 5e-2)
     save(result, tmp_path / "out", {})
     monkeypatch.setattr("fxopt.engines.onednn.choose", lambda *_: pytest.fail("it measured"))
     loaded = fxopt.load(tmp_path / "out", model)
     assert isinstance(loaded, Executable)
-    agree(loaded(x), result.executable(x), 0)
+    assert_agree(loaded(x), result.executable(x), 0)
 
 
 class Segments(nn.Module):
@@ -462,7 +462,7 @@ def test_the_choice_is_kept_and_made_again_without_measuring(
     loaded = fxopt.load(tmp_path / "out", model)
     assert isinstance(loaded, Executable)
     assert loaded.choices == result.executable.choices
-    agree(loaded(x), result.executable(x), 0)
+    assert_agree(loaded(x), result.executable(x), 0)
 
 
 def test_the_error_that_was_allowed_is_kept(

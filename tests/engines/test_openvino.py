@@ -17,7 +17,7 @@ from fxopt.engines.openvino import rows as choosing
 from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.session import Pieces
 from passes import PTQ, QuantizeFreeze
-from tests.engines.test_contract import agree
+from tests.engines.test_contract import assert_agree
 from tests.engines.test_others import needs
 
 
@@ -185,7 +185,7 @@ def test_gray_levels_that_would_lie_between_two_steps_are_rounded_as_simulated(b
     passes = [PTQ(target="openvino", weights="int4", activations=f"uint{bits}"), QuantizeFreeze()]
     frozen = fxopt.optimize(model, x, passes, devices=(), calibration_data=[x]).module
     with torch.no_grad():
-        agree(fxopt.lower(frozen, x, "openvino")(x), frozen(x))
+        assert_agree(fxopt.lower(frozen, x, "openvino")(x), frozen(x))
 
 
 class Widens(nn.Module):

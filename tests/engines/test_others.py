@@ -27,7 +27,7 @@ from fxopt.nested import flatten
 from fxopt.relative_error import relative_error
 from fxopt.report import render
 from passes import PTQ, Fuse, QuantizeFreeze
-from tests.engines.test_contract import REFUSED_CALLS, Running, agree
+from tests.engines.test_contract import REFUSED_CALLS, Running, assert_agree
 from tests.models import DYNAMIC, STATIC
 
 
@@ -197,9 +197,9 @@ def test_arguments_may_be_named_in_any_order_and_left_out(engine: str) -> None:
     x, shift = torch.randn(3, 4), torch.randn(3, 4)
     executable = fxopt.lower(model, {"shift": torch.randn(2, 4), "x": torch.randn(2, 4)}, engine)
     expected = model(x, shift=shift).detach()
-    agree(executable(x, shift=shift), expected)
-    agree(executable(shift=shift, x=x), expected)
-    agree(pickle.loads(pickle.dumps(executable))(x, None, shift), expected)
+    assert_agree(executable(x, shift=shift), expected)
+    assert_agree(executable(shift=shift, x=x), expected)
+    assert_agree(pickle.loads(pickle.dumps(executable))(x, None, shift), expected)
     with pytest.raises(EngineError, match="input 1 is 3x4 float32 on cpu, it was built for None"):
         executable(x, scale=x, shift=shift)
     with pytest.raises(EngineError, match="takes no such call: got an unexpected keyword argument 'shifted'"):
@@ -239,7 +239,7 @@ def test_what_a_parameter_with_stars_takes_has_a_free_batch_size(engine: str, gi
     assert not executable.reasons
     for rows in (2, 5, 1):
         inputs = STARRED[given](torch.randn(rows, 4))
-        agree(inputs.call(executable), inputs.call(model).detach())
+        assert_agree(inputs.call(executable), inputs.call(model).detach())
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
@@ -256,7 +256,7 @@ def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path:
     assert not executable.reasons
     for given in (example, inputs(1), inputs(5)):
         with torch.no_grad():
-            agree(executable(*given.args, **given.kwargs), model(*given.args, **given.kwargs))
+            assert_agree(executable(*given.args, **given.kwargs), model(*given.args, **given.kwargs))
     with pytest.raises(EngineError, match="only the batch size may differ"):
         executable({"x": torch.randn(1, 4), "rest": [torch.randint(0, 9, (1, 3))]}, **example.kwargs)
     with pytest.raises(EngineError, match="input 3 is False, it was built for True"):
@@ -264,7 +264,7 @@ def test_exports_with_nested_inputs_and_a_free_batch_size(engine: str, tmp_path:
     executable.save(tmp_path)
     assert (tmp_path / {"onnxruntime": "model.onnx", "openvino": "model.xml"}[engine]).is_file()
     duplicate = copy.deepcopy(executable)
-    agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
+    assert_agree(duplicate(*example.args, **example.kwargs), executable(*example.args, **example.kwargs), 0)
 
 
 @dataclass
@@ -305,7 +305,7 @@ def test_constants_among_the_outputs_are_given_with_them(engine: str, given: str
     with torch.no_grad():
         found, expected = flatten(executable(x)), flatten(model(x))
     assert found[1] == expected[1]
-    agree(found[0], expected[0])
+    assert_agree(found[0], expected[0])
 
 
 def test_the_batch_size_is_fixed_where_an_object_among_the_outputs_holds_it() -> None:
@@ -331,7 +331,7 @@ class OfDict(nn.Module):
 def test_a_dict_that_comes_last_is_an_argument_by_position(engine: str) -> None:
     executable = fxopt.lower(OfDict().eval(), ({"x": torch.zeros(2, 3), "y": torch.zeros(2, 3)},), engine)
     x, y = torch.randn(5, 3), torch.randn(5, 3)
-    agree(executable({"x": x, "y": y}), x - 2 * y)
+    assert_agree(executable({"x": x, "y": y}), x - 2 * y)
 
 
 class Difference(nn.Module):
@@ -345,8 +345,8 @@ class Difference(nn.Module):
 def test_an_example_of_the_same_tensor_twice_takes_different_ones_later(engine: str) -> None:
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     executable = fxopt.lower(Difference().eval(), (x, x), engine)
-    agree(executable(x, y), x - 2 * y)
-    agree(executable(x, x), -x)
+    assert_agree(executable(x, y), x - 2 * y)
+    assert_agree(executable(x, x), -x)
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
@@ -356,7 +356,7 @@ def test_runs_what_the_module_runs(name: str, engine: str) -> None:
     model, example = case.build(), case.example()
     executable = fxopt.lower(model, example, engine)
     with torch.no_grad():
-        agree(executable(*case.example(seed=5)), model(*case.example(seed=5)))
+        assert_agree(executable(*case.example(seed=5)), model(*case.example(seed=5)))
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
@@ -417,7 +417,7 @@ def test_a_fixed_batch_size_is_said() -> None:
 
     model, x = Fixed().eval(), torch.randn(2, 6)
     executable = fxopt.lower(model, x, "onnxruntime")
-    agree(executable(x), model(x))
+    assert_agree(executable(x), model(x))
     assert any("the batch size is fixed" in skip.reason for skip in executable.reasons)
 
 
@@ -505,7 +505,7 @@ def test_inductor_compiles() -> None:
     assert executable.build_seconds > 0
     assert "frozen_param" in code[0] or "constant" in code[0], "weights are handed on as inputs"
     with torch.no_grad():
-        agree(executable(x), model(x))
+        assert_agree(executable(x), model(x))
     with pytest.raises(EngineError, match="requires a gradient"):
         executable(x.clone().requires_grad_())
 
@@ -528,7 +528,7 @@ def test_what_a_caller_writes_into_an_output_of_inductor_is_gone_at_the_next_cal
     for _ in range(2):
         found = executable(x)
         with torch.no_grad():
-            agree(found, model(x))
+            assert_agree(found, model(x))
         found[1].add_(1)
 
 
@@ -668,7 +668,7 @@ class TestIntegers:
         assert executable.reasons[0].reason == "operators on integers: 1 qlinear"
         for _ in range(2):
             with torch.no_grad():
-                agree(executable(x), module(x))
+                assert_agree(executable(x), module(x))
             assert torch.equal(x, kept)
 
     @pytest.mark.parametrize("into", ["input 0", "'total'"])
@@ -700,8 +700,8 @@ class TestIntegers:
         found, wanted = torch.zeros(4, 8), torch.zeros(4, 8)
         for _ in range(2):
             with torch.no_grad():
-                agree(executable(found, x), module(wanted, x))
-            agree(found, wanted)
+                assert_agree(executable(found, x), module(wanted, x))
+            assert_agree(found, wanted)
 
     def test_the_saved_file_holds_integers(self, tmp_path: Path) -> None:
         module, x = self.frozen("onnxruntime")
@@ -719,5 +719,5 @@ class TestIntegers:
         module, x = self.frozen("generic")
         executable = fxopt.lower(module, x, "onednn")
         with torch.no_grad():
-            agree(executable(x), module(x))
+            assert_agree(executable(x), module(x))
         assert executable.reasons

@@ -22,7 +22,7 @@ from tests.report.ci_example import example as ci_example
 from tests.report.record_example import captured, comparison, entry, example, ladder
 
 
-def valid(record: Any) -> None:
+def assert_valid(record: Any) -> None:
     jsonschema.validate(record, schema(), cls=jsonschema.Draft202012Validator)
 
 
@@ -57,7 +57,7 @@ def test_wrong_records_of_a_gate_are_refused(path: list[Any], value: object) -> 
 
 def test_a_full_record_is_valid_and_survives_json() -> None:
     record = example()
-    valid(record)
+    assert_valid(record)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
@@ -75,7 +75,7 @@ def test_a_bare_record_is_valid() -> None:
         ledger=[],
         verified=False,
     )
-    valid(record)
+    assert_valid(record)
     assert record["schema"] == SCHEMA
     assert record["latency"] == {}
     assert record["memory"] == record["metrics"] == {"before": None, "after": None}
@@ -94,7 +94,7 @@ def test_what_was_really_measured_is_valid() -> None:
         latency={"cpu": measured},
         memory=BeforeAfter(measure_size(module, inputs), measure_size(module, inputs)),
     )
-    valid(json.loads(json.dumps(record, allow_nan=False)))
+    assert_valid(json.loads(json.dumps(record, allow_nan=False)))
 
 
 def test_a_bound_that_allows_any_error_is_written() -> None:
@@ -108,7 +108,7 @@ def test_a_bound_that_allows_any_error_is_written() -> None:
         verified=True,
         engines=engines,
     )
-    valid(json.loads(json.dumps(record, allow_nan=False)))
+    assert_valid(json.loads(json.dumps(record, allow_nan=False)))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_wrong_records_are_refused(path: list[Any], value: object) -> None:
         part = part[key]
     part[path[-1]] = value
     with pytest.raises(jsonschema.ValidationError):
-        valid(record)
+        assert_valid(record)
 
 
 @pytest.mark.parametrize(
