@@ -29,6 +29,7 @@ from fxopt.pipeline import aimed_at, check_order, run_passes
 from fxopt.precision import Precision
 from fxopt.prove import Prover, measuring
 from fxopt.prove import check as check_proof
+from fxopt.revision import Revision
 from fxopt.verify import Oracle
 
 
@@ -118,36 +119,24 @@ def optimize(
     aim = None if engine is None else placed_for(engine, place_for(engine, devices, example))
     pipeline = aimed_at(aim, _pipeline(passes))
     check_order(pipeline)
-    if max_error is not None and not max_error >= 0:
-        raise SpecError(f"max_error: expected 0 or more, not {max_error}")
-    if engine is not None:
-        check_engine(engine)
-    elif max_error is not None:
-        raise SpecError(
-            "max_error: it is for engines, and none is asked for; give one, such as `auto`, or leave it out"
-        )
-    if (sensitivity or max_drop is not None) and not any(each.quantizes for each in pipeline):
-        name = "sensitivity" if sensitivity else "max_drop"
-        raise SpecError(f"{name}: it goes with a pass that quantises, and there is none; add one, such as `fuse,ptq`")
-    if prove is not None:
-        check_proof(prove)
+    _check_wishes(pipeline, engine, max_error, prove, sensitivity, max_drop)
     tell("run the original")
     oracle = Oracle(module, example, seed)
     tell("capture")
     captured = capture(module, example.args, example.kwargs)
     captured = dataclasses.replace(captured, notes=(*notes, *captured.notes))
-    prover = None
+    revisions = list[Revision]()
     if prove is not None:
         place = place_for(engine or Eager.name, devices, example)
-        prover = Prover(measuring(example, place, engine, seed), prove, prove_seconds, tell)
-    precision = None
+        revisions.append(Prover(measuring(example, place, engine, seed), prove, prove_seconds, tell))
     if sensitivity or max_drop is not None:
-        precision = Precision(None if evaluate is None else partial(evaluated, evaluate), module, max_drop, tell)
-    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell, prover, precision)
+        accuracy = None if evaluate is None else partial(evaluated, evaluate)
+        revisions.append(Precision(accuracy, module, max_drop, tell))
+    ledger = run_passes(captured, pipeline, oracle, _batches(calibration_data), tell, revisions)
     result = captured.module
     ladder = None
     if engine is not None:
-        changed = any(entry.promise == Promise.CHANGES.value and entry.changes for entry in ledger.entries)
+        changed = any(entry.promise == Promise.CHANGES.value and entry.changes for entry in ledger)
         ladder = climb(
             engine,
             module,
@@ -180,10 +169,8 @@ def optimize(
         metrics=metrics,
         engines=ladder,
     )
-    chosen = ladder.chosen if ladder is not None else None
-    return Result(
-        result, ledger, written, captured, pipeline, example, chosen.executable if chosen is not None else None
-    )
+    executable = ladder.chosen.executable if ladder is not None and ladder.chosen is not None else None
+    return Result(result, ledger, written, captured, pipeline, example, executable)
 
 
 def _pipeline(passes: Any) -> Sequence[Pass]:
@@ -203,6 +190,34 @@ def _pipeline(passes: Any) -> Sequence[Pass]:
             f"not {wrong[0]!r}"
         )
     return pipeline
+
+
+def _check_wishes(
+    pipeline: Sequence[Pass],
+    engine: str | None,
+    max_error: float | None,
+    prove: str | None,
+    sensitivity: bool,
+    max_drop: float | None,
+) -> None:
+    """Refuse what can't be had, and what would have no effect, before much work is put into the rest.
+
+    Raises:
+        EngineError, SpecError: see `optimize`.
+    """
+    if max_error is not None and not max_error >= 0:
+        raise SpecError(f"max_error: expected 0 or more, not {max_error}")
+    if engine is not None:
+        check_engine(engine)
+    elif max_error is not None:
+        raise SpecError(
+            "max_error: it is for engines, and none is asked for; give one, such as `auto`, or leave it out"
+        )
+    if (sensitivity or max_drop is not None) and not any(each.quantizes for each in pipeline):
+        name = "sensitivity" if sensitivity else "max_drop"
+        raise SpecError(f"{name}: it goes with a pass that quantises, and there is none; add one, such as `fuse,ptq`")
+    if prove is not None:
+        check_proof(prove)
 
 
 def _batches(data: Callable[[], Iterable[Any]] | Iterable[Any] | None) -> list[Inputs]:

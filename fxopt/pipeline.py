@@ -18,8 +18,7 @@ from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger, LedgerEntry
 from fxopt.modules import FakeQuantize
 from fxopt.outcome import Difference, Outcome, compare_outcomes
-from fxopt.precision import Precision
-from fxopt.prove import Proven, Prover
+from fxopt.revision import Kept, Revision
 from fxopt.rewriting import propagate_shapes, run_pass
 from fxopt.verify import Oracle
 
@@ -68,8 +67,7 @@ def run_passes(
     oracle: Oracle | None = None,
     calibration: Iterable[Inputs] = (),
     progress: Progress | None = None,
-    prover: Prover | None = None,
-    precision: Precision | None = None,
+    revisions: Sequence[Revision] = (),
 ) -> Ledger:
     """Rewrite `captured.module` in place by `passes`, and hold each to its promise.
 
@@ -79,8 +77,7 @@ def run_passes(
         oracle: knows what the outputs should be; nothing is verified without one.
         calibration: inputs for passes that need data.
         progress: told what begins.
-        prover: reverts what a pass for speed did and what does not pay; all is kept without one.
-        precision: ranks the layers that a pass quantised, and leaves some of them floats.
+        revisions: take back some of what a pass did, in this order; all is kept without one.
 
     Raises:
         SpecError: the order of the passes is wrong.
@@ -98,27 +95,23 @@ def run_passes(
     loosest = Promise.EXACT
     for each in passes:
         tell(f"pass {each.name}")
-        before = cast(GraphModule, independent_copy(module)) if oracle or prover or precision else module
+        before = cast(GraphModule, independent_copy(module)) if oracle or revisions else module
         began = time.perf_counter()
-        done = Proven(module, *run_pass(each, module, batches))
+        done = Kept(module, *run_pass(each, module, batches))
         seconds = time.perf_counter() - began
-        began = time.perf_counter()
+        began, expected = time.perf_counter(), outcomes
         if oracle and done.changes:
             tell(f"verify {each.name}")
-            expected, outcomes = outcomes, _verified(each, before, done, oracle, outcomes)
+            outcomes = _verified(each, before, done, oracle, expected)
             _check_bound(each, oracle.error(outcomes, _looser(loosest, each)))
         verify_seconds = time.perf_counter() - began
-        proves = prover is not None and each.for_speed and bool(done.changes)
-        ranks = precision is not None and each.quantizes and bool(done.changes)
-        if prover and proves:
-            done = prover.prove(each, before, done, batches)
-        if precision and ranks:
-            done = precision.hold(each, before, done, batches)
-        if proves or ranks:
-            if oracle and done.module is not module:
+        for revision in revisions:
+            if done.changes and revision.concerns(each):
+                done = revision.revise(each, before, done, batches)
+        if done.module is not module:
+            if oracle:
                 outcomes = _verified(each, before, done, oracle, expected) if done.changes else expected
-            if done.module is not module:
-                module.become(done.module)
+            module.become(done.module)
         if done.changes:
             loosest = _looser(loosest, each)
             propagate_shapes(module, captured.inputs)
@@ -189,7 +182,7 @@ def _check_bound(each: Pass, error: float) -> None:
 
 
 def _verified(
-    each: Pass, before: nn.Module, done: Proven, oracle: Oracle, expected: list[Outcome | None]
+    each: Pass, before: nn.Module, done: Kept, oracle: Oracle, expected: list[Outcome | None]
 ) -> list[Outcome | None]:
     try:
         outcomes = oracle.outcomes(done.module)
@@ -213,7 +206,7 @@ def _in_words(difference: Difference) -> str:
 
 
 def _first_broken(
-    each: Pass, before: nn.Module, done: Proven, oracle: Oracle, expected: list[Outcome | None]
+    each: Pass, before: nn.Module, done: Kept, oracle: Oracle, expected: list[Outcome | None]
 ) -> Change | None:
     """Bisect: the last change of the shortest run of the pass that breaks its promise."""
     low, high, culprit = 1, len(done.changes), None

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
-from fxopt.capture.independent import independent_copy
-from fxopt.contract import Change, Pass, Skip
+from fxopt.contract import Pass, Skip
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.prove import Proven
-from fxopt.rewriting import run_pass
+from fxopt.revision import Kept, Revision, rerun
 from fxopt.sensitivity import sensitivity
 
 Accuracy = Callable[[nn.Module], Mapping[str, float]]
@@ -23,7 +20,7 @@ _NAME = "accuracy"
 
 
 @dataclass(frozen=True)
-class Precision:
+class Precision(Revision):
     """Ranks the layers that a pass quantised, and leaves the costliest floats until an accuracy holds.
 
     Attributes:
@@ -38,14 +35,12 @@ class Precision:
     max_drop: float | None = None
     progress: Callable[[str], None] = lambda stage: None
 
-    def hold(self, each: Pass, before: GraphModule, after: Proven, calibration: Sequence[Inputs]) -> Proven:
-        """What is left of a pass that quantised, with the ranking of its layers.
+    def concerns(self, each: Pass) -> bool:
+        """Those that quantise."""
+        return each.quantizes
 
-        Args:
-            each: the pass.
-            before: the module before it; it is not changed.
-            after: the module after it.
-            calibration: what the layers are ranked by.
+    def revise(self, each: Pass, before: GraphModule, after: Kept, calibration: Sequence[Inputs]) -> Kept:
+        """Rank the layers that a pass quantised by the calibration data, and see `Revision.revise`.
 
         Raises:
             PassError: where nothing can be ranked, `evaluate` gives nothing, or all of them as floats do not hold it.
@@ -62,7 +57,7 @@ class Precision:
         while low <= high:  # the fewest floats that hold it: the more of them, the better it gets
             count = (low + high) // 2
             self.progress(f"{each.name} without its {count} costliest layers")
-            trial = _without({one.name for one in ranked[:count]}, each, before, calibration)
+            trial = rerun(each, before, calibration, {one.name for one in ranked[:count]})
             found = self._accuracy(trial.module)[1]
             if found >= least or count == len(ranked):
                 chosen, value, high = trial, found, count - 1
@@ -87,10 +82,3 @@ class Precision:
             raise PassError("max_drop: there is no accuracy to hold; give `evaluate(module)` -> a dict of floats")
         name = _NAME if _NAME in found else next(iter(found))
         return name, float(found[name])
-
-
-def _without(spared: set[str], each: Pass, before: GraphModule, calibration: Sequence[Inputs]) -> Proven:
-    module = cast(GraphModule, independent_copy(before))
-    changes: tuple[Change, ...]
-    changes, skips = run_pass(each, module, calibration, spared=spared)
-    return Proven(module, changes, skips, frozenset(spared))

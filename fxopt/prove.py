@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from fxopt import bench
 from fxopt.bench import Comparison, Verdict
-from fxopt.capture.independent import independent_copy
-from fxopt.contract import Change, Pass, Skip
+from fxopt.contract import Change, Pass
 from fxopt.engines.candidates import ALL, AUTO
 from fxopt.engines.lower import build
 from fxopt.engines.place import on
@@ -22,8 +20,7 @@ from fxopt.errors import SpecError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.ledger import Proof
-from fxopt.rewriting import run_pass
-from fxopt.sensitivity import Sensitivity
+from fxopt.revision import Kept, Revision, rerun
 
 PASS, MATCH = "pass", "match"
 _MARGIN = 0.01
@@ -63,27 +60,7 @@ def measuring(inputs: Inputs, device: torch.device, engine: str | None, seed: in
 
 
 @dataclass(frozen=True)
-class Proven:
-    """What is left of a pass.
-
-    Attributes:
-        module: with what was kept.
-        changes, skips: of the pass, as far as they were kept.
-        spared: the places that it left alone for that.
-        proofs: of the pass, and of single places.
-        ranking: of the layers that it quantised, where that was asked for.
-    """
-
-    module: GraphModule
-    changes: tuple[Change, ...]
-    skips: tuple[Skip, ...]
-    spared: frozenset[str] = frozenset()
-    proofs: tuple[Proof, ...] = ()
-    ranking: tuple[Sensitivity, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prover:
+class Prover(Revision):
     """Measures what passes did, and reverts what does not pay.
 
     A pass stays if the module is measured to be faster with it. At the level of matches each place that it changed is
@@ -102,21 +79,12 @@ class Prover:
     budget_seconds: float = 30.0
     progress: Callable[[str], None] = lambda stage: None
 
-    def prove(
-        self,
-        each: Pass,
-        before: GraphModule,
-        after: Proven,
-        calibration: Sequence[Inputs],
-    ) -> Proven:
-        """Measure a pass that was run and verified.
+    def concerns(self, each: Pass) -> bool:
+        """Those that are there for speed."""
+        return each.for_speed
 
-        Args:
-            each: the pass.
-            before: the module before it; it is not changed.
-            after: the module after it, with all changes.
-            calibration: inputs for passes that need data.
-        """
+    def revise(self, each: Pass, before: GraphModule, after: Kept, calibration: Sequence[Inputs]) -> Kept:
+        """Measure what a pass gained, and see `Revision.revise`."""
         began = time.perf_counter()
         places = list(dict.fromkeys(change.where for change in after.changes))
         singly = self.level == MATCH and len(places) > 1
@@ -124,11 +92,6 @@ class Prover:
         whole = self.measure(before, after.module, self.budget_seconds * (_WHOLE if singly else 1.0))
         if not singly:
             return _concluded(before, after, whole, ())
-
-        def variant(spared: Set[str]) -> Proven:
-            module = cast(GraphModule, independent_copy(before))
-            changes, skips = run_pass(each, module, calibration, spared=spared)
-            return Proven(module, changes, skips, frozenset(spared))
 
         pays, current = whole.verdict is Verdict.FASTER, after
         singles: dict[str, Proof] = {}
@@ -143,7 +106,7 @@ class Prover:
                 singles[place] = Proof(place, pays, spent, made)
                 continue
             self.progress(f"prove {each.name}: {place} ({number + 1} of {len(places)})")
-            without = variant(current.spared | {place})
+            without = rerun(each, before, calibration, current.spared | {place})
             if place in _places(without):
                 reason = f"not measured: it cannot be left out alone; {_WITH_THE_PASS}"
                 singles[place] = Proof(place, True, reason, made)
@@ -155,7 +118,7 @@ class Prover:
                 current = without
         reverted = {place for place, proof in singles.items() if not proof.kept} & _places(current)
         if reverted:
-            current = variant(current.spared | reverted)
+            current = rerun(each, before, calibration, current.spared | reverted)
         if current.spared and current.changes:
             self.progress(f"prove {each.name}: what is left of it")
             left = max(self.budget_seconds - (time.perf_counter() - began), _SHORTEST_SECONDS)
@@ -163,7 +126,7 @@ class Prover:
         return _concluded(before, current, whole, tuple(singles.values()))
 
 
-def _places(proven: Proven) -> set[str]:
+def _places(proven: Kept) -> set[str]:
     return {change.where for change in proven.changes}
 
 
@@ -183,7 +146,7 @@ _REASONS = {
 }
 
 
-def _concluded(before: GraphModule, after: Proven, whole: Comparison, singles: tuple[Proof, ...]) -> Proven:
+def _concluded(before: GraphModule, after: Kept, whole: Comparison, singles: tuple[Proof, ...]) -> Kept:
     """`after` if it pays, else `before`."""
     kept = bool(after.changes) and whole.verdict is Verdict.FASTER
     reason = _REASONS[whole.verdict] if after.changes else "none of its changes pays"
@@ -194,4 +157,4 @@ def _concluded(before: GraphModule, after: Proven, whole: Comparison, singles: t
     if kept:
         return dataclasses.replace(after, proofs=(first, *singles))
     singles = tuple(dataclasses.replace(proof, kept=False) for proof in singles)
-    return Proven(before, (), after.skips, proofs=(first, *singles))
+    return Kept(before, (), after.skips, proofs=(first, *singles))

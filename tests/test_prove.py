@@ -102,7 +102,7 @@ def proven(
     each: Pass, measure: prove.Measure, level: str, module: nn.Module, inputs: Inputs = INPUTS, **options: Any
 ) -> tuple[LedgerEntry, GraphModule]:
     captured = capture(module, inputs.args)
-    ledger = run_passes(captured, [each], Oracle(module, inputs), prover=Prover(measure, level, **options))
+    ledger = run_passes(captured, [each], Oracle(module, inputs), revisions=[Prover(measure, level, **options)])
     return ledger.entries[0], captured.module
 
 
