@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,25 +14,16 @@ from torch import nn
 from fxopt import bench
 from fxopt.bench.statistics import paired_interval
 from fxopt.capture.state import state_kept
+from fxopt.engines.builder import Builder
 from fxopt.engines.candidates import ALL, AUTO, Rung, candidates
-from fxopt.engines.executable import Executable
 from fxopt.engines.exports import Exports
-from fxopt.engines.gpu import rounding_of_torch
-from fxopt.engines.lower import after_passes, build
-from fxopt.engines.once import once
-from fxopt.engines.parity import agreement
 from fxopt.engines.place import on
 from fxopt.engines.table import find
-from fxopt.engines.unquantized import unquantized
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
-from fxopt.modules import is_quantized
-from fxopt.relative_error import TOLERANCE, relative_error
-from fxopt.verify import Oracle, Trial
+from fxopt.verify import Oracle
 
-_LOWEST_BFLOAT16_ERROR = 1e-3
-"""bfloat16 keeps 8 bits: no model stays closer than this, so a tighter bound rules it out before it is built."""
 _BUILDING, _SLOW_BUILDING = 0.6, 0.25
 """Shares of the budget after which no further build begins, and none that compiles: it takes up to minutes."""
 _TOGETHER = 0.75
@@ -104,30 +94,10 @@ def climb(
     judge = oracle or Oracle(rewritten, inputs, seed)
     place = torch.device(device)
     rewritten, inputs = on(place, rewritten), inputs.to(place)
-    tried, rungs = candidates(asked, rewritten, place), list[Rung]()
     named = asked not in (AUTO, ALL)
-    subjects = {False: (rewritten, judge)}
     with Exports() as exports:
-        for rung in tried:
-            why_not = _why_not_built(rung, rungs)
-            spent = (time.perf_counter() - began) / budget_seconds
-            # However short it is, there is to be something to choose beside eager.
-            enough = any(not one.dropped for one in rungs[1:])
-            late = spent > (_SLOW_BUILDING if rung.compiles else _BUILDING)
-            if rungs and not named and late and (enough or rung.compiles):
-                why_not = f"the budget of {budget_seconds:g} s was short"
-            if why_not is not None:
-                rungs.append(dataclasses.replace(rung, dropped=f"not built: {why_not}"))
-                continue
-            tell(f"build {rung.label}")
-            if rung.in_floats and True not in subjects:
-                in_floats = unquantized(rewritten)
-                subjects[True] = (in_floats, Oracle(in_floats, inputs, seed))
-            subject, knows = subjects[rung.in_floats]
-            with exports.after(rung.beforehand):
-                rungs.append(_built(rung, subject, inputs, place, knows, max_error, named, exports))
-            if named and rung is _asked_for(tried) and rungs[-1].dropped:
-                raise EngineError(rungs[-1].dropped)
+        builder = Builder(rewritten, inputs, place, judge, seed, max_error, named, exports)
+        rungs = _build(candidates(asked, rewritten, place), builder, began, budget_seconds, tell)
     running = [rung for rung in rungs if not rung.dropped]
     if not running:
         raise EngineError(rungs[0].dropped)
@@ -161,96 +131,31 @@ def _asked_for(rungs: Sequence[Rung]) -> Rung:
     return next(rung for rung in reversed(rungs) if not rung.in_floats)
 
 
-def _why_not_built(rung: Rung, before: Sequence[Rung]) -> str | None:
-    """What makes a rung superfluous among those that were built before it."""
-    faster = any(one.label == rung.closer_than and not one.dropped for one in before)
-    return f"the error of {rung.closer_than} is allowed" if faster else None
+def _build(
+    tried: Sequence[Rung], builder: Builder, began: float, budget_seconds: float, tell: Callable[[str], None]
+) -> list[Rung]:
+    """One after another, what the budget has time for.
 
-
-def _built(
-    rung: Rung,
-    module: GraphModule,
-    inputs: Inputs,
-    place: torch.device,
-    oracle: Oracle,
-    max_error: float | None,
-    named: bool,
-    exports: Exports,
-) -> Rung:
-    max_error = rung.options.get("max_error", max_error)  # its own goes first
-    lowest = 0.0 if "tf32" in rung.options else _LOWEST_BFLOAT16_ERROR
-    if rung.is_rounded and not rung.in_floats and (max_error is None or max_error < lowest):
-        return dataclasses.replace(
-            rung, dropped="not built: fewer bits need a bound on the error: give a max_error, such as 1e-2"
-        )
-    before = _resident(place)
-    began = time.perf_counter()
-    try:
-        rewritten = after_passes(module, rung.passes) if rung.passes else module
-        seconds = time.perf_counter() - began
-        engine = find(rung.engine, rung.options)
-        missing = engine.in_vain(rewritten) if rung.is_rounded and (rung.in_floats or not named) else None
-        if missing is not None:
-            return dataclasses.replace(rung, dropped=f"not built: {missing}")
-        executable = build(engine if max_error is None else engine.within(max_error), rewritten, inputs)
-        errors = _errors(executable, place, oracle)
-    except EngineError as error_:
-        return dataclasses.replace(rung, dropped=str(error_))
-    except Exception as error_:  # whatever the insides of another project raise
-        return dataclasses.replace(rung, dropped=f"{type(error_).__name__}: {error_}")
-    after = _resident(place)
-    found = dataclasses.replace(
-        rung,
-        executable=executable,
-        build_seconds=seconds + executable.build_seconds,
-        relative_error=max((error for error, _, _ in errors), default=0.0),
-        resident_bytes=None if before is None or after is None else max(after - before, 0),
-    )
-    for error, allowed, index in errors:
-        bound = allowed if max_error is None else max_error
-        if rung.in_floats:  # it is shown, and never chosen
-            bound = max(bound, engine.tolerance(torch.float32))
-        if not error <= bound:
-            return dataclasses.replace(found, dropped=f"output {index} differs by {error:.2e} (allowed {bound:g})")
-    if not engine.integers or not is_quantized(rewritten):
-        return found
-    size = None if executable.built.write is None else exports.size(rung.beforehand)
-    pairs = [
-        pair
-        for trial, values in _outputs(executable, place, oracle)
-        for pair in zip(trial.expected.values, values, strict=True)
-    ]
-    return dataclasses.replace(found, parity=(agreement(pairs, size),))
-
-
-def _errors(executable: Executable, place: torch.device, oracle: Oracle) -> list[tuple[float, float, int]]:
-    """The relative error of each output over the trials that it takes, what its dtype allows, and which output it is.
-
-    The largest error comes first.
+    Raises:
+        EngineError: where the one that was asked for by its name can't be used.
     """
-    rounding = max(executable.rounding, rounding_of_torch(place))
-    found = []
-    for trial, values in _outputs(executable, place, oracle):
-        for index, (expected, value) in enumerate(zip(trial.reference.values, values, strict=True)):
-            if isinstance(expected, torch.Tensor):
-                error = relative_error(expected, value.to(expected.device))
-                allowed = (TOLERANCE.get(dtype, 0.0) for dtype in {value.dtype, *executable.dtypes})
-                found.append((error, max(rounding, *allowed), index))
-    return sorted(found, reverse=True)
-
-
-def _outputs(executable: Executable, place: torch.device, oracle: Oracle) -> Iterator[tuple[Trial, list[Any]]]:
-    """The trials that it takes, and what it gives for each."""
-    for index, trial in enumerate(oracle.trials):
-        try:
-            values, structure = once(executable, executable.holds, trial.inputs.to(place))
-        except EngineError:
-            if index == 0:
-                raise
-            continue  # sizes that it was not built for
-        if structure != trial.expected.structure:
-            raise EngineError(f"engine '{executable.engine.name}' gives outputs that are nested otherwise")
-        yield trial, values
+    rungs = list[Rung]()
+    for rung in tried:
+        spent = (time.perf_counter() - began) / budget_seconds
+        # However short it is, there is to be something to choose beside eager.
+        enough = rung.compiles or any(not one.dropped for one in rungs[1:])
+        late = enough and spent > (_SLOW_BUILDING if rung.compiles else _BUILDING)
+        if any(one.label == rung.closer_than and not one.dropped for one in rungs):
+            rung = dataclasses.replace(rung, dropped=f"not built: the error of {rung.closer_than} is allowed")
+        elif rungs and late and not builder.named:
+            rung = dataclasses.replace(rung, dropped=f"not built: the budget of {budget_seconds:g} s was short")
+        else:
+            tell(f"build {rung.label}")
+            rung = builder.build(rung)
+        rungs.append(rung)
+        if builder.named and rung.dropped and len(rungs) == 2:  # what was asked for comes behind eager
+            raise EngineError(rung.dropped)
+    return rungs
 
 
 def _together(
@@ -292,14 +197,3 @@ def _fastest(rungs: Sequence[Rung], inputs: Inputs, place: torch.device, left: f
     if all_of.reach <= final.margin:
         return min(first, second, key=lambda rung: rung.build_seconds or 0.0)
     return second if all_of.ratio < 1 else first
-
-
-def _resident(place: torch.device) -> int | None:
-    """Bytes of this process that are in the memory of a device: for the CPU as Linux tells them."""
-    if place.type == "cuda":
-        return torch.cuda.memory_allocated(place)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)

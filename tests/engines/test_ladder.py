@@ -20,7 +20,8 @@ import fxopt
 from fxopt import Inputs, record, report
 from fxopt.artifact import save
 from fxopt.bench import Times, Verdict
-from fxopt.engines import Executable, candidates, exports, ladder, onednn, openvino
+from fxopt.engines import Executable, builder, candidates, exports, ladder, onednn, openvino
+from fxopt.engines.builder import Builder
 from fxopt.engines.candidates import Rung
 from fxopt.engines.contract import Built, Engine
 from fxopt.engines.ladder import Ladder, climb
@@ -166,7 +167,7 @@ def test_a_name_takes_options_in_braces(measured: dict[Any, float]) -> None:
 
 def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
-    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(3e-3 if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
+    monkeypatch.setattr(Builder, "_errors", lambda _, e, *__: [(3e-3 if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
     found = run("auto")
     assert found.chosen is not None
     assert found.chosen.engine == "eager"
@@ -199,7 +200,7 @@ class RoundsLater(Engine):
 
 
 def test_each_output_is_held_to_its_own_dtype(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "find", lambda *_: RoundsLater())
+    monkeypatch.setattr(builder, "find", lambda *_: RoundsLater())
     model, x = OfTwoDtypes().eval(), torch.ones(2, 4)
     with pytest.raises(EngineError, match=r"output 1 differs by 1.00e-03 \(allowed 0.0001\)"):
         climb("eager", model, fxopt.capture(model, (x,)).module, Inputs((x,)))
@@ -213,8 +214,8 @@ def test_who_fails_drops_out_with_the_reason(measured: dict[Any, float], monkeyp
             raise RuntimeError("out of luck")
         return real(engine, *_)
 
-    real = ladder.build
-    monkeypatch.setattr(ladder, "build", build)
+    real = builder.build
+    monkeypatch.setattr(builder, "build", build)
     monkeypatch.setattr(candidates, "ON_CPU", (*HERE, Rung("cudnn"), Rung("openvino", {"precision": "bf16"})))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = run("auto")
@@ -367,7 +368,7 @@ def test_what_rounds_less_is_built_only_where_the_error_of_what_rounds_more_is_t
 ) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (Rung("onednn"), Rung("eager", closer_than="onednn")))
-    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(error if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
+    monkeypatch.setattr(Builder, "_errors", lambda _, e, *__: [(error if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
     assert run("auto").rungs[1].dropped == said
 
 
@@ -425,7 +426,7 @@ def test_builds_stop_when_the_budget_is_short_and_there_is_something_to_choose(
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(candidates, "ON_CPU", (Rung("eager"), Rung("onednn", {"tune_seconds": 0.0}), Rung("onednn")))
     wrong = OneDNN(0.0)
-    monkeypatch.setattr(ladder, "_errors", lambda e, *_: [(0.0 if holds or e.engine != wrong else 1.0, 1e-4, 0)])
+    monkeypatch.setattr(Builder, "_errors", lambda _, e, *__: [(0.0 if holds or e.engine != wrong else 1.0, 1e-4, 0)])
     _, first, second = run("auto", budget_seconds=1e-9).rungs
     assert bool(first.dropped) is not holds
     assert second.dropped == ("not built: the budget of 1e-09 s was short" if holds else "")
@@ -517,14 +518,14 @@ def test_a_quantised_module_may_round_its_example_to_zeros() -> None:
 def build_seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """How long it takes to build an engine, by its name; nothing else takes any time."""
     seconds: dict[str, float] = {}
-    now, real = [0.0], ladder.build
+    now, real = [0.0], builder.build
 
     def build(engine: Any, *rest: Any) -> Executable:
         now[0] += seconds.get(engine.name, 0.0)
         return real(engine, *rest)
 
     monkeypatch.setattr(ladder, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(ladder, "build", build)
+    monkeypatch.setattr(builder, "build", build)
     return seconds
 
 

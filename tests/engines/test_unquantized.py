@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxopt
 from fxopt.bench import Verdict
-from fxopt.engines import candidates, climb, ladder
+from fxopt.engines import builder, candidates, climb, ladder
 from fxopt.engines.candidates import Rung
 from fxopt.engines.contract import Engine
 from fxopt.engines.onednn import OneDNN
@@ -108,7 +108,7 @@ def test_an_engine_that_cannot_be_built_says_so_before_others_are(monkeypatch: p
         built.append(engine.name)
         raise EngineError("out of luck")
 
-    monkeypatch.setattr(ladder, "build", build)
+    monkeypatch.setattr(builder, "build", build)
     with pytest.raises(EngineError, match="out of luck"):
         lowered("onnxruntime")
     assert built == ["eager", "onnxruntime"]
