@@ -13,15 +13,21 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph import Effects, Region
+from fxopt.graph import Effects, Region, rank_of
 from fxopt.graph.strides import READ_STRIDES, VIEWS, was_contiguous
 
 _MAY_COPY = VIEWS.keys() | frozenset("reshape reshape_as flatten ravel contiguous".split())
 """What gives the memory of its argument or a copy, as its strides have it."""
+_DRAWING = frozenset(
+    "dropout rand_like randn_like randint_like bernoulli_ normal_ uniform_ exponential_ random_ geometric_ cauchy_ "
+    "log_normal_".split()
+)
+"""What draws a random number for each element in the order of memory."""
 _FORGETTING = frozenset(
     "size dim numel len item new_zeros new_ones new_empty new_full new_tensor linear layer_norm embedding".split()
 )
 """What has the same strides whatever those of its arguments are."""
+_MODULES: dict[type, str] = {nn.Flatten: "flatten", nn.Dropout: "dropout"}
 _FORGETTING_MODULES = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
@@ -52,6 +58,8 @@ def _looking(region: Region) -> Iterator[tuple[fx.Node, str]]:
         name = _name(node, region)
         if name in READ_STRIDES:
             yield node, f"'{region.qualified(node)}' looks at strides"
+        elif name in _DRAWING and effects.is_random(node) and rank_of(node) not in (0, 1, 2):
+            yield node, f"'{region.qualified(node)}' draws random numbers in the order of memory"
         elif name in _MAY_COPY and any(
             writer > node and not aliases(node).isdisjoint(written) for writer, written in writers
         ):
@@ -60,7 +68,7 @@ def _looking(region: Region) -> Iterator[tuple[fx.Node, str]]:
 
 def _name(node: fx.Node, region: Region) -> str:
     if node.op == "call_module":
-        return "flatten" if isinstance(region.submodule(node), nn.Flatten) else ""
+        return _MODULES.get(type(region.submodule(node)), "")
     if node.op in ("call_method", "call_function"):
         return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return ""

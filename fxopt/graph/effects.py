@@ -150,7 +150,8 @@ class Effects:
             hooked = module._forward_hooks or module._forward_pre_hooks
             return isinstance(module, known) and not hooked
         if node.op in ("call_function", "call_method"):
-            return node.target in _PURE_FUNCTIONS or bool(_schemas(_operator_name(node)))
+            named = node.target in _PURE_FUNCTIONS or node.target in _INPLACE_OPERATORS
+            return named or bool(_schemas(_operator_name(node)))
         return node.op == "get_attr"
 
     def is_pure(self, node: fx.Node) -> bool:

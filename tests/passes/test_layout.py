@@ -466,7 +466,14 @@ def test_what_is_written_between_two_layers_enters_twice() -> None:
 CONTIGUOUS: dict[str, tuple[Forward, str]] = {
     "strides": (lambda self, x: self.conv(x).as_strided((2, 4), (4, 1)), "looks at strides"),
     "a written view": (lambda self, x: self.conv(x).view(-1).mul_(2), "is a view of memory that is written"),
+    "a part of a written view": (lambda self, x: _set(self.conv(x).view(-1)), "is a view of memory that is written"),
+    "random numbers": (lambda self, x: self.conv(x) + torch.rand_like(self.conv(x)), "draws random numbers"),
 }
+
+
+def _set(x: torch.Tensor) -> torch.Tensor:
+    x[0] = 2.0
+    return x
 
 
 @pytest.mark.parametrize("name", CONTIGUOUS)
@@ -475,6 +482,25 @@ def test_stays_contiguous_with_the_reason(name: str) -> None:
     outcome = run(Layout(), Parts(forward).eval(), (torch.randn(*IMAGE),))
     assert not outcome.changes
     assert reason in outcome.skips[0].reason
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout(0.3), nn.Dropout2d(0.3)], ids=["elements", "channels"])
+def test_training_drops_what_it_dropped_before(drop: nn.Module) -> None:
+    """Elements are drawn in the order of memory, channels are not."""
+    model = Parts(lambda self, x: self.drop(self.conv(x)), drop=drop)
+    outcome = run(Layout(), model.train(), (torch.randn(*IMAGE),))
+    assert bool(outcome.changes) is isinstance(drop, nn.Dropout2d)
+    assert "draws random numbers" in outcome.skips[0].reason if outcome.skips else outcome.changes
+
+
+def test_a_part_that_is_set_is_written_into_what_later_layers_read() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(self.conv(x))
+        y[..., 1:] = x[..., :-1]
+        return self.conv(y + x)
+
+    model, x = Parts(forward).eval(), torch.randn(*IMAGE)
+    assert_close(run(Layout(), model, (x,)).module(x), model(x))
 
 
 def test_shared_and_tied_kernels_stay_so() -> None:
