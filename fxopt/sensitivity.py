@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,19 +155,16 @@ def _seconds(module: nn.Module, batch: Inputs, names: Iterable[str]) -> Mapping[
 @contextmanager
 def _timed(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
     times: dict[str, float] = defaultdict(float)
-    handles = []
-    for name, layer in layers.items():
-        began: list[float] = []
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            began: list[float] = []
 
-        def start(*_: Any, began: list[float] = began) -> None:
-            began.append(time.perf_counter())
+            def start(*_: Any, began: list[float] = began) -> None:
+                began.append(time.perf_counter())
 
-        def stop(*_: Any, name: str = name, began: list[float] = began) -> None:
-            times[name] += time.perf_counter() - began.pop()
+            def stop(*_: Any, name: str = name, began: list[float] = began) -> None:
+                times[name] += time.perf_counter() - began.pop()
 
-        handles += [layer.register_forward_pre_hook(start), layer.register_forward_hook(stop)]
-    try:
+            hooks.enter_context(layer.register_forward_pre_hook(start))
+            hooks.enter_context(layer.register_forward_hook(stop))
         yield times
-    finally:
-        for handle in handles:
-            handle.remove()

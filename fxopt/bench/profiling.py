@@ -141,7 +141,6 @@ def _recorded(call: Callable[[], object]) -> None:
 @contextlib.contextmanager
 def _named(module: Callable[..., Any]) -> Iterator[None]:
     """Let the profiler see which submodule runs."""
-    handles = []
     open_records: list[Any] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -155,14 +154,11 @@ def _named(module: Callable[..., Any]) -> Iterator[None]:
     def leave(*_: Any) -> None:
         open_records.pop().__exit__(None, None, None)
 
-    if isinstance(module, nn.Module):
-        for name, child in module.named_modules():
-            handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, child in module.named_modules() if isinstance(module, nn.Module) else ():
+            hooks.enter_context(child.register_forward_pre_hook(enter(name)))
+            hooks.enter_context(child.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
@@ -81,7 +82,7 @@ def drew_numbers(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         look()
         stack.pop()
 
-    with _watched(enter, leave):
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True):
         root(*args, **kwargs)
     return list(drew)
 
@@ -107,25 +108,16 @@ def changed_around(root: nn.Module, call: Call, opaque: Iterable[str]) -> list[s
         if id(module) in left:
             left[id(module)] = State(module)
 
-    with _watched(enter, leave), suppress(Exception):  # the caller knows already whether it runs
+    with (
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+        suppress(Exception),  # the caller knows already whether it runs
+    ):
         call.run(root)
         call.run(root)
     for state in left.values():
         look(state)
     return list(changed)
-
-
-@contextmanager
-def _watched(enter: Any, leave: Any) -> Iterator[None]:
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -54,8 +55,16 @@ def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
 
     state = State(module)
     try:
-        with _hooks(enter, leave), counter, torch.no_grad(), random_state_kept(), suppress(Exception):
-            # Without values, and without gradients where a forward computes some, it runs up to there.
+        with (
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+            counter,
+            torch.no_grad(),
+            random_state_kept(),
+            suppress(
+                Exception
+            ),  # without values, and without gradients where a forward computes some, it may end early
+        ):
             Call(inputs.args, inputs.kwargs).run(module)
     finally:
         state.restore()
@@ -81,19 +90,6 @@ class _Flops(TorchDispatchMode):
         self.total += flops
         self.hidden += flops if self.is_hidden() else 0
         return result
-
-
-@contextmanager
-def _hooks(enter: Any, leave: Any) -> Iterator[None]:
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,23 +30,18 @@ def see_inputs(module: GraphModule, found: list[Masked], batches: Iterable[Input
         PassError: there are no batches, or the module does not take one.
     """
     reached = set[PrunedMask]()
-    hooks = [
-        each.owner.register_forward_pre_hook(_watch(each.mask, reached), with_kwargs=True)
-        for each in found
-        if isinstance(each.owner, Fused)
-    ]
     functional = {id(each.mask): each.mask for each in found if not isinstance(each.owner, Fused)}
     readers = _readers(module, functional)
     visit = _visit(readers, reached)
-    try:
-        with torch.no_grad(), modes_kept(module):
-            module.eval()
-            with unaffected(module):
-                count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
-                squares = [_squares(each.mask).clone() for each in found]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad(), modes_kept(module):
+        for each in found:
+            if isinstance(each.owner, Fused):
+                watch = _watch(each.mask, reached)
+                hooks.enter_context(each.owner.register_forward_pre_hook(watch, with_kwargs=True))
+        module.eval()
+        with unaffected(module):
+            count = run_batches("sparsify", batches, lambda each: observe(module, each.args, each.kwargs, visit))
+            squares = [_squares(each.mask).clone() for each in found]
     if count == 0:
         raise PassError(
             "sparsify: criterion 'wanda' needs the inputs of the layers and there is no calibration data; give some "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -85,18 +85,13 @@ def floating(value: Any) -> list[torch.Tensor]:
 @contextmanager
 def telling_modules(module: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep the qualified name of the module that runs on top of `stack`."""
-    handles = []
-    for path, child in module.named_modules():
-        if isinstance(child, torch.jit.ScriptModule):
-            continue
-        handles.append(child.register_forward_pre_hook(_pusher(stack, path), prepend=True))
-        handles.append(child.register_forward_hook(_popper(stack), always_call=True))
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(stack.clear)
+        for path, child in module.named_modules():
+            if not isinstance(child, torch.jit.ScriptModule):
+                hooks.enter_context(child.register_forward_pre_hook(_pusher(stack, path), prepend=True))
+                hooks.enter_context(child.register_forward_hook(_popper(stack), always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        stack.clear()
 
 
 def _pusher(stack: list[str], path: str) -> Callable[..., None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,15 +229,13 @@ def _measured(module: nn.Module, seen: Forward) -> Iterator[None]:
             brings = any(parameter not in known for parameter in each.parameters())
             seen.foreign[type(each)] = brings or seen.foreign.get(type(each), False)
 
-    plain = [(path, each) for path, each in module.named_modules() if not isinstance(each, torch.jit.ScriptModule)]
-    handles = [each.register_forward_hook(note(path)) for path, each in plain]
-    handles += [each.register_forward_pre_hook(take(path), with_kwargs=True) for path, each in plain]
-    handles.append(register_module_forward_pre_hook(look))
-    try:
+    with ExitStack() as hooks:
+        for path, each in module.named_modules():
+            if not isinstance(each, torch.jit.ScriptModule):
+                hooks.enter_context(each.register_forward_hook(note(path)))
+                hooks.enter_context(each.register_forward_pre_hook(take(path), with_kwargs=True))
+        hooks.enter_context(register_module_forward_pre_hook(look))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run_forward(subject: Subject) -> Forward:
