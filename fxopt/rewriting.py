@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from fxopt.capture.state import State, random_state_kept
 from fxopt.contract import Change, Pass, Skip
 from fxopt.errors import FxoptError, PassError
-from fxopt.graph import GraphModule, Program, eliminate_dead, observe
+from fxopt.graph import GraphModule, Program, Region, eliminate_dead, observe
 from fxopt.inputs import Inputs
 
 _SHAPES_OF = "shapes_of"
@@ -34,13 +34,17 @@ def run_pass(
     """
     found: list[Change | Skip] = []
     program = Program(module, spared)
-    called, read = _called(program), _read(program)
+    called, read = dict[tuple[str, str], nn.Module](), set[tuple[str, str]]()
+    for region in program.regions:
+        called, read = called | _called(region), read | _read(region)
     try:
         for region in program.regions:
             for item in each.run(region):
                 found.append(item)
                 if limit is not None and sum(isinstance(one, Change) for one in found) >= limit:
                     break
+            # What the pass put where nothing reads it goes, too.
+            called, read = called | _called(region), read | _read(region)
             eliminate_dead(region)
             region.graph.lint()
     except FxoptError:
@@ -58,22 +62,16 @@ def run_pass(
     return changes, tuple(item for item in found if isinstance(item, Skip))
 
 
-def _called(program: Program) -> dict[tuple[str, str], nn.Module]:
+def _called(region: Region) -> dict[tuple[str, str], nn.Module]:
     return {
         (region.path, str(node.target)): region.submodule(node)
-        for region in program.regions
         for node in region.graph.nodes
         if node.op == "call_module"
     }
 
 
-def _read(program: Program) -> set[tuple[str, str]]:
-    return {
-        (region.path, str(node.target))
-        for region in program.regions
-        for node in region.graph.nodes
-        if node.op == "get_attr"
-    }
+def _read(region: Region) -> set[tuple[str, str]]:
+    return {(region.path, str(node.target)) for node in region.graph.nodes if node.op == "get_attr"}
 
 
 def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module], read: set[tuple[str, str]]) -> None:
@@ -88,7 +86,7 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
         registered = dict(owners[path].named_modules(remove_duplicate=False)).get(name) is module
         if registered and dead and not any(after.readers(tensor) for tensor in tensors):
             owners[path].delete_submodule(name)
-    for path, name in read - _read(after):
+    for path, name in read.difference(*map(_read, after.regions)):
         owner_name, _, leaf = name.rpartition(".")
         try:
             owner = owners[path].get_submodule(owner_name)

@@ -1,4 +1,4 @@
-"""Shapes are written into nodes by one call, and by another only where something changed."""
+"""What nothing reads goes behind a pass; shapes are written by one call, and again only where something changed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import fxopt
 from fxopt import rewriting
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
+from fxopt.modules import FakeQuantize, Mask
 from fxopt.rewriting import propagate_shapes
 from tests.capture.odd import InnerGradient
 
@@ -79,3 +80,24 @@ def test_shapes_of_gradients_are_found_in_training() -> None:
     captured = fxopt.capture(InnerGradient().train(), torch.ones(2, 4))
     propagate_shapes(captured.module, captured.inputs)
     assert captured.module.meta["shapes_of"]
+
+
+class Unread(nn.Module):
+    """Computes something that no output needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.ones(3, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _ = x @ self.weight
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("passes", ["sparsify{amount=0.5}", "qat"])
+def test_what_a_pass_puts_where_nothing_reads_it_goes_with_what_was_there(passes: str) -> None:
+    result = fxopt.optimize(Unread().eval(), X, passes, devices=())
+    calls = {str(node.target) for node in result.module.graph.nodes if node.op == "call_module"}
+    ours = [name for name, child in result.module.named_modules() if isinstance(child, (Mask, FakeQuantize))]
+    assert all(name in calls or name.startswith("layer.") for name in ours)
+    assert not any("weight." in name and not name.startswith("layer.") for name in result.module.state_dict())
