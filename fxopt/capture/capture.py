@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from fxopt.capture.call import Call
@@ -61,18 +62,32 @@ def capture(
     call.check(module)
     if fake:
         return _capture_fake(module, inputs, call, began)
-    duplicate = independent_copy(module)
     with random_state_kept():
-        builder = Builder(check=check)
-        notes = builder.materialize(duplicate, call)
-        result: nn.Module
-        if on_guard_failure == "recapture":
-            result = Recapturing(duplicate, builder)
-            graph_module, found = result.add(call)
-        else:
-            graph_module, found = builder.build(duplicate, call, "")
-            result = graph_module
-        return _captured(cast(GraphModule, result), graph_module, inputs, call, found, notes, began)
+        try:
+            built = _built(module, call, check, on_guard_failure)
+        except RuntimeError as error:
+            if module.training or not torch.is_grad_enabled():
+                raise
+            # What is written for inference may write where gradients forbid it, as into the parts of what it splits.
+            with torch.no_grad():
+                try:
+                    built = _built(module, call, check, on_guard_failure)
+                except Exception:  # it is broken either way
+                    raise error from None
+        return _captured(*built, inputs, call, began)
+
+
+def _built(
+    module: nn.Module, call: Call, check: bool, on_guard_failure: str
+) -> tuple[GraphModule, GraphModule, Found, tuple[str, ...]]:
+    """What a call of a copy was recorded as: the result, the graph in it, what was found, and notes."""
+    duplicate, builder = independent_copy(module), Builder(check=check)
+    notes = builder.materialize(duplicate, call)
+    if on_guard_failure == "recapture":
+        result = Recapturing(duplicate, builder)
+        return cast(GraphModule, result), *result.add(call), notes
+    graph_module, found = builder.build(duplicate, call, "")
+    return graph_module, graph_module, found, notes
 
 
 def _capture_fake(module: nn.Module, inputs: Inputs, call: Call, began: float) -> Captured:
@@ -80,7 +95,7 @@ def _capture_fake(module: nn.Module, inputs: Inputs, call: Call, began: float) -
     with random_state_kept(), valueless.mode:
         graph_module, found = Builder(check=False, fake=True).build(valueless.module, valueless.call, "")
         notes = ("captured without values: outputs were not compared",)
-        captured = _captured(graph_module, graph_module, inputs, valueless.call, found, notes, began)
+        captured = _captured(graph_module, graph_module, found, notes, inputs, valueless.call, began)
     valueless.give_back_tensors(graph_module)
     return captured
 
@@ -88,10 +103,10 @@ def _capture_fake(module: nn.Module, inputs: Inputs, call: Call, began: float) -
 def _captured(
     result: GraphModule,
     graph_module: GraphModule,
-    inputs: Inputs,
-    call: Call,
     found: Found,
     notes: tuple[str, ...],
+    inputs: Inputs,
+    call: Call,
     began: float,
 ) -> Captured:
     measured = Inputs(call.args, call.kwargs)

@@ -355,6 +355,35 @@ def test_an_error_in_a_region_without_gradients_leaves_the_mode_of_the_caller(ag
     same(module(x), compiled(x))
 
 
+class InferenceOnly(nn.Module):
+    """Writes into parts of what it splits, which torch forbids with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        queries, keys = self.layer(x).chunk(2, -1)
+        queries.mul_(0.5)
+        return queries @ keys.mT
+
+
+@pytest.mark.parametrize("on_guard_failure", ["error", "recapture"])
+def test_a_forward_that_runs_without_gradients_alone_is_captured_so(on_guard_failure):
+    module, x = InferenceOnly().eval(), torch.randn(3, 4)
+    captured = capture(module, x, on_guard_failure=on_guard_failure)
+    assert not captured.opaque
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert torch.equal(captured.module(x), module(x))
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        captured.module(x)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        capture(module.train(), x)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        capture(module.eval(), torch.randn(3, 5))
+
+
 class DecidesOnValues(nn.Module):
     def forward(self, x, shift=torch.full((3,), 4.0), *, scale=torch.full((3,), 2.0)):  # noqa: B008
         return x + shift * scale if x.sum() > 0 else x - shift * scale
