@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,8 @@ def _round(module: nn.Module, on: bool) -> None:
 def _exact(module: nn.Module, batches: list[Inputs]) -> torch.Tensor:
     narrow = _outputs(module, batches)
     try:
-        wide = _outputs(copy.deepcopy(module).double(), [batch.double() for batch in batches])
+        with redirect_stderr(io.StringIO()):  # torch.fx prints an error before it raises it
+            wide = _outputs(copy.deepcopy(module).double(), [batch.double() for batch in batches])
     except PassError:  # a dtype that is written out in the user's code
         return narrow
     # Random numbers are others in float64, and values may decide otherwise.

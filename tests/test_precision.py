@@ -101,6 +101,21 @@ def test_what_is_left_a_float_is_left_so_by_freezing_too() -> None:
     assert closeness(result.module)["accuracy"] >= 0.8
 
 
+def test_a_module_that_float64_fails_in_is_ranked_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    class Narrows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layers(x)
+            return y.softmax(-1, dtype=torch.float32).to(torch.float32) @ y.mT
+
+    result = fxopt.optimize(Narrows().eval(), X, [QAT()], devices=(), calibration_data=[X])
+    assert len(sensitivity(result.module, [X])) == 5
+    assert capfd.readouterr().err == ""
+
+
 def test_attention_products_and_tensors_that_nothing_reads_are_ranked_by_their_layer() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
