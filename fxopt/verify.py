@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,27 @@ class Oracle:
             (difference_of(t.reference, found, Promise.CLOSE, widened=True).error for t, found in pairs if found),
             default=0.0,
         )
+
+    def agree_in_float64(self, before: nn.Module, after: nn.Module) -> bool:
+        """Whether two modules that differ give the same where both compute in float64.
+
+        They differ by rounding alone then. A deep network in training multiplies it: each activation near zero may fall
+        to its other side, and gradients with it.
+        """
+        wide = [_in_float64(module) for module in (before, after)]
+        agreed = False
+        for trial in self.trials:
+            found = [self._try(module, trial.inputs.double()) for module in wide if module is not None]
+            if found == [None, None]:
+                continue  # guards refuse the input
+            if len(found) < 2 or None in found:
+                return False
+            # Folded weights are rounded to what the module has, so that much may be left of the difference.
+            left, right = (replace(outcome, dtypes=trial.expected.dtypes) for outcome in found if outcome is not None)
+            if difference_of(left, right, Promise.CLOSE).is_broken:
+                return False
+            agreed = True
+        return agreed
 
     def expected(self) -> list[Outcome | None]:
         """What the original itself gives for each trial."""

@@ -59,6 +59,20 @@ class Scale(Rewrite[fx.Node]):
 
 
 @dataclass(frozen=True)
+class Behind(Scale):
+    """Puts `function` behind each such module."""
+
+    name: ClassVar[str] = "behind"
+    function: object = None
+
+    def rewrite(self, node: fx.Node, region: Region) -> Change:
+        with region.graph.inserting_after(node):
+            made = region.graph.call_function(self.function, (node,))  # type: ignore[arg-type]
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        return Change("looked at", str(node.target))
+
+
+@dataclass(frozen=True)
 class ScaleExactly(Scale):
     name: ClassVar[str] = "scale-exactly"
     promise: ClassVar[Promise] = Promise.EXACT
@@ -168,6 +182,32 @@ def test_rounding_keeps_the_promise_close_and_breaks_the_promise_exact() -> None
     assert len(changes) == 5
     with pytest.raises(VerifyError, match="promised exactly equal"):
         run(module, ScaleExactly(ending="4", factor=factor))
+
+
+class Amplifies(nn.Module):
+    """Its outputs move by a million times what the outputs of its layer move by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(1e6 * self.layer(x))
+
+
+@pytest.mark.parametrize(("by", "holds"), [(3.0, True), (3.0 + 1e-6, False)])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_float64_shows_to_be_rounding_keeps_the_promise_close(by: float, holds: bool, training: bool) -> None:
+    def divided(value: torch.Tensor) -> torch.Tensor:
+        return value * 3.0 / by
+
+    torch.manual_seed(0)
+    module, each = Amplifies().train(training), Behind(ending="layer", function=divided)
+    if holds:
+        assert run(module, each)[1]
+    else:
+        with pytest.raises(VerifyError, match="after: looked at 'layer'"):
+            run(module, each)
 
 
 def test_an_exact_pass_is_judged_against_the_pass_before_it() -> None:
