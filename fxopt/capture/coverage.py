@@ -61,9 +61,8 @@ def _flops(module: GraphModule, inputs: Inputs) -> tuple[int, int]:
             counter,
             torch.no_grad(),
             random_state_kept(),
-            suppress(
-                Exception
-            ),  # without values, and without gradients where a forward computes some, it may end early
+            # Without values, and without gradients where a forward computes some, it runs up to there.
+            suppress(Exception),
         ):
             Call(inputs.args, inputs.kwargs).run(module)
     finally:
