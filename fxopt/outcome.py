@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +61,24 @@ class Difference:
         return not self.error <= self.allowed
 
 
-def compare_outcomes(before: Sequence[Outcome | None], after: Sequence[Outcome | None], promise: Promise) -> Difference:
-    """The worst difference between two modules over all inputs that both took."""
+def compare_outcomes(
+    before: Sequence[Outcome | None], after: Sequence[Outcome | None], promise: Promise, *, resizes: bool = False
+) -> Difference:
+    """The worst difference between two modules over all inputs that both took.
+
+    Args:
+        before: what the one gave.
+        after: what the other gave.
+        promise: how far they may differ.
+        resizes: values decide on sizes, as those of the boxes that a detector keeps: other values, other sizes.
+    """
     worst = Difference(0.0, 0.0)
     for left, right in zip(before, after, strict=True):
         if left is None or right is None:
             if left is not None:
                 return Difference(float("inf"), 0.0, "it refuses an input that it took before")
             continue
-        found = difference_of(left, right, promise)
+        found = difference_of(left, right, promise, resizes=resizes)
         if found.is_broken or found.error > worst.error:
             worst = found
         if found.is_broken:
@@ -76,14 +86,19 @@ def compare_outcomes(before: Sequence[Outcome | None], after: Sequence[Outcome |
     return worst
 
 
-def difference_of(left: Outcome, right: Outcome, promise: Promise, *, widened: bool = False) -> Difference:
+def difference_of(
+    left: Outcome, right: Outcome, promise: Promise, *, widened: bool = False, resizes: bool = False
+) -> Difference:
     """The worst difference; `widened` says that `left` was computed in float64 in place of its own dtype."""
     if left.structure != right.structure:
         return Difference(float("inf"), 0.0, f"the output is {right.structure} in place of {left.structure}")
     worst, dtypes = Difference(0.0, 0.0), left.dtypes | right.dtypes
     for index, (expected, found) in enumerate(zip(left.values, right.values, strict=True)):
         what = f"output {index}" if index else "the output"
-        difference = _value_difference(expected, found, promise, dtypes, what, widened=widened)
+        if resizes and promise is Promise.CHANGES and _is_resized(expected, found):
+            difference = Difference(1.0, _allowed(promise, dtypes), what)
+        else:
+            difference = _value_difference(expected, found, promise, dtypes, what, widened=widened)
         if difference.is_broken or difference.error > worst.error:
             worst = difference
         if difference.is_broken:
@@ -132,6 +147,14 @@ def _largest(gradient: torch.Tensor) -> float:
     return dense.abs().max().item() if dense.numel() else 0.0
 
 
+def _is_resized(expected: Any, found: Any) -> bool:
+    """Whether two values are of one kind, and differ in a size or are counts that do."""
+    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+        alike = expected.dim() == found.dim() and expected.dtype == found.dtype
+        return alike and expected.shape != found.shape
+    return type(expected) is type(found) is int and expected != found
+
+
 def _value_difference(
     expected: Any, found: Any, promise: Promise, dtypes: Set[torch.dtype], what: str, *, widened: bool
 ) -> Difference:
@@ -156,4 +179,7 @@ def _value_difference(
 
 
 def _allowed(promise: Promise, dtypes: Set[torch.dtype]) -> float:
+    """What is not judged may be any finite error."""
+    if promise is Promise.CHANGES:
+        return sys.float_info.max
     return 0.0 if promise is Promise.EXACT else max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)

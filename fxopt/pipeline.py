@@ -13,7 +13,7 @@ from fxopt.capture import Captured, capture
 from fxopt.capture.independent import independent_copy
 from fxopt.contract import Change, Pass, Promise
 from fxopt.errors import SpecError, VerifyError
-from fxopt.graph import GraphModule
+from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 from fxopt.ledger import Ledger, LedgerEntry
 from fxopt.modules import FakeQuantize
@@ -92,6 +92,7 @@ def run_passes(
     if oracle:
         _check_capture(oracle, outcomes)
     entries = []
+    resizes = _resizes(captured)
     loosest = Promise.EXACT
     for each in passes:
         tell(f"pass {each.name}")
@@ -102,7 +103,7 @@ def run_passes(
         began, expected = time.perf_counter(), outcomes
         if oracle and done.changes:
             tell(f"verify {each.name}")
-            outcomes = _verified(each, before, done, oracle, expected)
+            outcomes = _verified(each, before, done, oracle, expected, resizes)
             _check_bound(each, oracle.error(outcomes, _looser(loosest, each)))
         verify_seconds = time.perf_counter() - began
         for revision in revisions:
@@ -110,7 +111,7 @@ def run_passes(
                 done = revision.revise(each, before, done, batches)
         if done.module is not module:
             if oracle:
-                outcomes = _verified(each, before, done, oracle, expected) if done.changes else expected
+                outcomes = _verified(each, before, done, oracle, expected, resizes) if done.changes else expected
             module.become(done.module)
         if done.changes:
             loosest = _looser(loosest, each)
@@ -182,15 +183,15 @@ def _check_bound(each: Pass, error: float) -> None:
 
 
 def _verified(
-    each: Pass, before: nn.Module, done: Kept, oracle: Oracle, expected: list[Outcome | None]
+    each: Pass, before: nn.Module, done: Kept, oracle: Oracle, expected: list[Outcome | None], resizes: bool
 ) -> list[Outcome | None]:
     try:
         outcomes = oracle.outcomes(done.module)
-        difference = compare_outcomes(expected, outcomes, each.promise)
+        difference = compare_outcomes(expected, outcomes, each.promise, resizes=resizes)
     except Exception as error:  # whatever a broken graph raises
         difference = Difference(float("inf"), 0.0, f"it raises {type(error).__name__}: {error}")
         outcomes = []
-    if not difference.is_broken or (each.promise is Promise.CHANGES and outcomes and difference.error != float("inf")):
+    if not difference.is_broken:
         return outcomes
     rounding = each.promise is Promise.CLOSE and outcomes and difference.error != float("inf")
     if rounding and oracle.agree_in_float64(before, done.module):
@@ -201,6 +202,12 @@ def _verified(
     raise VerifyError(f"{each.name}: {_in_words(difference)}{after}{source}; nothing was saved")
 
 
+def _resizes(captured: Captured) -> bool:
+    """Whether values may decide on sizes: graphs note where they do, and code that no graph holds may do anything."""
+    nodes = (node for region in Program(captured.module).regions for node in region.graph.nodes)
+    return bool(captured.opaque) or any("sized_by_values" in node.meta for node in nodes)
+
+
 def _in_words(difference: Difference) -> str:
     if difference.error == float("inf"):
         return difference.what
@@ -209,7 +216,7 @@ def _in_words(difference: Difference) -> str:
 
 
 def _first_broken(
-    each: Pass, before: nn.Module, done: Kept, oracle: Oracle, expected: list[Outcome | None]
+    each: Pass, before: nn.Module, done: Kept, oracle: Oracle, expected: list[Outcome | None], resizes: bool
 ) -> Change | None:
     """Bisect: the last change of the shortest run of the pass that breaks its promise."""
     low, high, culprit = 1, len(done.changes), None
@@ -220,7 +227,7 @@ def _first_broken(
         assert isinstance(trial, GraphModule)
         try:
             changes, _ = run_pass(each, trial, (), limit=middle, spared=done.spared)
-            broken = compare_outcomes(expected, oracle.outcomes(trial), each.promise).is_broken
+            broken = compare_outcomes(expected, oracle.outcomes(trial), each.promise, resizes=resizes).is_broken
         except Exception:  # a graph that can't run is a broken one
             broken = True
         if broken:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -174,6 +174,50 @@ def test_even_a_pass_that_may_change_values_keeps_structure_shape_and_dtype(func
     with pytest.raises(VerifyError) as caught:
         run(chain(), Replace(function=function))
     assert message in str(caught.value)
+
+
+class Keeps(nn.Module):
+    """Gives what `keep` makes of a layer's values."""
+
+    def __init__(self, keep: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4, bias=False))
+        nn.init.eye_(self.layers[0].weight)
+        self.keep = keep
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.keep(self.layers(x))
+
+
+def keep_by_a_loop(value: torch.Tensor) -> torch.Tensor:
+    return torch.stack([row for row in value if row.sum() > 3] + [value[0]])
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda value: value[value > 0.5],
+        lambda value: (value > 0.5).nonzero(),
+        lambda value: {"count": len(value[value > 0.5]), "kept": value},
+        keep_by_a_loop,
+    ],
+    ids=["a mask", "indices", "a count", "code that no graph holds"],
+)
+def test_a_pass_that_may_change_values_may_change_the_sizes_that_values_decide(
+    keep: Callable[[torch.Tensor], object],
+) -> None:
+    run(Keeps(keep).eval(), ScaleFreely(ending="0", factor=2.0))
+    with pytest.raises(VerifyError):
+        run(Keeps(keep).eval(), Scale(ending="0", factor=2.0))
+
+
+def double_and_halve(value: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return 2 * value[0], value[1].half()
+
+
+def test_a_pass_that_may_change_values_keeps_the_dtype_of_each_output() -> None:
+    with pytest.raises(VerifyError, match=r"output 1 is torch\.float16 in place of torch\.float32"):
+        run(Keeps(lambda value: (value, value)).eval(), Replace(function=double_and_halve))
 
 
 def test_rounding_keeps_the_promise_close_and_breaks_the_promise_exact() -> None:

@@ -111,6 +111,8 @@ class Tensors(Tape):
         self.values[tensor] = Value(node, origin.values, origin.shape)
         if tensor.layout is torch.strided and not tensor.is_quantized:
             node.meta["tensor_meta"] = metadata_of(tensor)
+        if origin.shape is Depends.DATA:
+            node.meta["sized_by_values"] = True
         return tensor
 
     def depends(self, tensor: torch.Tensor) -> Depends:
