@@ -124,11 +124,46 @@ def _of_pixels(
     return found.flatten() if options["reduction"] == "none" else found
 
 
+def _conv3d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *others: Any) -> torch.Tensor:
+    """F.conv3d without a bias  =>  with one of zeros: that which the exporter puts in its place has two axes."""
+    return F.conv3d(input, weight, weight.new_zeros(weight.shape[0]) if bias is None else bias, *others)
+
+
+def _cumprod(input: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """torch.cumprod  =>  products with what lies 1, 2, 4, ... places before: log2(n) steps for n places"""
+    if input.dim() == 0:
+        return torch.cumprod(input, dim, dtype=dtype)
+    counts = dtype is None and not (input.is_floating_point() or input.is_complex())
+    found = input.to(torch.int64 if counts else dtype or input.dtype)
+    reach, places = 1, found.shape[dim]
+    while reach < places:
+        before = found.narrow(dim, 0, places - reach)
+        found = torch.cat([found.narrow(dim, 0, reach), found.narrow(dim, reach, places - reach) * before], dim)
+        reach *= 2
+    return found
+
+
+def _searchsorted(
+    sorted_sequence: torch.Tensor, input: torch.Tensor, *, right: bool = False, side: str | None = None, **options: Any
+) -> torch.Tensor:
+    """torch.searchsorted  =>  how many of the sequence are less than each value, or not more, where `right`"""
+    out_int32 = options.pop("out_int32", False)
+    if not isinstance(input, torch.Tensor) or any(option is not None for option in options.values()):
+        return torch.searchsorted(sorted_sequence, input, right=right, side=side, out_int32=out_int32, **options)
+    sequence, values = sorted_sequence[..., None, :], input[..., None]
+    passed = sequence <= values if right or side == "right" else sequence < values
+    return passed.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
 _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.conv3d: _conv3d,
     F.cross_entropy: _cross_entropy,
     F.nll_loss: _nll_loss,
     F.scaled_dot_product_attention: _attention,
     torch._grouped_mm: _grouped_mm,
+    torch.cumprod: _cumprod,
+    torch.searchsorted: _searchsorted,
+    torch.Tensor.cumprod: _cumprod,
 }
 
 

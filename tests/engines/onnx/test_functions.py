@@ -164,6 +164,49 @@ def test_logarithms_of_sigmoids_are_finite(engine: str) -> None:
         assert relative_error(expected, found) < 1e-5
 
 
+@pytest.mark.parametrize("engine", EXPORTING)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv3d(2, 4, 3, (1, 2, 2), (0, 1, 1), groups=2, bias=False), (2, 2, 3, 6, 5)),
+        (nn.Conv3d(2, 1, (1, 3, 3), padding="same", padding_mode="replicate", bias=False), (2, 2, 3, 6, 5)),
+        (nn.ConvTranspose3d(2, 3, 2, 2, bias=False), (2, 2, 3, 4, 5)),
+        (nn.Conv1d(2, 3, 3, bias=False), (2, 2, 9)),
+    ],
+    ids=["of groups", "one channel", "transposed", "one axis"],
+)
+def test_a_convolution_of_other_than_two_axes_without_a_bias(
+    engine: str, layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    executable = fxopt.lower(layer.eval(), torch.randn(shape), engine)
+    x = torch.randn(3, *shape[1:])
+    with torch.no_grad():
+        assert relative_error(layer(x), executable(x)) < 1e-5
+
+
+class Ray(nn.Module):
+    """How much light of a ray is left at each place, and where light is sampled, as in a NeRF."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        left = torch.cumprod(1 - x.abs() / 4, -1)
+        share = x.softmax(-1).cumsum(-1)
+        places = torch.linspace(0.05, 0.95, 4).expand(*x.shape[:-1], 4)
+        found = torch.searchsorted(share.contiguous(), places.contiguous(), right=True)
+        first = torch.searchsorted(torch.tensor([-1.0, 0.0, 0.0, 1.0]), x.round(), side="left", out_int32=True)
+        return left, (x > -1).cumprod(dim=1), (x > 0).cumprod(-2, dtype=torch.float32), found, first
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_cumulated_products_and_places_in_a_sorted_sequence(engine: str) -> None:
+    model, x = Ray().eval(), torch.randn(2, 3, 11)
+    executable = fxopt.lower(model, x, engine)
+    assert not executable.reasons, "the number of rays is free"
+    fresh = torch.randn(5, 3, 11)
+    for found, expected in zip(executable(fresh), model(fresh), strict=True):
+        assert found.dtype is expected.dtype
+        assert relative_error(expected, found) < 1e-5
+
+
 class AssignsToSlices(nn.Module):
     """Writes into slices, some of which hold nothing, as the mask of a window that is not shifted does."""
 
