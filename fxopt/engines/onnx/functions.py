@@ -155,7 +155,36 @@ def _searchsorted(
     return passed.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
 
 
+def _adaptive_pool(
+    pool: Callable[..., Any], axes: int, reduce: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """An adaptive pooling whose windows differ in size, or of three axes  =>  axis by axis and window by window
+
+    The exporter takes those alone that come down to a pooling of equal windows, and of two axes at most.
+    """
+
+    def pooled(input: torch.Tensor, output_size: Any, *others: Any, **options: Any) -> Any:
+        wanted = [output_size] * axes if isinstance(output_size, int) else list(output_size)
+        given = input.shape[-axes:]
+        sizes = [size if want is None else want for size, want in zip(given, wanted, strict=True)]
+        is_even = all(size % want == 0 for size, want in zip(given, sizes, strict=True))
+        asks_indices = any(others) or any(options.values())
+        if asks_indices or (is_even and axes < 3):
+            return pool(input, output_size, *others, **options)
+        for axis, (size, want) in enumerate(zip(given, sizes, strict=True), -axes):
+            windows = [(number * size // want, -(-(number + 1) * size // want)) for number in range(want)]
+            parts = [reduce(input.narrow(axis, start, end - start), axis, True) for start, end in windows]
+            input = torch.cat(parts, axis)
+        return input
+
+    return pooled
+
+
 _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.adaptive_avg_pool3d: _adaptive_pool(F.adaptive_avg_pool3d, 3, torch.mean),
+    F.adaptive_max_pool1d: _adaptive_pool(F.adaptive_max_pool1d, 1, torch.amax),
+    F.adaptive_max_pool2d: _adaptive_pool(F.adaptive_max_pool2d, 2, torch.amax),
+    F.adaptive_max_pool3d: _adaptive_pool(F.adaptive_max_pool3d, 3, torch.amax),
     F.conv3d: _conv3d,
     F.cross_entropy: _cross_entropy,
     F.nll_loss: _nll_loss,

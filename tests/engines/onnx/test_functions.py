@@ -184,6 +184,28 @@ def test_a_convolution_of_other_than_two_axes_without_a_bias(
         assert relative_error(layer(x), executable(x)) < 1e-5
 
 
+@pytest.mark.parametrize("engine", EXPORTING)
+@pytest.mark.parametrize(
+    ("pools", "shape"),
+    [
+        ([nn.AdaptiveMaxPool1d(4), nn.AdaptiveMaxPool1d(3), nn.AdaptiveMaxPool1d(1)], (2, 3, 9)),
+        ([nn.AdaptiveMaxPool2d(size) for size in (1, 2, (4, 3), (None, 5), (3, 4))], (2, 3, 9, 8)),
+        ([nn.AdaptiveMaxPool3d(size) for size in (1, (2, 4, 3), (5, None, 4))], (2, 3, 5, 9, 8)),
+        ([nn.AdaptiveAvgPool3d(size) for size in (1, (2, 4, 3), (5, None, 4))], (2, 3, 5, 9, 8)),
+    ],
+    ids=["one axis", "two axes", "three axes", "means"],
+)
+def test_adaptive_pooling_into_windows_of_any_size(engine: str, pools: list[nn.Module], shape: tuple[int, ...]) -> None:
+    class Pyramid(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([pool(x).flatten(1) for pool in pools], 1)
+
+    executable = fxopt.lower(Pyramid().eval(), torch.randn(shape), engine)
+    assert not executable.reasons, "the batch size is free"
+    x = torch.randn(3, *shape[1:])
+    assert relative_error(Pyramid()(x), executable(x)) < 1e-5
+
+
 class Ray(nn.Module):
     """How much light of a ray is left at each place, and where light is sampled, as in a NeRF."""
 
