@@ -22,7 +22,10 @@ _SHAPES: tuple[tuple[str, type, str], ...] = (
     ("devices", list, '["cpu"]'),
     ("engines", list, '["onednn"]'),
     ("limits", dict, '{ latency = "5%" }'),
+    ("inputs", list, '["1x3x224x224"]'),
+    ("lower_is_better", list, '["distance"]'),
 )
+_ONE_OF_SEVERAL = {"device": "devices", "engine": "engines"}
 
 
 @dataclass(frozen=True)
@@ -116,26 +119,23 @@ def read_jobs(path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> tu
         GateError: where the file is missing or says something that is not understood, with the key.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark in front
     except OSError as error:
         raise GateError(f"there is no '{path}': name a target, or write one with a [[target]] table") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise GateError(f"cannot read '{path}': {error}") from error
     _known(content, {"defaults", "target"}, f"{path.name}")
-    defaults, tables = content.get("defaults", {}), content.get("target", [])
+    tables = content.get("target", [])
     if not isinstance(tables, list) or not tables:
         raise GateError(f"'{path.name}' has no [[target]]: expected at least one, with target = \"model.py:Net\"")
-    _shaped(defaults, f"{path.name}, defaults")
+    defaults = _shaped(content.get("defaults", {}), f"{path.name}, defaults")
     jobs: list[Job] = []
     for number, table in enumerate(tables, 1):
         where = f"{path.name}, [[target]] {number}"
-        _shaped(table, where)
-        merged = {**defaults, **table, "limits": {**defaults.get("limits", {}), **table.get("limits", {})}}
-        for key in given:
-            merged.pop({"device": "devices", "engine": "engines"}.get(key, key), None)
-        merged |= given
-        devices = merged.pop("devices", None) or [merged.pop("device", "cpu")]
-        engines = merged.pop("engines", None) or [merged.pop("engine", "")]
+        own = _shaped(table, where)
+        merged = {**defaults, **own, "limits": {**defaults.get("limits", {}), **own.get("limits", {})}}
+        merged |= _several(given)
+        devices, engines = merged.pop("devices", None) or ["cpu"], merged.pop("engines", None) or [""]
         for device, engine in itertools.product(devices, engines):
             job = _job(merged | {"device": device, "engine": engine}, where)
             name = job.name + f" on {device}" * (len(devices) > 1) + f" by {engine}" * (len(engines) > 1)
@@ -147,13 +147,22 @@ def read_jobs(path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> tu
     return tuple(jobs)
 
 
-def _shaped(table: Any, where: str) -> None:
-    """Hold what is put together from defaults and targets to its shape."""
+def _several(table: Mapping[str, Any]) -> dict[str, Any]:
+    """One device or engine as a list of one: what a target says of either replaces what the defaults say."""
+    return {_ONE_OF_SEVERAL.get(key, key): [value] if key in _ONE_OF_SEVERAL else value for key, value in table.items()}
+
+
+def _shaped(table: Any, where: str) -> dict[str, Any]:
+    """A table whose parts have the shape to be put together with those of another one."""
     if not isinstance(table, dict):
         raise GateError(f'{where}: {table!r} is no table: expected one, with target = "model.py:Net" and the like')
     for key, kind, example in _SHAPES:
         if not isinstance(table.get(key, kind()), kind):
             raise GateError(f"{where}: {key} = {table[key]!r}: expected it such as {example}")
+    for one, several in _ONE_OF_SEVERAL.items():
+        if one in table and several in table:
+            raise GateError(f"{where}: it has '{one}' and '{several}': expected one of them")
+    return _several(table)
 
 
 def _job(table: Mapping[str, Any], where: str) -> Job:
@@ -161,16 +170,8 @@ def _job(table: Mapping[str, Any], where: str) -> Job:
     _known(table, fields, where)
     if not isinstance(table.get("target"), str):
         raise GateError(f'{where}: expected target = "model.py:Net"')
-    expected: dict[str, tuple[type, ...]] = {"name": (str,), "passes": (str,), "device": (str,), "weights": (str,)}
-    expected |= {
-        "engine": (str,),
-        "inputs": (list,),
-        "lower_is_better": (list,),
-        "threads": (int,),
-        "budget": (float, int, str),
-        "limits": (dict,),
-        "timed": (bool,),
-    }
+    expected: dict[str, tuple[type, ...]] = dict.fromkeys(("name", "passes", "device", "engine", "weights"), (str,))
+    expected |= {"threads": (int,), "budget": (float, int, str), "timed": (bool,)}
     for key, types in expected.items():
         value = table.get(key)
         if key in table and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):

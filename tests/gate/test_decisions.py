@@ -133,6 +133,8 @@ def test_what_is_no_limit(name, text, said):
         ("[[target]]\ntarget = 'm.py'\ndevices = 'cpu'", "[[target]] 1: devices = 'cpu': expected it such as"),
         ("[defaults]\nengines = 'onednn'\n[[target]]\ntarget = 'm.py'", "defaults: engines = 'onednn': expected"),
         ("[[target]]\ntarget = 'm.py'\nlimits = '5%'", "limits = '5%': expected it such as { latency = \"5%\" }"),
+        ("[[target]]\ntarget = 'm.py'\ninputs = '1x8'", "inputs = '1x8': expected it such as [\"1x3x224x224\"]"),
+        ("[[target]]\ntarget = 'm.py'\ndevice = 'cpu'\ndevices = ['cuda']", "it has 'device' and 'devices'"),
         ("target = ['m.py']", "[[target]] 1: 'm.py' is no table"),
         ("[[target]\n", "cannot read"),
         ("[targets]\n", "did you mean 'target'?"),
@@ -167,6 +169,21 @@ def test_a_target_by_several_engines_is_several_jobs(tmp_path):
         ("m.py by onednn", "onednn"),
         ("m.py by openvino", "openvino"),
     ]
+
+
+def test_what_a_target_says_goes_over_the_defaults_whether_it_is_one_or_several(tmp_path):
+    path = tmp_path / "fxopt.toml"
+    path.write_text(
+        "[defaults]\ndevices = ['cpu', 'cuda']\nengine = 'onednn'\n"
+        "[[target]]\ntarget = 'm.py'\ndevice = 'cpu'\nengines = ['sparse']\n"
+    )
+    assert [(job.name, job.device, job.engine) for job in read_jobs(path)] == [("m.py", "cpu", "sparse")]
+
+
+def test_a_file_with_the_mark_that_editors_of_windows_write(tmp_path):
+    path = tmp_path / "fxopt.toml"
+    path.write_text("[[target]]\r\ntarget = 'm.py'\r\n", encoding="utf-8-sig")
+    assert [job.target for job in read_jobs(path)] == ["m.py"]
 
 
 def test_what_is_given_by_hand_goes_over_the_file(tmp_path):
