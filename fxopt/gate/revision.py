@@ -67,7 +67,8 @@ class Repository:
             advice = "nothing was committed there yet: commit the model first"
         remote, slash, branch = revision.partition("/")
         if slash and remote in git(self.root, "remote").stdout.split():
-            advice = f"`git fetch {remote} {branch}` gets it, if it is there"
+            # By both names: a clone of one branch would fetch another one into FETCH_HEAD alone.
+            advice = f"`git fetch {remote} {branch}:refs/remotes/{revision}` gets it, if it is there"
         elif git(self.root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
             advice = "this clone is shallow: fetch the history first, by `git fetch --unshallow` or `fetch-depth: 0`"
         raise GateError(f"there is no commit '{revision}' in '{self.root}'; {advice}")

@@ -16,6 +16,8 @@ from torch.nn.parameter import is_lazy
 from fxopt.errors import LoadError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""Of weights, in the order in which a directory's file of them is looked for: transformers keeps more in `.pt`."""
 _SHOWN = 8
 _EXTRA = "_extra_state"
 """How the key ends of what a module keeps by `get_extra_state`, which may be anything."""
@@ -67,6 +69,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises:
         LoadError: where the file is missing, damaged, or holds anything but tensors.
     """
+    if path.is_dir():
+        files = [file for suffix in _SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
+        such_as = f", such as '{files[0]}'" if files else ""
+        raise LoadError(f"'{path}' is a directory: expected a file, safetensors or a saved state_dict{such_as}")
     if not path.is_file():
         raise LoadError(f"there is no file '{path}': expected weights, as safetensors or as a saved state_dict")
     if path.suffix == ".safetensors":

@@ -645,10 +645,14 @@ def test_a_hook_of_the_user_is_not_run_for_the_base(repo: Repo):
     repo.only(timed=False)
 
 
-def test_a_branch_that_was_never_fetched_says_how_to_get_it(repo: Repo):
-    repo.git("remote", "add", "origin", "nowhere")
-    with pytest.raises(GateError, match="`git fetch origin feature/x` gets it"):
-        repo.gate(base="origin/feature/x")
+def test_a_branch_that_was_never_fetched_says_how_to_get_it(repo: Repo, tmp_path, monkeypatch):
+    repo.git("branch", "feature/x")
+    subprocess.run(["git", "clone", "--quiet", "--single-branch", repo.path, tmp_path / "clone"], check=True)
+    monkeypatch.chdir(tmp_path / "clone")
+    with pytest.raises(GateError, match="gets it, if it is there") as caught:
+        Repository.here().resolve("origin/feature/x")
+    subprocess.run(str(caught.value).split("`")[1].split(), check=True)
+    assert Repository.here().resolve("origin/feature/x") == Repository.here().resolve("HEAD")
 
 
 def test_outside_of_a_repository(tmp_path):

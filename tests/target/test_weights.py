@@ -109,6 +109,22 @@ def test_a_mismatch_lists_the_keys_and_loads_nothing(tmp_path):
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "model.safetensors", "optimizer.pt"], ", such as '{directory}/model.safetensors'"),
+        (["config.json"], "expected a file, safetensors or a saved state_dict"),
+    ],
+)
+def test_a_directory_of_weights_says_which_file_to_give(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(LoadError) as raised:
+        load_weights(net(), tmp_path)
+    assert str(raised.value).startswith(f"'{tmp_path}' is a directory")
+    assert str(raised.value).endswith(said.format(directory=tmp_path))
+
+
 def test_long_lists_are_cut(tmp_path):
     save_file({f"k{i}": torch.zeros(1) for i in range(20)}, tmp_path / "w.safetensors")
     with pytest.raises(LoadError, match=r"20 unexpected: k0, .*, and 12 more"):
