@@ -51,7 +51,7 @@ class Comparison:
         device: where it ran.
         threads: that torch ran on the CPU.
         pairs: how many pairs of times were taken.
-        calls: how many calls each time is the mean of.
+        calls: how many calls each time is the mean of; of a side with far longer calls it is fewer.
         preempted: share of the pairs in which the system took a core away; None where that is not counted.
         times: raw times in seconds a call.
         first_call: seconds of the very first call of each.

@@ -29,6 +29,8 @@ _WARM_UP = 0.1
 """Share of the budget."""
 _TICK = 1e-6
 """Seconds: no call is taken for shorter."""
+_LONGEST_SAMPLE = 0.1
+"""Seconds, where short calls of one side are timed together and one of another side is many times as long."""
 _LONG_CALL = 0.1
 """Seconds: what slows a CPU down at first takes a few milliseconds in all, which hardly count in a longer call."""
 
@@ -163,7 +165,7 @@ def _in_rounds(
         for arm in arms.values() if how.graph else ():
             arm.replay_graph()
         each = _warm_up(arms, clock, start, how.budget_seconds)
-        calls = 1 if writes else math.ceil(SHORTEST_SAMPLE / min(map(min, each.values())))
+        calls = dict.fromkeys(arms, 1) if writes else _calls(each)
         leads = (
             _leads(each, calls, how.budget_seconds) if place.type == "cpu" and not writes else dict.fromkeys(arms, 0)
         )
@@ -176,7 +178,7 @@ def _in_rounds(
             seed=how.seed,
             device=str(device),
             threads=had_threads,
-            calls=calls,
+            calls=max(calls["before"], calls[name]),
             first_call=BeforeAfter(first["before"], first[name]),
             peak_memory=BeforeAfter(peaks["before"], peaks[name]),
             seconds=seconds,
@@ -207,11 +209,20 @@ def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float)
             return taken
 
 
-def _leads(each: Mapping[str, Sequence[float]], calls: int, budget: float) -> dict[str, int]:
+def _calls(each: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    """How many calls are timed together: as many of all, for means of one kind, but where that would take long."""
+    together = math.ceil(SHORTEST_SAMPLE / min(map(min, each.values())))
+    return {
+        name: together if together * min(taken) < _LONGEST_SAMPLE else math.ceil(SHORTEST_SAMPLE / min(taken))
+        for name, taken in each.items()
+    }
+
+
+def _leads(each: Mapping[str, Sequence[float]], calls: Mapping[str, int], budget: float) -> dict[str, int]:
     """How many calls go before those that are timed."""
     usual = {name: statistics.median(taken) for name, taken in each.items()}
     leads = {name: math.ceil(LEAD / seconds) if seconds < _LONG_CALL else 0 for name, seconds in usual.items()}
-    a_round = sum((calls + leads[name]) * seconds for name, seconds in usual.items())
+    a_round = sum((calls[name] + leads[name]) * seconds for name, seconds in usual.items())
     # Where the budget is short, more pairs tell more.
     return leads if _ENOUGH_PAIRS * a_round < budget else dict.fromkeys(each, 0)
 
@@ -221,7 +232,7 @@ def _take_pairs(
     timer: Timer,
     start: float,
     how: _How,
-    calls: int,
+    calls: Mapping[str, int],
     leads: Mapping[str, int],
 ) -> dict[str, list[Sample]]:
     order_of = random.Random(how.seed)
@@ -235,7 +246,7 @@ def _take_pairs(
             order_of.shuffle(order)
         for name in order:
             rests = rests and wait_until_idle()
-            samples[name].append(_sample(arms[name], timer, calls, leads[name]))
+            samples[name].append(_sample(arms[name], timer, calls[name], leads[name]))
         count += 1
         spent = (timer.now() - start) / how.budget_seconds
         if how.progress is not None:

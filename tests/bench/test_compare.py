@@ -140,6 +140,13 @@ def test_short_calls_are_timed_together() -> None:
     assert found.before_ms == pytest.approx(0.01)
 
 
+def test_a_long_call_beside_a_short_one_is_timed_alone() -> None:
+    clock = Clock()
+    found = compare(Takes(clock, 1e-5), Takes(clock, 0.5), torch.zeros(1), budget_seconds=10, timer=clock)
+    assert (found.before_ms, found.after_ms) == pytest.approx((0.01, 500))
+    assert clock.seconds < 20
+
+
 class SlowAtFirst(Takes):
     """Takes twice as long until it has run for 10 ms since another module did."""
 
