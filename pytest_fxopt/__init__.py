@@ -5,6 +5,7 @@ It is a package of its own because pytest loads it in every run, and `fxopt` wou
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,10 @@ class FxoptGate:
         from fxopt import gate
         from fxopt.report import render
 
+        for key in limits.keys() - {field.name for field in dataclasses.fields(gate.Limits)}:
+            raise TypeError(
+                f"fxopt_gate() takes no '{key}': the limits are memory, size, coverage, metrics, output_error"
+            )
         shares = {key: gate.limit(key, value, key) for key, value in {"latency": fail_over, **limits}.items()}
         job = gate.Job(
             target,

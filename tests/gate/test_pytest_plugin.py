@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pytest_fxopt import FxoptGate
 from tests.gate.conftest import MODEL, SLOWER, Repo
 
 TEST = """
@@ -39,6 +40,11 @@ def test_outcomes(repo: Repo, head, target, outcome, said):
     assert outcome in done.stdout, done.stdout + done.stderr
     assert said in done.stdout
     assert repo.left_behind() == []
+
+
+def test_what_is_no_limit_is_named():
+    with pytest.raises(TypeError, match="takes no 'engine': the limits are memory, size"):
+        FxoptGate("HEAD", strict=False, launcher=None)("model.py", engine="onednn")
 
 
 def test_the_plugin_does_not_import_torch():
