@@ -10,7 +10,7 @@ from torch import nn
 
 from fxopt.bench.cuda import graph_of
 from fxopt.capture.blame import advice_on
-from fxopt.capture.independent import deep_copy
+from fxopt.capture.independent import apart_in_memory
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 
@@ -47,7 +47,7 @@ class Arm:
             self.copied = False
             return module
         try:
-            return deep_copy(module).to(self._device)
+            return apart_in_memory(module).to(self._device)
         except Exception as error:
             tensors = [*module.parameters(), *module.buffers()]
             if any(tensor.device != self._device for tensor in tensors):

@@ -47,12 +47,13 @@ def same_tensors_copy(module: nn.Module) -> nn.Module:
     return copy_over(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
-def deep_copy(module: nn.Module) -> nn.Module:
-    """What `copy.deepcopy` gives, but for functions that close over parts of the module: see `independent_copy`."""
-    memo: dict[int, Any] = {}
-    result: nn.Module = copy.deepcopy(module, memo)
-    rebind_within(module, memo)
-    return result
+def apart_in_memory(module: nn.Module) -> nn.Module:
+    """An `independent_copy` that has memory of its own at once, for where it matters which memory is read."""
+    duplicate = independent_copy(module)
+    for tensor in (*duplicate.parameters(), *duplicate.buffers()):
+        if tensor.layout is torch.strided and not is_lazy(tensor):
+            tensor.untyped_storage().data_ptr()  # whoever asks for it may write there, so torch copies first
+    return duplicate
 
 
 def copy_over(module: nn.Module, tensors: dict[int, Any]) -> nn.Module:

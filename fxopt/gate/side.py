@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from fxopt.bench.size import measure_size
 from fxopt.bench.surroundings import quiet
 from fxopt.bench.timer import CpuTimer, Timer
 from fxopt.capture import capture
-from fxopt.capture.independent import independent_copy
+from fxopt.capture.independent import apart_in_memory, independent_copy
 from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
 from fxopt.engines.once import once
@@ -114,7 +113,7 @@ class Side:
             return
         self._module = module
         try:
-            copy.deepcopy(module)
+            apart_in_memory(module)
         except Exception:  # whatever the user's module raises; it is then timed itself
             self._copies = False
 

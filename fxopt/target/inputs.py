@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fxopt.capture.independent import deep_copy
+from fxopt.capture.independent import independent_copy
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
 from fxopt.target.find import command
@@ -126,7 +126,7 @@ def _try(module: nn.Module, inputs: Inputs) -> Exception | None:
     """What a forward of a copy raises; a copy, since a forward may change the module."""
     try:
         with torch.no_grad(), same_randomness():
-            inputs.call(deep_copy(module))
+            inputs.call(independent_copy(module))
     except Exception as error:
         return error
     return None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -79,11 +82,23 @@ def test_lazy_parameters_have_the_size_that_a_call_gives_them() -> None:
     assert lazy.has_uninitialized_params()
 
 
-def test_the_module_is_left_alone() -> None:
-    module = nn.BatchNorm1d(3).train()
+def weight_normalised() -> nn.Module:
+    return torch.nn.utils.weight_norm(nn.Linear(3, 3))  # `copy.deepcopy` refuses the weight that it computes
+
+
+def locked() -> nn.Module:
+    module = nn.Linear(3, 3)
+    module.lock = threading.Lock()  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("layer", [nn.Identity, weight_normalised, locked])
+def test_the_module_is_left_alone(layer: Callable[[], nn.Module]) -> None:
+    module = nn.Sequential(layer(), nn.BatchNorm1d(3)).train()
     measure_size(module, torch.randn(4, 3))
     assert module.training
-    assert module.num_batches_tracked == 0
+    assert module[1].num_batches_tracked == 0
 
 
 def test_a_module_that_raises() -> None:

@@ -123,6 +123,7 @@ def test_inputs_of_the_file_that_are_wrong(write, source, message):
     assert message in fails("model.py")
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize(
     ("model", "description", "flag"),
     [
@@ -134,6 +135,7 @@ def test_inputs_of_the_file_that_are_wrong(write, source, message):
         ("nn.Conv3d(3, 4, 3)", "1x3x16x112x112 float32", "1x3x16x112x112"),
         ("nn.ConvTranspose2d(3, 4, 3)", "1x3x8x8 float32", "1x3x8x8"),
         ("nn.Embedding(9, 2)", "1x128 int64", "1x128:int64:0..9"),
+        ("nn.utils.weight_norm(nn.Linear(7, 2))", "1x7 float32", "1x7"),
     ],
 )
 def test_guesses_from_the_first_layer(write, model, description, flag):
