@@ -6,9 +6,10 @@ happens.
 
 from __future__ import annotations
 
+import _frozen_importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
         return recorder.active and threading.get_ident() == thread
 
     with ONE_AT_A_TIME, ExitStack() as stack:
+        stack.enter_context(_imports(recorder, thread))
         stack.enter_context(_module_calls(on_module, thread))
         stack.enter_context(_mode_flag(recorder, is_recording))
         stack.enter_context(_autocast(recorder, is_recording))
@@ -54,17 +56,62 @@ def intercept(recorder: Recorder, on_module: ModuleCall) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute for a while."""
-    had = name in vars(owner)
-    original = getattr(owner, name, None) if not had else vars(owner)[name]
-    setattr(owner, name, value)
+    """Set an attribute for a while, though not for modules that are imported meanwhile."""
+    replacement = _Replacement(owner, name, value)
+    replacement.put()
+    _REPLACEMENTS.append(replacement)
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, original)
+        _REPLACEMENTS.pop()
+        replacement.take_back()
+
+
+class _Replacement:
+    """An attribute that is another now."""
+
+    def __init__(self, owner: Any, name: str, value: Any):
+        self._owner, self._name, self._value = owner, name, value
+
+    def put(self) -> None:
+        self._had = self._name in vars(self._owner)
+        self._original = vars(self._owner).get(self._name)
+        setattr(self._owner, self._name, self._value)
+
+    def take_back(self) -> None:
+        if self._had:
+            setattr(self._owner, self._name, self._original)
         else:
-            delattr(owner, name)
+            delattr(self._owner, self._name)
+
+
+_REPLACEMENTS: list[_Replacement] = []
+"""Those that are in place, in order."""
+
+
+@contextmanager
+def _imports(recorder: Recorder, thread: int) -> Iterator[None]:
+    """Load modules that a forward is the first to import as they always are: torch's compiler, say, for a checkpoint.
+
+    What a module computes as it is loaded is there at the next call, and torch._dynamo looks at torch's functions.
+    """
+    original = _frozen_importlib._find_and_load  # type: ignore[attr-defined]
+
+    def load(*name: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*name)
+        standing = _REPLACEMENTS.copy()
+        for replacement in reversed(standing):
+            replacement.take_back()
+        try:
+            with recorder.paused() if recorder.active else nullcontext():
+                return original(*name)
+        finally:
+            for replacement in standing:
+                replacement.put()
+
+    with replaced(_frozen_importlib, "_find_and_load", load):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -582,6 +583,27 @@ def test_capturing_a_captured_module():
     module, case = build("holder", False)
     captured = capture(capture(module, case.example()).module, case.example())
     assert_agree(module, captured.module, case)
+
+
+def test_what_a_forward_imports_is_loaded_as_always(tmp_path, monkeypatch):
+    (tmp_path / "imported_first.py").write_text(
+        "import math, torch\nfrom torch import nn\nMADE, CALL, SQRT = torch.Tensor.__new__, nn.Module.__call__, math.sqrt\n"
+        "SCALE = nn.Linear(4, 4).weight.detach() * 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Imports(nn.Module):
+        def forward(self, x):
+            from imported_first import SCALE
+
+            return x @ SCALE
+
+    module, x = Imports(), torch.randn(3, 4)
+    captured = capture(module, (x,))
+    imported = sys.modules.pop("imported_first")
+    assert captured.opaque == ()
+    assert (imported.MADE, imported.CALL, imported.SQRT) == (torch.Tensor.__new__, nn.Module.__call__, math.sqrt)
+    assert torch.equal(captured.module(x), x @ imported.SCALE)
 
 
 def test_capturing_in_several_threads_at_once():
