@@ -149,24 +149,40 @@ def _mode_flag(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator
 
 @contextmanager
 def _autocast(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[None]:
-    """An autocast region becomes a pair of calls, as torch.fx itself records one."""
-    cls: Any = torch.amp.autocast_mode.autocast
+    """An autocast region becomes a pair of calls, as torch.fx itself records one; such a pair becomes one again."""
+    modes: Any = torch.amp.autocast_mode
+    cls = modes.autocast
     enter, leave = cls.__enter__, cls.__exit__
+    begin, end = modes._enter_autocast, modes._exit_autocast
     nodes: dict[int, Any] = {}
 
     def on_enter(self: Any) -> Any:
         if is_recording():
             settings = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
-            nodes[id(self)] = recorder.emit("call_function", torch.amp.autocast_mode._enter_autocast, settings)
+            nodes[id(self)] = recorder.emit("call_function", begin, settings)
         return enter(self)
 
     def on_exit(self: Any, *error: Any) -> Any:
         node = nodes.pop(id(self), None)
         if node is not None:
-            recorder.emit("call_function", torch.amp.autocast_mode._exit_autocast, (node,))
+            recorder.emit("call_function", end, (node,))
         return leave(self, *error)
 
-    with replaced(cls, "__enter__", on_enter), replaced(cls, "__exit__", on_exit):
+    # torch's own ask the recorder, as any function does, and would begin the region where it does not look.
+    def on_begin(*settings: Any) -> Any:
+        return modes._UnmanagedAutocast(*settings).__enter__()
+
+    def on_end(region: Any) -> None:
+        region.__exit__(None, None, None)
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (cls, "__enter__", on_enter),
+            (cls, "__exit__", on_exit),
+            (modes, "_enter_autocast", on_begin),
+            (modes, "_exit_autocast", on_end),
+        ):
+            stack.enter_context(replaced(owner, name, value))
         yield
 
 

@@ -70,7 +70,7 @@ HOOKS = frozenset("register_hook register_post_accumulate_grad_hook".split())
 IN_PLACE_NAMES = frozenset("__setitem__ backward".split())
 """Functions that return nothing and are called for their effect."""
 
-STATE_SETTERS = frozenset("_set_grad_enabled".split())
+STATE_SETTERS = frozenset("_set_grad_enabled switch_gradients".split())
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add,

@@ -11,14 +11,18 @@ import torch.fx as fx
 
 
 @fx.has_side_effect
-def switch_gradients(enabled: bool) -> bool:
-    """Let autograd record from now on, or not; returns whether it did so far.
+def switch_gradients(enabled: int) -> int:
+    """Let autograd record from now on, or not; returns whether it did so far, as 0 or 1.
 
-    A region without gradients is two such calls: the second puts back what the first found.
+    A region without gradients is two such calls: the second puts back what the first found. A recording of them stays
+    two such calls, since it is asked, as by torch's functions, and a number carries its node there.
     """
+    if torch._C._is_torch_function_mode_enabled():
+        found: int = torch.overrides.handle_torch_function(switch_gradients, (), enabled)
+        return found
     before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(enabled)
-    return before
+    torch._C._set_grad_enabled(bool(enabled))
+    return int(before)
 
 
 _DEVICES = ("cpu", "cuda")

@@ -332,10 +332,13 @@ def inferred(fc, x):
 
 @pytest.mark.parametrize("function", [nested, switched, decorated, entered_twice, caught, inferred])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_region_without_gradients_ends_in_the_mode_of_its_caller(function, recorded):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_region_without_gradients_ends_in_the_mode_of_its_caller(function, recorded, again):
     module, x = Region(function), torch.randn(3, 4)
     with torch.set_grad_enabled(recorded):
         captured = capture(module, (x,))
+        if again:
+            captured = capture(captured.module, (x,))
     assert captured.opaque == ()
     for called in (True, False):
         with torch.set_grad_enabled(called):
@@ -579,10 +582,19 @@ def test_a_generator_is_refused():
         capture(nn.Linear(2, 2), ((row for row in range(3)),))
 
 
-def test_capturing_a_captured_module():
-    module, case = build("holder", False)
-    captured = capture(capture(module, case.example()).module, case.example())
-    assert_agree(module, captured.module, case)
+@pytest.mark.parametrize("name", ["holder", "within_autocast"])
+def test_a_captured_module_is_captured_again_as_it_is(name):
+    module, case = build(name, False)
+    captured = capture(module, case.example(), case.kwargs)
+    again = capture(captured.module, case.example(), case.kwargs)
+    assert [each.path for each in again.opaque] == [each.path for each in captured.opaque]
+    assert called(again.module) == called(captured.module)
+    assert_agree(module, again.module, case)
+
+
+def called(module):
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    return [node.target for graph in graphs for node in graph.nodes if node.op.startswith("call_")]
 
 
 def test_what_a_forward_imports_is_loaded_as_always(tmp_path, monkeypatch):
