@@ -6,6 +6,7 @@ import builtins
 import dis
 import functools
 import importlib.abc
+import inspect
 import itertools
 import linecache
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import nn
 
 from fxopt.capture.frames import is_users
@@ -47,16 +49,19 @@ def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iter
             return math.trunc(found)
         return found if isinstance(found, TracedInt) else int(found)
 
+    to_float = torch.sym_float
+
     def real(value: Any) -> Any:
         found = number(value)
         if isinstance(found, TracedInt) and found.trace is not None:
-            return found.trace.arithmetic(torch.sym_float, (found,), float(plain(found)))
+            return found.trace.arithmetic(to_float, (found,), float(plain(found)))
         return found if isinstance(found, TracedFloat) else float(found)
 
     yield builtins, "len", length
+    yield torch, "sym_float", lambda value: real(value) if isinstance(value, Traced) else to_float(value)
     files = list(_files(recorder.root))
     computing = {id(function): _computing(function) for function in _MATH}
-    for owner in (math, *files):
+    for owner in (math, *files, *_generated(recorder.root)):
         for name, value in list(vars(owner).items()):
             if id(value) in computing:  # the user's files may have them by name
                 yield owner, name, computing[id(value)]
@@ -107,6 +112,20 @@ def _computing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _read(value: Any) -> Any:
     return [concrete(number) for number in value] if isinstance(value, (list, tuple, Iterator)) else concrete(value)
+
+
+class _Names:
+    """The global names of a piece of code, as attributes."""
+
+    def __init__(self, names: dict[str, Any]):
+        self.__dict__ = names
+
+
+def _generated(root: nn.Module) -> Iterator[_Names]:
+    """The code of graphs in a module tree, which has the functions that it calls by names of its own."""
+    for module in root.modules():
+        if isinstance(module, fx.GraphModule):
+            yield _Names(inspect.unwrap(type(module).forward).__globals__)
 
 
 def _files(root: nn.Module) -> Iterator[types.ModuleType]:
