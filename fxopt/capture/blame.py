@@ -13,15 +13,19 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState
 from fxopt.capture.frames import is_users
-from fxopt.capture.state import State
+from fxopt.capture.state import State, origins
 from fxopt.graph import Source
 
 _ITSELF = "raised by the forward of"
 
 
 def paths_of(root: nn.Module) -> dict[int, str]:
-    """The first qualified name of each module below `root`, by identity."""
-    return {id(child): path for path, child in reversed(list(root.named_modules(remove_duplicate=False)))}
+    """The first qualified name of each module below `root`, by identity, for the originals that one runs too."""
+    paths: dict[int, str] = {}
+    for path, child in root.named_modules(remove_duplicate=False):
+        for part in origins(child):
+            paths.setdefault(id(part), path)
+    return paths
 
 
 def is_within(path: str, others: Iterable[str]) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "apart",
     "memory_of",
     "modes_kept",
+    "origins",
     "random_state_kept",
     "state_kept",
     "tensors_kept",
@@ -192,10 +193,15 @@ def memory_of(*tensors: torch.Tensor) -> set[int]:
 def all_modules(module: nn.Module) -> Iterator[nn.Module]:
     """All modules of a tree, and the originals whose Python code captured ones run."""
     for child in module.modules():
-        yield child
-        origin = child.__dict__.get("_origin")
-        if isinstance(origin, nn.Module):
-            yield origin
+        yield from origins(child)
+
+
+def origins(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, the original whose Python code it runs where it is a captured one, the original of that, and so on."""
+    part: Any = module
+    while isinstance(part, nn.Module):
+        yield part
+        part = part.__dict__.get("_origin")
 
 
 def _is_written(tensor: torch.Tensor, version: int, copy: torch.Tensor | None) -> bool:

@@ -582,7 +582,7 @@ def test_a_generator_is_refused():
         capture(nn.Linear(2, 2), ((row for row in range(3)),))
 
 
-@pytest.mark.parametrize("name", ["holder", "within_autocast"])
+@pytest.mark.parametrize("name", ["holder", "within_autocast", *WHOLE])
 def test_a_captured_module_is_captured_again_as_it_is(name):
     module, case = build(name, False)
     captured = capture(module, case.example(), case.kwargs)
