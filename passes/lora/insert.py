@@ -10,6 +10,7 @@ from torch import nn
 
 from fxopt.contract import Change, Skip
 from fxopt.graph import Region, inherit, source_of
+from fxopt.modules import Fused
 from passes.lora import inside
 from passes.lora.adapter import Adapter, LayerAdapter, LowRank, WeightAdapter
 from passes.lora.forms import Embedding, Form
@@ -168,6 +169,13 @@ class Insertion:
             return f"init '{recipe.init}' takes the weight as one matrix, its parts have several"
         if isinstance(site.node, fx.Node) and self._is_tied(site):
             return f"its weight is tied and init '{recipe.init}' would change it elsewhere"
+        layer = self._region.program.root.get_submodule(site.slot.rpartition(".")[0])
+        parts = ("weight_mask", "weight_fake_quant") if isinstance(layer, Fused) else ()
+        if any(layer._modules.get(part) is not None for part in parts):
+            return (
+                f"its weight is masked or fake-quantised, and would be so without what init '{recipe.init}' takes out; "
+                "put 'lora' before, or take another init"
+            )
         return None
 
     def _why_not_shared(self, form: Form, slot: str, recipe: Recipe) -> str | None:

@@ -185,6 +185,15 @@ def test_pissa_takes_the_largest_part() -> None:
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+@pytest.mark.parametrize("passes", ["qat", "sparsify{amount=0.5}"])
+def test_no_init_takes_a_part_out_of_a_weight_that_is_masked_or_rounded(passes: str, init: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    with pytest.raises(PassError, match=r"'0' stays: its weight is masked or fake-quantised.*put 'lora' before"):
+        fxopt.optimize(model, x, f"{passes},lora{{init={init}}}", devices=(), calibration_data=[x])
+    assert fxopt.optimize(model, x, f"lora{{init={init}}},{passes}", devices=(), calibration_data=[x]).ledger
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
 @pytest.mark.parametrize(
     ("name", "target", "reason"),
     [
