@@ -49,7 +49,7 @@ def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iter
             return math.trunc(found)
         return found if isinstance(found, TracedInt) else int(found)
 
-    to_float = torch.sym_float
+    to_float: Callable[[Any], Any] = torch.sym_float
 
     def real(value: Any) -> Any:
         found = number(value)
