@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxopt
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.modules import for_onnx
@@ -101,6 +102,23 @@ def test_a_quantiser_without_a_range_is_named() -> None:
     rewrite(QAT(), program)
     with pytest.raises(EngineError, match=r"'input_fake_quant\.stem' never observed anything"):
         for_onnx(program)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        y = F.relu(self.body(x))
+        return (self.head(y), self.aux(y)) if self.training else self.head(y)
+
+
+def test_what_training_alone_calls_needs_no_range() -> None:
+    x = torch.randn(3, 4)
+    module = fxopt.optimize(Auxiliary().eval(), x, "qat,quantize-freeze", devices=(), calibration_data=[x]).module
+    torch.testing.assert_close(fxopt.lower(module, x, engine="onnxruntime")(x), module(x))
+    assert len(module.train()(x)) == 2
 
 
 def test_a_batch_norm_that_trains_has_to_be_folded_first() -> None:

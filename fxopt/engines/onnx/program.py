@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -34,7 +35,7 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
         outputs: what it gives for that.
         shapes: the free sizes of each tensor among the inputs, nested as these are; None where all are fixed.
     """
-    prepared = for_onnx(module)
+    prepared = for_onnx(_without_training(module))
     # Of what a parameter with stars takes, torch's exporter knows neither the names nor the free sizes.
     if outputs.with_others is not None or any(str(node.target).startswith("*") for node in module.graph.nodes):
         prepared = _Plain(prepared, inputs)
@@ -61,6 +62,16 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
     for rewrite in _REWRITES:
         rewrite(program.model)
     return program
+
+
+def _without_training(module: GraphModule) -> GraphModule:
+    """Without what training alone calls, as an auxiliary head: in evaluation nothing shows its quantisers a range."""
+    if None in module.graphs:
+        return module
+    duplicate = copy.deepcopy(module).eval()
+    duplicate.keep_only(duplicate.graph)
+    duplicate.delete_all_unused_submodules()
+    return duplicate
 
 
 class _Plain(nn.Module):
