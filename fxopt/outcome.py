@@ -6,7 +6,7 @@ import cmath
 import math
 import sys
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ class Outcome:
     gradients: Mapping[str, torch.Tensor]
     trainable: Mapping[str, torch.Size]
     dtypes: frozenset[torch.dtype] = frozenset()
+
+    def with_nan_of(self, other: Outcome) -> Outcome:
+        """The same, with NaN where `other` has it."""
+        values = self.values
+        if self.structure == other.structure:
+            values = tuple(map(_with_nan_of, values, other.values))
+        gradients = {name: _with_nan_of(each, other.gradients.get(name)) for name, each in self.gradients.items()}
+        return replace(self, values=values, gradients=gradients)
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,15 @@ def _is_resized(expected: Any, found: Any) -> bool:
     return type(expected) is type(found) is int and expected != found
 
 
+def _with_nan_of(value: Any, other: Any) -> Any:
+    if not all(isinstance(each, torch.Tensor) and each.layout is torch.strided for each in (value, other)):
+        return value
+    if value.shape != other.shape or value.is_quantized or not (value.is_floating_point() or value.is_complex()):
+        return value
+    unknown = other.isnan()
+    return value.masked_fill(unknown, math.nan) if unknown.any() else value
+
+
 def _value_difference(
     expected: Any, found: Any, promise: Promise, dtypes: Set[torch.dtype], what: str, *, widened: bool
 ) -> Difference:
@@ -166,7 +183,7 @@ def _value_difference(
             same = same or (cmath.isnan(expected) and cmath.isnan(found))
             finite = cmath.isfinite(expected) and cmath.isfinite(found)
             error = 0.0 if same else abs(expected - found) / (abs(expected) or 1.0) if finite else math.inf
-            return Difference(error, _allowed(promise, {torch.float32, *dtypes}), what)
+            return Difference(error, _allowed(promise, {torch.float32, *dtypes}), _named(what, error))
         return Difference(0.0 if same else float("inf"), 0.0, f"{what} is {found!r} in place of {expected!r}")
     if expected.shape != found.shape:
         return Difference(float("inf"), 0.0, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
@@ -174,8 +191,13 @@ def _value_difference(
     if expected.dtype != found.dtype and not (widened and floating and expected.dtype in _WIDE):
         return Difference(float("inf"), 0.0, f"{what} is {found.dtype} in place of {expected.dtype}")
     # A rewrite may let ties of whole numbers fall otherwise, and not move all of them by a little.
-    far = relative_error if floating or widened else share_of_others
-    return Difference(far(expected, found), _allowed(promise, {found.dtype, *dtypes}), what)
+    error = (relative_error if floating or widened else share_of_others)(expected, found)
+    return Difference(error, _allowed(promise, {found.dtype, *dtypes}), _named(what, error))
+
+
+def _named(what: str, error: float) -> str:
+    """Which value differs, with how where no number says it."""
+    return f"{what} is NaN, infinite or 0 throughout in one of the two alone" if math.isinf(error) else what
 
 
 def _allowed(promise: Promise, dtypes: Set[torch.dtype]) -> float:

@@ -71,8 +71,13 @@ class Oracle:
                 self.trials.append(Trial(candidate, expected, reference))
 
     def outcomes(self, module: GraphModule) -> list[Outcome | None]:
-        """What `module` gives for each trial; None where a guard of its capture refuses the input."""
-        return [self._run_guarded(module, trial.inputs) for trial in self.trials]
+        """What `module` gives for each trial; None where a guard of its capture refuses the input.
+
+        Where the original gives NaN, as for a query all of whose keys a random mask hides, nothing can be asked, and
+        it is NaN here too.
+        """
+        found = [(trial, self._run_guarded(module, trial.inputs)) for trial in self.trials]
+        return [outcome and outcome.with_nan_of(trial.expected) for trial, outcome in found]
 
     def error(self, outcomes: Sequence[Outcome | None], promise: Promise) -> float:
         """Relative error of outputs against the original's, in float64 where that was affordable.

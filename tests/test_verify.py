@@ -209,7 +209,26 @@ def test_a_nan_that_a_rewrite_brings_breaks_every_promise_but_changes() -> None:
         for outcome in oracle.expected()
         if outcome is not None
     ]
-    assert compare_outcomes(oracle.expected(), list(broken), Promise.CLOSE).is_broken
+    difference = compare_outcomes(oracle.expected(), list(broken), Promise.CLOSE)
+    assert difference.is_broken
+    assert difference.what == "the output is NaN, infinite or 0 throughout in one of the two alone"
+
+
+@pytest.mark.parametrize(("offset", "is_broken"), [(0.0, False), (1e-2, True), (NAN, True)])
+def test_nothing_is_asked_where_the_original_gives_nan_for_random_inputs(offset: float, is_broken: bool) -> None:
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log()
+
+    class Finite(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.log().nan_to_num(1.0) + offset
+
+    inputs = torch.rand(64) + 0.1
+    oracle = Oracle(Log(), Inputs((inputs,)))
+    assert any(outcome is not None and outcome.values[0].isnan().any() for outcome in oracle.expected())
+    found = oracle.outcomes(capture(Finite(), (inputs,)).module)
+    assert compare_outcomes(oracle.expected(), found, Promise.CLOSE).is_broken is is_broken
 
 
 @pytest.mark.parametrize("place", [0, (1 << 18) - 1, 1 << 18, 3 << 17, (1 << 19) + 4])

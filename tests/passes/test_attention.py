@@ -603,6 +603,20 @@ def test_a_query_without_keys_gives_zero() -> None:
     assert not outcome.module(*inputs)[:, :, 2].any()
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_mask_that_is_an_input_may_hide_all_keys_of_a_query_in_random_ones(trains: bool) -> None:
+    def forward(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        a = scores(q, k).masked_fill(self.seen == 0, -math.inf).masked_fill(~keep[:, None, None, :], -math.inf)
+        return a.softmax(-1) @ v * self.weight
+
+    keep = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    model = Formula(forward).train(trains)
+    inputs = (*heads(), keep)
+    result = fxopt.optimize(model, inputs, [Attention()], devices=())
+    assert len(result.ledger.entries[0].changes) == 1
+    assert_close(result.module(*inputs), model(*inputs), 1e-4)
+
+
 @pytest.mark.parametrize(
     "fills",
     [
