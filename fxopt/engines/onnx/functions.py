@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,14 +29,18 @@ def _attention(
     *others: Any,
     **options: Any,
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention with rows that booleans mask throughout  =>  with zeros there
+    """F.scaled_dot_product_attention with rows that are masked throughout  =>  with zeros there
 
-    The exporter makes the smallest number of the mask, by which such a row becomes the mean of all values.
+    For booleans the exporter makes the smallest number of the mask, by which such a row becomes the mean of all values;
+    by minus infinity it becomes NaN.
     """
-    found = _of_four_axes(query, key, value, attn_mask, *others, **options)
-    if attn_mask is None or attn_mask.dtype is not torch.bool:
-        return found
-    return found * attn_mask.any(-1, keepdim=True)
+    if attn_mask is None:
+        return _of_four_axes(query, key, value, None, *others, **options)
+    if attn_mask.dtype is torch.bool:
+        seen = attn_mask
+    else:
+        seen, attn_mask = attn_mask > -math.inf, attn_mask.clamp(min=torch.finfo(attn_mask.dtype).min)
+    return _of_four_axes(query, key, value, attn_mask, *others, **options) * seen.any(-1, keepdim=True)
 
 
 def _of_four_axes(

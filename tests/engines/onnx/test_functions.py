@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,11 +73,13 @@ def test_heads_may_be_grouped_by_one(engine: str, heads: int) -> None:
     assert relative_error(Grouped()(x), fxopt.lower(Grouped().eval(), x, engine)(x)) < 1e-5
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("engine", EXPORTING)
-def test_a_row_of_attention_that_is_masked_throughout_gives_zeros(engine: str) -> None:
+def test_a_row_of_attention_that_is_masked_throughout_gives_zeros(engine: str, adds: bool) -> None:
     class Padded(nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(x, x + 1, 2 * x, mask)
+            added = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+            return F.scaled_dot_product_attention(x, x + 1, 2 * x, added if adds else mask)
 
     x, mask = torch.randn(2, 3, 5, 16), torch.ones(2, 1, 5, 5).tril().bool()
     executable = fxopt.lower(Padded().eval(), (x, mask), engine)
