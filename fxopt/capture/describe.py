@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 import torch.fx as fx
+from torch import sym_float
 
 from fxopt.graph.effects import OF_NUMBERS
 
@@ -45,7 +45,7 @@ def describe(value: Any) -> str:
         owner, part = value.args[0], value.args[1]
         return f"{describe(owner)}.{part}" if value.target is getattr else f"{describe(owner)}[{part!r}]"
     if value.op == "call_function" and value.target in OF_NUMBERS:
-        name = "float" if value.target is torch.sym_float else value.target.__name__  # type: ignore[union-attr]
+        name = "float" if value.target is sym_float else value.target.__name__  # type: ignore[union-attr]
         return f"{name}({', '.join(map(describe, value.args))})"
     if value.op == "call_method" and value.target == "item":
         return f"{describe(value.args[0])}.item()"

@@ -1,4 +1,4 @@
-"""Functions of Python that make plain numbers of traced ones: `len`, `int`, `float`, and most of `math`."""
+"""Python code that makes plain numbers of traced ones: `len`, `int`, `float`, most of `math`, some of torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import nn
+from torch import broadcast_shapes, nn, sym_float
 
 from fxopt.capture.frames import is_users
 from fxopt.capture.recorder import Recorder
+from fxopt.capture.tensors import Origin
 from fxopt.capture.traced import Traced, TracedFloat, TracedInt, concrete, plain
+from fxopt.graph.effects import OF_SYMBOLS
 
 
 def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iterator[tuple[Any, str, Any]]:
@@ -49,19 +51,28 @@ def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iter
             return math.trunc(found)
         return found if isinstance(found, TracedInt) else int(found)
 
-    to_float: Callable[[Any], Any] = torch.sym_float
-
     def real(value: Any) -> Any:
         found = number(value)
         if isinstance(found, TracedInt) and found.trace is not None:
-            return found.trace.arithmetic(to_float, (found,), float(plain(found)))
+            return found.trace.arithmetic(sym_float, (found,), float(plain(found)))
         return found if isinstance(found, TracedFloat) else float(found)
 
+    def broadcast(*shapes: Any) -> Any:
+        """Torch's own is Python code that takes a traced number for one of its compiler."""
+        sizes = [shape if isinstance(shape, (list, tuple)) else (shape,) for shape in shapes]
+        result = broadcast_shapes(*([*map(plain, shape)] for shape in sizes))
+        depends = [size.depends for shape in sizes for size in shape if isinstance(size, Traced)]
+        if not depends or not is_recording():
+            return result
+        node = recorder.emit("call_function", broadcast_shapes, recorder.argument(shapes))
+        return recorder.adopt(node, result, Origin(max(depends), max(depends), max(depends)))
+
     yield builtins, "len", length
-    yield torch, "sym_float", lambda value: real(value) if isinstance(value, Traced) else to_float(value)
+    for owner in (torch, torch.functional):
+        yield owner, "broadcast_shapes", broadcast
     files = list(_files(recorder.root))
-    computing = {id(function): _computing(function) for function in _MATH}
-    for owner in (math, *files, *_generated(recorder.root)):
+    computing = {id(function): _computing(function) for function in (*_MATH, *OF_SYMBOLS)}
+    for owner in (math, torch, *files, *_generated(recorder.root)):
         for name, value in list(vars(owner).items()):
             if id(value) in computing:  # the user's files may have them by name
                 yield owner, name, computing[id(value)]

@@ -71,7 +71,13 @@ _RANDOM = frozenset(
     "scaled_dot_product_attention uniform_ normal_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ "
     "binomial _standard_gamma _sample_dirichlet".split()
 )
-OF_NUMBERS: frozenset[Any] = frozenset({round, torch.sym_float, *filter(callable, vars(math).values())})
+OF_SYMBOLS: frozenset[Any] = frozenset(
+    {torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_sqrt, torch.sym_sum}
+)
+"""Those of torch that compute numbers of numbers, or of symbols that stand for them."""
+OF_NUMBERS: frozenset[Any] = (
+    OF_SYMBOLS | {round, torch.broadcast_shapes} | frozenset(filter(callable, vars(math).values()))
+)
 """Functions that compute numbers of numbers."""
 _PURE_FUNCTIONS: frozenset[Any] = OF_NUMBERS | frozenset(
     {fused_call, getattr, operator.getitem, len, *(getattr(operator, name) for name in (

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import nn, sym_min
+from torch.distributions import AffineTransform, MultivariateNormal, Normal
+from torch.distributions import TransformedDistribution as Affine
 
 from fxopt.capture import capture
 from fxopt.errors import GuardError
@@ -337,6 +339,30 @@ def test_numbers_made_of_a_plain_number_and_a_size_go_on(name):
     assert captured.guards == ()
     x = torch.randn(4, 3)
     assert torch.equal(captured.module(x), module(x))
+
+
+OF_TORCH = {
+    "the larger of a size and a number": lambda x: x.new_ones(torch.sym_max(x.shape[0], 3)),
+    "the smaller of them, by another name": lambda x: x[: sym_min(2, x.shape[0])],
+    "a whole number of a quotient": lambda x: x * torch.sym_int(x.shape[0] / 2),
+    "a float and a root": lambda x: x * torch.sym_float(x.shape[0]) + float(x.shape[0]) + torch.sym_sqrt(x.shape[0]),
+    "the shape of a sum": lambda x: x[:, None].expand(torch.broadcast_shapes((x.shape[0], 1, 1), x.shape)),
+    "of numbers and lists": lambda x: x.new_ones(torch.functional.broadcast_shapes(3, [x.shape[0], 1])),
+    "the density of a distribution that is shifted": lambda x: Affine(
+        Normal(x, 1.0), AffineTransform(0.5, 2.0)
+    ).log_prob(x),
+    "the density of one of many variables": lambda x: MultivariateNormal(x, torch.eye(3)).log_prob(x + 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_what_python_code_of_torch_computes_of_sizes_is_recorded(name):
+    module = Calls(OF_TORCH[name])
+    captured = capture(module, (torch.randn(2, 3),))
+    assert captured.opaque == ()
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 3)
+        assert torch.equal(copy.deepcopy(captured.module)(x), module(x))
 
 
 def test_a_shape_is_one_of_torch_to_the_code_that_reads_it():
