@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from fxopt.capture.interception import replaced
 
 
 class ExportedOtherwise(TorchFunctionMode):
@@ -19,6 +22,20 @@ class ExportedOtherwise(TorchFunctionMode):
     ) -> Any:
         """Call the function, or what stands for it."""
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def masks_unasked() -> Iterator[None]:
+    """Let `nn.Transformer` take a mask as it is, without asking its values whether it is the causal one.
+
+    To know it is for speed alone, and an exporter has no values.
+    """
+    with replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", _is_said_to_be_causal):
+        yield
+
+
+def _is_said_to_be_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
 
 
 def _attention(

@@ -12,7 +12,7 @@ from torch import nn
 from fxopt.engines.onnx.attention import transpose_keys
 from fxopt.engines.onnx.biases import hold_biases
 from fxopt.engines.onnx.empty import drop_empty_assignments
-from fxopt.engines.onnx.functions import TRANSLATED, ExportedOtherwise
+from fxopt.engines.onnx.functions import TRANSLATED, ExportedOtherwise, masks_unasked
 from fxopt.engines.onnx.moved import pad_integers, split_weights
 from fxopt.engines.onnx.outputs import Outputs
 from fxopt.engines.onnx.parted import part_zero_points
@@ -44,7 +44,7 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
     given = inputs.map(lambda tensor: tensor.detach().clone())
     # Where nothing is named, it would read a dict that comes last as the named arguments.
     args = given.args if given.kwargs else (*given.args, {})
-    with quiet(), ExportedOtherwise():
+    with quiet(), ExportedOtherwise(), masks_unasked():
         program = torch.onnx.export(
             prepared,
             args,

@@ -89,6 +89,29 @@ def test_a_row_of_attention_that_is_masked_throughout_gives_zeros(engine: str, a
     assert relative_error(Padded()(x, mask), found) < 1e-5
 
 
+class Translator(nn.Module):
+    """`nn.Transformer` with a causal mask that is not said to be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(16, 2, 1, 1, 32, batch_first=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.transformer(
+            source, target, tgt_mask=nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        )
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_a_transformer_is_not_asked_whether_its_mask_is_causal(engine: str) -> None:
+    torch.manual_seed(0)
+    module = Translator().eval()
+    executable = fxopt.lower(module, (torch.randn(2, 5, 16), torch.randn(2, 4, 16)), engine)
+    assert executable.reasons == ()
+    inputs = torch.randn(3, 5, 16), torch.randn(3, 4, 16)
+    assert relative_error(module(*inputs), executable(*inputs)) < 1e-4
+
+
 class Experts(nn.Module):
     """Each row goes to the expert that its first feature names."""
 
