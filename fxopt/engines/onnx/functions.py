@@ -202,6 +202,27 @@ def _adaptive_pool(
     return pooled
 
 
+def _scatter_reduce(
+    input: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, *, include_self: bool = True
+) -> torch.Tensor:
+    """scatter_reduce by means  =>  the sums over how many they are of
+
+    ONNX knows no means: the exporter writes the last value in their place, and says nothing.
+    """
+    if reduce != "mean":
+        return torch.scatter_reduce(input, dim, index, src, reduce, include_self=include_self)
+    # What nothing is added to stays as it is: a sum of one.
+    total, count = (
+        torch.scatter_reduce(into, dim, index, values, "sum", include_self=include_self)
+        for into, values in ((input, src), (torch.ones_like(input), torch.ones_like(src)))
+    )
+    return torch.div(total, count, rounding_mode=None if input.is_floating_point() else "floor")
+
+
+def _scatter_reduce_in_place(input: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    return input.copy_(_scatter_reduce(input, *args, **options))
+
+
 _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     F.adaptive_avg_pool3d: _adaptive_pool(F.adaptive_avg_pool3d, 3, torch.mean),
     F.adaptive_max_pool1d: _adaptive_pool(F.adaptive_max_pool1d, 1, torch.amax),
@@ -215,6 +236,9 @@ _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cumprod: _cumprod,
     torch.searchsorted: _searchsorted,
     torch.Tensor.cumprod: _cumprod,
+    torch.scatter_reduce: _scatter_reduce,
+    torch.Tensor.scatter_reduce: _scatter_reduce,
+    torch.Tensor.scatter_reduce_: _scatter_reduce_in_place,
 }
 
 

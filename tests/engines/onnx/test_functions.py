@@ -89,6 +89,25 @@ def test_a_row_of_attention_that_is_masked_throughout_gives_zeros(engine: str, a
     assert relative_error(Padded()(x, mask), found) < 1e-5
 
 
+class Means(nn.Module):
+    """What neighbours of nodes are on average, as a graph network adds it up."""
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        into, rows = torch.arange(12.0).reshape(4, 3), index[:, None].expand(-1, 3)
+        with_own = into.scatter_reduce(0, rows, x, "mean")
+        of_others = torch.scatter_reduce(into, 0, rows, x, "mean", include_self=False)
+        floored = (into * 5).long().scatter_reduce_(0, rows, (x * 9).long(), reduce="mean")
+        return torch.cat([with_own, of_others, floored])
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_means_are_scattered(engine: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 3), torch.tensor([0, 1, 0, 3, 0, 1])
+    executable = fxopt.lower(Means().eval(), inputs, engine)
+    assert relative_error(Means()(*inputs), executable(*inputs)) < 1e-5
+
+
 class Translator(nn.Module):
     """`nn.Transformer` with a causal mask that is not said to be one."""
 
