@@ -196,7 +196,7 @@ def _verified(
     rounding = each.promise is Promise.CLOSE and outcomes and difference.error != float("inf")
     if rounding and oracle.agree_in_float64(before, done.module):
         return outcomes
-    culprit = _first_broken(each, before, done, oracle, expected)
+    culprit = _first_broken(each, before, done, oracle, expected, resizes)
     after = f" after: {culprit.what} '{culprit.where}'" if culprit else ""
     source = f" ({culprit.source})" if culprit and culprit.source else ""
     raise VerifyError(f"{each.name}: {_in_words(difference)}{after}{source}; nothing was saved")

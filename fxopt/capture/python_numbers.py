@@ -68,19 +68,19 @@ def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iter
         return recorder.adopt(node, result, Origin(max(depends), max(depends), max(depends)))
 
     yield builtins, "len", length
-    for owner in (torch, torch.functional):
-        yield owner, "broadcast_shapes", broadcast
+    yield torch, "broadcast_shapes", broadcast
+    yield torch.functional, "broadcast_shapes", broadcast
     files = list(_files(recorder.root))
     computing = {id(function): _computing(function) for function in (*_MATH, *OF_SYMBOLS)}
     for owner in (math, torch, *files, *_generated(recorder.root)):
         for name, value in list(vars(owner).items()):
             if id(value) in computing:  # the user's files may have them by name
                 yield owner, name, computing[id(value)]
-    for owner in files:
-        called = _called_only(owner)
+    for file in files:
+        called = _called_only(file)
         for kind, convert in ((int, whole), (float, real)):
-            if kind.__name__ in called and kind.__name__ not in vars(owner):
-                yield owner, kind.__name__, _Converting(kind, convert)
+            if kind.__name__ in called and kind.__name__ not in vars(file):
+                yield file, kind.__name__, _Converting(kind, convert)
 
 
 class _Converting:
