@@ -20,7 +20,7 @@ from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.memory import peak_memory
 from fxopt.bench.statistics import FEWEST_PAIRS, paired_interval
 from fxopt.bench.surroundings import quiet
-from fxopt.bench.timer import LEAD, SHORTEST_SAMPLE, CpuTimer, Sample, Timer
+from fxopt.bench.timer import LEAD, CpuTimer, Sample, Timer, timed_together
 from fxopt.inputs import Inputs
 
 _ENOUGH_PAIRS = 30
@@ -29,8 +29,6 @@ _WARM_UP = 0.1
 """Share of the budget."""
 _TICK = 1e-6
 """Seconds: no call is taken for shorter."""
-_LONGEST_SAMPLE = 0.1
-"""Seconds, where short calls of one side are timed together and one of another side is many times as long."""
 _LONG_CALL = 0.1
 """Seconds: what slows a CPU down at first takes a few milliseconds in all, which hardly count in a longer call."""
 
@@ -165,7 +163,7 @@ def _in_rounds(
         for arm in arms.values() if how.graph else ():
             arm.replay_graph()
         each = _warm_up(arms, clock, start, how.budget_seconds)
-        calls = dict.fromkeys(arms, 1) if writes else _calls(each)
+        calls = dict.fromkeys(arms, 1) if writes else timed_together({name: min(taken) for name, taken in each.items()})
         leads = (
             _leads(each, calls, how.budget_seconds) if place.type == "cpu" and not writes else dict.fromkeys(arms, 0)
         )
@@ -207,15 +205,6 @@ def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float)
             taken[name].append(max(_sample(arm, timer, 1).seconds, _TICK))
         if timer.now() - start > _WARM_UP * budget:
             return taken
-
-
-def _calls(each: Mapping[str, Sequence[float]]) -> dict[str, int]:
-    """How many calls are timed together: as many of all, for means of one kind, but where that would take long."""
-    together = math.ceil(SHORTEST_SAMPLE / min(map(min, each.values())))
-    return {
-        name: together if together * min(taken) < _LONGEST_SAMPLE else math.ceil(SHORTEST_SAMPLE / min(taken))
-        for name, taken in each.items()
-    }
 
 
 def _leads(each: Mapping[str, Sequence[float]], calls: Mapping[str, int], budget: float) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,8 @@ except ImportError:  # Windows has none.
 SHORTEST_SAMPLE = 4e-3
 """Seconds: shorter calls are timed several at once. The clock takes a moment, and threads that are woken up another,
 which must not be most of what is timed."""
+_LONGEST_SAMPLE = 0.1
+"""Seconds, where short calls of one side are timed together and one of another side is many times as long."""
 LEAD = 20e-3
 """Seconds of calls before those that are timed, on a CPU. After a rest of 30 ms, which alone empties no cache, calls of
 a model for matrix units (AMX) took 8.0, 6.6, 6.1, 5.9, 5.8, 5.6, 5.6 and 5.6 ms one after the other."""
@@ -54,6 +57,19 @@ class Timer(Protocol):
 
     def now(self) -> float:
         """Seconds since any fixed moment, by which budgets are kept."""
+
+
+def timed_together(seconds: Mapping[str, float]) -> dict[str, int]:
+    """How many calls of each side are timed together: as many of all, for means of one kind, but where that takes long.
+
+    Args:
+        seconds: of one call of each side.
+    """
+    together = math.ceil(SHORTEST_SAMPLE / min(seconds.values()))
+    return {
+        side: together if together * one < _LONGEST_SAMPLE else math.ceil(SHORTEST_SAMPLE / one)
+        for side, one in seconds.items()
+    }
 
 
 class CpuTimer:

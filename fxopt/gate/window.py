@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxopt.bench.statistics import FEWEST_PAIRS, Interval, paired_interval
-from fxopt.bench.timer import SHORTEST_SAMPLE
+from fxopt.bench.timer import timed_together
 from fxopt.errors import GateError
 from fxopt.gate.processes import Worker
 
@@ -44,7 +44,7 @@ class Window:
 
     Attributes:
         rounds: each with processes of its own.
-        calls: that each time is the mean of.
+        calls: that each time is the mean of; of a side with far longer calls it is fewer.
         seconds: of the whole window, starting its processes included.
         measuring: seconds of it in which a side ran what was timed.
     """
@@ -110,7 +110,8 @@ def take_window(
     Raises:
         GateError: where even a few pairs take several times the budget.
     """
-    began, order_of, taken, measuring, calls = time.perf_counter(), random.Random(seed), [], 0.0, 1
+    began, order_of, taken, measuring = time.perf_counter(), random.Random(seed), [], 0.0
+    calls: dict[str, int] = {}
     for number in range(rounds):
         workers: dict[str, Worker] = {}
         try:
@@ -125,8 +126,8 @@ def take_window(
                 worker.answer()
             each = {name: float(worker.ask("time", calls=1)["seconds"]) for name, worker in workers.items()}
             _refuse_slow(sum(each.values()) * (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
-            if number == 0:
-                calls = max(1, math.ceil(SHORTEST_SAMPLE / max(min(each.values()), 1e-9)))
+            if not calls:
+                calls = _together(each)
             until = time.perf_counter() + budget / rounds
             found = Round()
             taken.append(found)
@@ -134,9 +135,9 @@ def take_window(
         finally:
             for worker in workers.values():
                 worker.close()
-        if is_tight(Window(tuple(taken), calls, 0.0, 0.0), tight):
+        if is_tight(Window(tuple(taken), max(calls.values()), 0.0, 0.0), tight):
             break
-    return Window(tuple(taken), calls, time.perf_counter() - began, measuring)
+    return Window(tuple(taken), max(calls.values()), time.perf_counter() - began, measuring)
 
 
 def shared_core(workers: Collection[Worker], order_of: random.Random) -> list[int] | None:
@@ -151,12 +152,18 @@ def shared_core(workers: Collection[Worker], order_of: random.Random) -> list[in
     return [order_of.choice(sorted(os.sched_getaffinity(0)))]
 
 
+def _together(each: Mapping[str, float]) -> dict[str, int]:
+    """How many calls of each are timed together: as many of the second base as of the first."""
+    base = min(each["base"], each["again"])
+    return timed_together({"base": base, "head": each["head"], "again": base})
+
+
 def _take_round(
     workers: Mapping[str, Worker],
     found: Round,
     names: list[str],
     order_of: random.Random,
-    calls: int,
+    calls: Mapping[str, int],
     until: float,
     rounds: int,
 ) -> float:
@@ -166,10 +173,10 @@ def _take_round(
             names.reverse()
         else:
             order_of.shuffle(names)
-        samples: dict[str, dict[str, Any]] = {name: workers[name].ask("time", calls=calls) for name in names}
+        samples: dict[str, dict[str, Any]] = {name: workers[name].ask("time", calls=calls[name]) for name in names}
         for name, sample in samples.items():
             getattr(found, name).append(sample["seconds"])
-            measuring += calls * sample["seconds"]
+            measuring += calls[name] * sample["seconds"]
             if sample["mhz"] is not None:
                 found.mhz[name].append(sample["mhz"])
         flags = [samples["base"]["preempted"], samples["head"]["preempted"]]

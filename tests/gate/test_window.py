@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -119,3 +120,32 @@ def test_processes_meet_though_the_place_for_files_has_a_long_name(
         launcher.twin(worker).close()
     assert not list(place.iterdir())
     assert set(Path("/tmp").glob(f"fxopt-gate-{os.getpid()}-*")) == own
+
+
+class Takes:
+    """Stands in for a process whose calls take so many seconds, and counts what they took."""
+
+    def __init__(self, seconds: float) -> None:
+        self.each, self.taken = seconds, 0.0
+        self.order = {"threads": 2, "device": "cpu"}
+
+    def begin(self, do: str, **facts: object) -> None:
+        """Warm up."""
+
+    def answer(self) -> bool:
+        return False
+
+    def ask(self, do: str, calls: int) -> dict[str, object]:
+        self.taken += calls * self.each
+        return {"seconds": self.each, "preempted": None, "mhz": None}
+
+    def close(self) -> None:
+        """Be done."""
+
+
+def test_a_long_call_of_the_head_is_not_repeated_as_often_as_a_short_one_of_the_base() -> None:
+    sides = {"base": Takes(1e-5), "head": Takes(0.5)}
+    starts: Any = {name: functools.partial(sides.get, name) for name in sides}
+    found = take_window(starts, budget=2, tight=0.05)
+    assert found.effect.ratio == pytest.approx(5e4)
+    assert found.measuring / len(found.times("head")) < 0.6
