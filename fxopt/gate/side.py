@@ -117,15 +117,21 @@ class Side:
         except Exception:  # whatever the user's module raises; it is then timed itself
             self._copies = False
 
-    def warm(self, cores: Sequence[int] | None = None) -> None:
-        """Make the first two calls, from now on on these cores."""
+    def warm(self, cores: Sequence[int] | None = None) -> bool:
+        """Make the first two calls, from now on on these cores.
+
+        Returns:
+            Whether calls write into the inputs; these are then put back before whatever is timed together.
+        """
         self._hold_still(cores)
         self._arm = Arm(self._order["side"], self._module, self._inputs, self._device)
         self._timer = CudaTimer(self._device) if self._device.type == "cuda" else CpuTimer()
         self.time(1)
-        if self._arm.writes_inputs:
+        writes = self._arm.writes_inputs
+        if writes:
             self._arm.keep_inputs(self._inputs)
         self.time(1)
+        return writes
 
     def time(self, calls: int) -> dict[str, Any]:
         """Time so many calls together, and answer once no thread is left that would disturb another side."""

@@ -122,12 +122,11 @@ def take_window(
             core = shared_core(workers.values(), order_of)
             for worker in workers.values():
                 worker.begin("warm", cores=core)
-            for worker in workers.values():
-                worker.answer()
+            writes = [worker.answer() for worker in workers.values()]
             each = {name: float(worker.ask("time", calls=1)["seconds"]) for name, worker in workers.items()}
             _refuse_slow(sum(each.values()) * (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
             if not calls:
-                calls = _together(each)
+                calls = dict.fromkeys(names, 1) if any(writes) else _together(each)
             until = time.perf_counter() + budget / rounds
             found = Round()
             taken.append(found)

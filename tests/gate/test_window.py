@@ -49,6 +49,23 @@ class Net(nn.Module):
 
 model, example_inputs = Net(), torch.zeros(1)
 """
+FILLS = """
+import torch
+from torch import nn
+
+class Cache:
+    def __init__(self):
+        self.kept = []
+
+class Net(nn.Module):
+    def forward(self, x, cache):
+        if len(cache.kept) == 4:
+            raise IndexError("the cache is full")
+        cache.kept.append(x)
+        return x
+
+model, example_inputs = Net(), (torch.zeros(1), Cache())
+"""
 
 
 @pytest.fixture
@@ -149,3 +166,9 @@ def test_a_long_call_of_the_head_is_not_repeated_as_often_as_a_short_one_of_the_
     found = take_window(starts, budget=2, tight=0.05)
     assert found.effect.ratio == pytest.approx(5e4)
     assert found.measuring / len(found.times("head")) < 0.6
+
+
+def test_calls_that_write_into_their_inputs_are_timed_one_by_one(launcher: Launcher, tmp_path: Path) -> None:
+    with started(launcher, tmp_path, FILLS, 1) as worker:
+        starts = dict.fromkeys(("base", "head"), functools.partial(launcher.twin, worker))
+        assert take_window(starts, budget=0.1, tight=0.05).calls == 1
