@@ -54,7 +54,7 @@ def shell_module(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     call = graph.call_function(run_shell, (shell, training, *arguments))
     call.meta["module_path"] = ""
     graph.output(call)
-    module = GraphModule(root, {root.training: graph}, type(root).__name__, origin=root)
+    module = GraphModule(root, {root.training: graph}, type(root).__name__, origin=root, by_origin=True)
     module.__dict__["_shell"] = Shell(root)
     module.recompile()
     return module

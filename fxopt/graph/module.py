@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import pkgutil
@@ -39,7 +40,9 @@ class GraphModule(fx.GraphModule):
         name: what error messages and `repr` call the module; mostly the class name of the original.
         origin: the original, where its own Python code is to be asked for more than `forward`: how it switches
             modes, what its state is, and the attributes and methods that this module has not. It shares the
-            tree with this module.
+            tree with this module. A method of it that calls it, as `generate` does, runs the graph, unless the
+            graph itself runs the original's `forward`.
+        by_origin: whether it does.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class GraphModule(fx.GraphModule):
         graphs: Mapping[bool, fx.Graph],
         name: str = "GraphModule",
         origin: nn.Module | None = None,
+        by_origin: bool = False,
     ):
         empty = fx.Graph()
         empty.output(None)
@@ -57,6 +61,11 @@ class GraphModule(fx.GraphModule):
         for part in _STATE_HOOKS:
             self.__dict__[part] = root.__dict__.get(part, self.__dict__[part])
         self.__dict__["_origin"] = origin
+        if origin is not None and not by_origin:
+            origin.__dict__["forward"] = _ByGraph(self)
+            # The graph has them.
+            origin._forward_hooks.clear()
+            origin._forward_pre_hooks.clear()
         self.training = root.training
         self._graphs = dict(graphs)
         self._select()
@@ -136,7 +145,7 @@ class GraphModule(fx.GraphModule):
 
     def __copy__(self) -> GraphModule:
         duplicate = _blank(type(self).__name__)
-        duplicate.__dict__.update(_state(self))
+        duplicate.__dict__.update(_state(self) | {"_origin": copy.copy(self._origin)})
         duplicate._graphs = {mode: _copy_graph(graph) for mode, graph in self._graphs.items()}
         duplicate._restore()
         return duplicate
@@ -149,8 +158,32 @@ class GraphModule(fx.GraphModule):
         return _thaw_module, (type(self).__name__, _state(self), written.getvalue())
 
     def _restore(self) -> None:
+        if self._origin is not None and isinstance(self._origin.__dict__.get("forward"), _ByGraph):
+            self._origin.__dict__["forward"] = _ByGraph(self)
         current = self._graphs.get(self.training)
         self.graph = current if current is not None else next(iter(self._graphs.values()))
+
+
+class _ByGraph:
+    """What the original of a graph module has for a `forward`: the graph.
+
+    A copy of it belongs to no graph module, until the copy of the one that it belonged to takes it.
+    """
+
+    def __init__(self, module: GraphModule | None = None):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.module is not None
+        return self.module(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        assert self.module is not None
+        return inspect.signature(self.module.forward)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ByGraph, ()
 
 
 def _state(module: GraphModule) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
+import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
@@ -87,6 +89,64 @@ def test_each_mode_has_its_graph() -> None:
         assert [module(x).item(), module.train()(x).item(), module.eval()(x).item()] == [0, 1, 0]
         outer = nn.Sequential(module)
         assert outer.train()(x).item() == 1
+
+
+class Doubles(nn.Module):
+    """Its state has a version, so its own Python code stays at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+    def get_extra_state(self) -> int:
+        return 1
+
+    def set_extra_state(self, state: int) -> None:
+        assert state == 1
+
+    def twice(self, x: torch.Tensor) -> torch.Tensor:
+        x = self(x)
+        return self(x)
+
+
+def negated(module: GraphModule) -> GraphModule:
+    """Whose graph computes something else than the Python code of its original."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    with module.graph.inserting_before(output):
+        output.args = (module.graph.call_function(torch.neg, output.args),)
+    module.recompile()
+    return module
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        lambda module: module,
+        copy.copy,
+        copy.deepcopy,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: capture(module, (torch.randn(2, 4),)).module,
+    ],
+    ids=["itself", "copy", "deepcopy", "pickle", "captured again"],
+)
+def test_a_method_of_the_original_that_calls_it_runs_the_graph(duplicate: Callable[[GraphModule], GraphModule]) -> None:
+    x = torch.randn(2, 4)
+    module = negated(capture(Doubles(), (x,)).module)
+    other = negated(duplicate(capture(Doubles(), (x,)).module))
+    for each in (module, other, duplicate(module)):
+        assert torch.equal(each.twice(x), each(each(x)))
+
+
+def test_a_method_of_the_original_that_calls_it_runs_hooks_once() -> None:
+    x = torch.randn(2, 4)
+    model = Doubles()
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    module = capture(model, (x,)).module
+    assert torch.equal(module.twice(x), model.twice(x))
 
 
 def test_observe_sees_every_value() -> None:
