@@ -52,8 +52,13 @@ def guard_input(actual: Any, expected: Any, name: str) -> None:
     if _traced(guard_input, actual, expected, name):
         return
     if not is_same(actual, expected):
-        what = "not given" if expected is NOT_GIVEN else repr(expected)
-        raise _broken(f"{name} is {what}", "an input", f"{actual!r} here")
+        raise _broken(f"{name} is {_shown(expected)}", "an input", f"{_shown(actual)} here")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "not given" if value is NOT_GIVEN else repr(value)
 
 
 def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:

@@ -331,7 +331,7 @@ class Defaults(nn.Module):
         ({"steps": [1, 3]}, r"steps is not given \(an input\), but it is \[1, 3\] here"),
         ({"steps": None}, "steps is not given"),
         ({"act": torch.tanh}, "act is not given"),
-        ({"shift": torch.ones(4)}, "shift is not given"),
+        ({"shift": torch.ones(4)}, r"shift is not given \(an input\), but it is a tensor of shape \(4,\) here"),
     ],
 )
 def test_what_was_left_to_its_default_stays_so(given, said):
