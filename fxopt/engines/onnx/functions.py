@@ -202,6 +202,35 @@ def _adaptive_pool(
     return pooled
 
 
+def _avg_pool2d(
+    input: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
+    """A pooling by a divisor, or with pads that count  =>  means of what lies in the input, times its share
+
+    The exporter takes no divisor, and OpenVINO counts even what `ceil_mode` lets a window see behind the pad.
+    """
+    kernels, strides, pads = (
+        [given] * 2 if isinstance(given, int) else list(given) * (2 // len(given))
+        for given in (kernel_size, stride or kernel_size, padding)
+    )
+    if divisor_override is None and not (ceil_mode and count_include_pad and any(pads)):
+        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    found = F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad=False)
+    for axis, kernel, step, pad in zip((-2, -1), kernels, strides, pads, strict=True):
+        size, shares = input.shape[axis], []
+        for start in range(-pad, found.shape[axis] * step - pad, step):
+            inside = min(start + kernel, size) - max(start, 0)
+            shares.append(inside / (min(start + kernel, size + pad) - start) if divisor_override is None else inside)
+        found = found * found.new_tensor(shares).unflatten(0, (-1, *[1] * (-1 - axis)))
+    return found if divisor_override is None else found / divisor_override
+
+
 def _scatter_reduce(
     input: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, *, include_self: bool = True
 ) -> torch.Tensor:
@@ -228,6 +257,7 @@ _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     F.adaptive_max_pool1d: _adaptive_pool(F.adaptive_max_pool1d, 1, torch.amax),
     F.adaptive_max_pool2d: _adaptive_pool(F.adaptive_max_pool2d, 2, torch.amax),
     F.adaptive_max_pool3d: _adaptive_pool(F.adaptive_max_pool3d, 3, torch.amax),
+    F.avg_pool2d: _avg_pool2d,
     F.conv3d: _conv3d,
     F.cross_entropy: _cross_entropy,
     F.nll_loss: _nll_loss,

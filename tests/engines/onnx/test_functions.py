@@ -252,6 +252,25 @@ def test_adaptive_pooling_into_windows_of_any_size(engine: str, pools: list[nn.M
     assert relative_error(Pyramid()(x), executable(x)) < 1e-5
 
 
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_means_over_a_divisor_or_with_pads_that_count(engine: str) -> None:
+    pools = [
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d((3, 2), 2, (1, 0), ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2),
+        nn.AvgPool2d((2, 3), count_include_pad=False, divisor_override=5),
+    ]
+
+    class Pyramid(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([pool(x).flatten(1) for pool in pools], 1)
+
+    executable = fxopt.lower(Pyramid().eval(), torch.randn(2, 3, 8, 9), engine)
+    assert not executable.reasons, "the batch size is free"
+    x = torch.randn(3, 3, 8, 9)
+    assert relative_error(Pyramid()(x), executable(x)) < 1e-5
+
+
 class Ray(nn.Module):
     """How much light of a ray is left at each place, and where light is sampled, as in a NeRF."""
 
