@@ -105,8 +105,7 @@ class Oracle:
                 continue  # guards refuse the input
             if len(found) < 2 or None in found:
                 return False
-            # Folded weights are rounded to what the module has, so that much may be left of the difference.
-            left, right = (replace(outcome, dtypes=trial.expected.dtypes) for outcome in found if outcome is not None)
+            left, right = (_narrowed(outcome, trial.expected) for outcome in found if outcome is not None)
             if difference_of(left, right, Promise.CLOSE).is_broken:
                 return False
             agreed = True
@@ -215,6 +214,15 @@ def _gradients(module: nn.Module, values: Sequence[Any]) -> dict[str, torch.Tens
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
+
+
+def _narrowed(wide: Outcome, narrow: Outcome) -> Outcome:
+    """A float64 run, to be held to what the module's own dtypes allow: folded weights are rounded to these."""
+    gradients = {
+        name: gradient.to(narrow.gradients[name].dtype) if name in narrow.gradients else gradient
+        for name, gradient in wide.gradients.items()
+    }
+    return replace(wide, gradients=gradients, dtypes=narrow.dtypes)
 
 
 def _is_rounded(wide: Outcome, narrow: Outcome) -> bool:

@@ -487,3 +487,21 @@ def test_a_run_that_may_fail_prints_nothing(capsys: pytest.CaptureFixture[str]) 
     oracle = Oracle(module, Inputs((x,)))
     assert oracle.error(oracle.outcomes(module), Promise.EXACT) == 0
     assert capsys.readouterr().err == ""
+
+
+class Shifts(nn.Module):
+    """The gradient of its shift is next to nothing, as that of a bias before a batch norm."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.layer, self.shift = share, nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.share * self.shift
+
+
+@pytest.mark.parametrize(("share", "agree"), [(-2e-12, True), (-2e-2, False)])
+def test_float64_is_asked_for_what_the_own_dtype_can_tell_apart(share: float, agree: bool) -> None:
+    module, other = Shifts(1e-12), Shifts(share)
+    other.load_state_dict(module.state_dict())
+    assert Oracle(module, Inputs((torch.randn(2, 4),))).agree_in_float64(module, other) is agree
