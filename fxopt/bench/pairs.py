@@ -20,15 +20,13 @@ from fxopt.bench.idle import wait_until_idle
 from fxopt.bench.memory import peak_memory
 from fxopt.bench.statistics import FEWEST_PAIRS, paired_interval
 from fxopt.bench.surroundings import quiet
-from fxopt.bench.timer import LEAD, CpuTimer, Sample, Timer, timed_together
+from fxopt.bench.timer import LEAD, TICK, CpuTimer, Sample, Timer, timed_together
 from fxopt.inputs import Inputs
 
 _ENOUGH_PAIRS = 30
 _MOST_PAIRS = 1000
 _WARM_UP = 0.1
 """Share of the budget."""
-_TICK = 1e-6
-"""Seconds: no call is taken for shorter."""
 _LONG_CALL = 0.1
 """Seconds: what slows a CPU down at first takes a few milliseconds in all, which hardly count in a longer call."""
 
@@ -202,7 +200,7 @@ def _warm_up(arms: Mapping[str, Arm], timer: Timer, start: float, budget: float)
     taken: dict[str, list[float]] = {name: [] for name in arms}
     while True:
         for name, arm in arms.items():
-            taken[name].append(max(_sample(arm, timer, 1).seconds, _TICK))
+            taken[name].append(max(_sample(arm, timer, 1).seconds, TICK))
         if timer.now() - start > _WARM_UP * budget:
             return taken
 

@@ -19,6 +19,8 @@ except ImportError:  # Windows has none.
 SHORTEST_SAMPLE = 4e-3
 """Seconds: shorter calls are timed several at once. The clock takes a moment, and threads that are woken up another,
 which must not be most of what is timed."""
+TICK = 1e-6
+"""Seconds: no call is taken for shorter."""
 _LONGEST_SAMPLE = 0.1
 """Seconds, where short calls of one side are timed together and one of another side is many times as long."""
 LEAD = 20e-3
@@ -63,8 +65,9 @@ def timed_together(seconds: Mapping[str, float]) -> dict[str, int]:
     """How many calls of each side are timed together: as many of all, for means of one kind, but where that takes long.
 
     Args:
-        seconds: of one call of each side.
+        seconds: of one call of each side; by the clock of a GPU it may have taken none.
     """
+    seconds = {side: max(one, TICK) for side, one in seconds.items()}
     together = math.ceil(SHORTEST_SAMPLE / min(seconds.values()))
     return {
         side: together if together * one < _LONGEST_SAMPLE else math.ceil(SHORTEST_SAMPLE / one)

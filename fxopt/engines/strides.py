@@ -27,7 +27,7 @@ _FORGETTING = frozenset(
     "size dim numel len item new_zeros new_ones new_empty new_full new_tensor linear layer_norm embedding".split()
 )
 """What has the same strides whatever those of its arguments are."""
-_MODULES: dict[type, str] = {nn.Flatten: "flatten", nn.Dropout: "dropout"}
+_MODULES = ((nn.Flatten, "flatten"), (nn.Dropout, "dropout"))
 _FORGETTING_MODULES = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
@@ -68,7 +68,7 @@ def _looking(region: Region) -> Iterator[tuple[fx.Node, str]]:
 
 def _name(node: fx.Node, region: Region) -> str:
     if node.op == "call_module":
-        return _MODULES.get(type(region.submodule(node)), "")
+        return next((name for kind, name in _MODULES if isinstance(region.submodule(node), kind)), "")
     if node.op in ("call_method", "call_function"):
         return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return ""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fxopt.bench.timer import timed_together
 from fxopt.gate.processes import Checkout, Launcher, Worker
 from fxopt.gate.window import shared_core, take_window
 
@@ -166,6 +167,11 @@ def test_a_long_call_of_the_head_is_not_repeated_as_often_as_a_short_one_of_the_
     found = take_window(starts, budget=2, tight=0.05)
     assert found.effect.ratio == pytest.approx(5e4)
     assert found.measuring / len(found.times("head")) < 0.6
+
+
+def test_a_call_that_the_clock_sees_take_no_time_is_timed_some_thousand_times() -> None:
+    calls = timed_together({"base": 0.0, "head": 1.0})
+    assert calls["head"] == 1 and 1000 < calls["base"] < 10_000
 
 
 def test_calls_that_write_into_their_inputs_are_timed_one_by_one(launcher: Launcher, tmp_path: Path) -> None:
