@@ -14,7 +14,7 @@ from fxopt.capture.independent import independent_copy
 from tests.models import Case
 
 
-def same(left: Any, right: Any) -> None:
+def assert_same(left: Any, right: Any) -> None:
     """Equal structure, types and values, to the bit."""
     (lefts, left_spec), (rights, right_spec) = pytree.tree_flatten(left), pytree.tree_flatten(right)
     assert left_spec == right_spec
@@ -52,15 +52,15 @@ def assert_agree(
     """Run copies of both side by side, several calls in a row, on the example, other values and other batch sizes."""
     for mode in modes:
         one, other = independent_copy(original).train(mode), independent_copy(captured).train(mode)
-        side_by_side(one, other, case)
+        assert_side_by_side(one, other, case)
 
 
-def side_by_side(one: nn.Module, other: nn.Module, case: Case) -> None:
+def assert_side_by_side(one: nn.Module, other: nn.Module, case: Case) -> None:
     for seed in (1, 2, 3):
         for times in (1, 3):
             args = bigger(case.example(seed), times)
             kwargs = bigger(case.kwargs, times)
-            same(step(one, args, kwargs, seed), step(other, args, kwargs, seed))
+            assert_same(step(one, args, kwargs, seed), step(other, args, kwargs, seed))
 
 
 def bigger(value: Any, times: int) -> Any:

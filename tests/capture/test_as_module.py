@@ -13,7 +13,7 @@ from torch import nn
 
 from fxopt.capture import capture
 from fxopt.graph import GraphModule
-from tests.capture.agree import assert_agree, same
+from tests.capture.agree import assert_agree, assert_same
 from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC, Case
 
@@ -43,7 +43,7 @@ def test_copies_do_the_same_and_share_nothing(pair, duplicate):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    same(module(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
+    assert_same(module(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved])
@@ -67,11 +67,11 @@ def test_state_goes_both_ways(pair):
     module, captured, case = pair
     other = case.build(seed=7)
     captured.load_state_dict(other.state_dict())
-    same(other(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
+    assert_same(other(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
     module.load_state_dict(captured.state_dict())
-    same(other(*case.example(), **case.kwargs), module(*case.example(), **case.kwargs))
+    assert_same(other(*case.example(), **case.kwargs), module(*case.example(), **case.kwargs))
     captured.load_state_dict(case.build(seed=8).state_dict(), assign=True)
-    same(case.build(seed=8)(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
+    assert_same(case.build(seed=8)(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
 
 
 def test_dtypes(pair):
@@ -80,8 +80,8 @@ def test_dtypes(pair):
         one, other = change(copy.deepcopy(module)), change(copy.deepcopy(captured))
         dtype = next(one.parameters()).dtype
         args = tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in case.example())
-        same(one(*args, **case.kwargs), other(*args, **case.kwargs))
-    same(dict(copy.deepcopy(module).half().state_dict()), dict(copy.deepcopy(captured).half().state_dict()))
+        assert_same(one(*args, **case.kwargs), other(*args, **case.kwargs))
+    assert_same(dict(copy.deepcopy(module).half().state_dict()), dict(copy.deepcopy(captured).half().state_dict()))
 
 
 def test_devices(pair):
@@ -104,7 +104,7 @@ def test_hooks(pair):
     called = []
     captured.register_forward_pre_hook(lambda module, args: called.append("before"))
     captured.register_forward_hook(lambda module, args, output: called.append("after"))
-    same(module(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
+    assert_same(module(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
     assert called == ["before", "after"]
 
 
@@ -127,7 +127,7 @@ def test_torch_compile(name):
     compiled = torch.compile(captured, backend="eager", fullgraph=True)
     for times in (1, 2):
         args = tuple(torch.cat([arg] * times) for arg in case.example())
-        same(module(*args, **case.kwargs), compiled(*args, **case.kwargs))
+        assert_same(module(*args, **case.kwargs), compiled(*args, **case.kwargs))
 
 
 @pytest.mark.parametrize("name", ["router", "mixture"])
@@ -138,7 +138,7 @@ def test_torch_compile_of_a_shell(name):
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        same(module(*case.example()), torch.compile(captured, backend="eager")(*case.example()))
+        assert_same(module(*case.example()), torch.compile(captured, backend="eager")(*case.example()))
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -152,7 +152,7 @@ def test_torch_export(name):
         actual = exported(*case.example(), **case.kwargs)
     expected = module(*case.example(), **case.kwargs)
     # torch.export gives a dict of a type of its own
-    same(dict(expected) if name == "heads" else expected, dict(actual) if name == "heads" else actual)
+    assert_same(dict(expected) if name == "heads" else expected, dict(actual) if name == "heads" else actual)
 
 
 @pytest.mark.parametrize("name", [name for name in STATIC if name not in ("heads", "one_head")])
@@ -163,4 +163,4 @@ def test_torch_jit_trace(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(captured, case.example(), check_trace=False)
-    same(module(*case.example()), traced(*case.example()))
+    assert_same(module(*case.example()), traced(*case.example()))

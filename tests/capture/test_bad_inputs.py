@@ -14,7 +14,7 @@ from torch import nn
 
 from fxopt.capture import capture
 from fxopt.errors import GuardError
-from tests.capture.agree import same
+from tests.capture.agree import assert_same
 
 
 class Raises(nn.Module):
@@ -151,7 +151,7 @@ def test_unusual_inputs_and_outputs(name):
     expected, actual = module(*args, **kwargs), captured.module(*args, **kwargs)
     if name == "nested":
         expected, actual = list(expected.unbind()), list(actual.unbind())
-    same(expected, actual)
+    assert_same(expected, actual)
     assert captured.opaque == ()
 
 
@@ -177,22 +177,22 @@ def test_one_tensor_given_as_several_arguments_stands_for_several(make, scale):
     captured = capture(module, (x, x, {"c": x})).module
     for given in ((x, x, x), torch.rand(3, 3, 4), torch.rand(3, 3, 4) * 1000):
         a, b, c = given
-        same(module(a, b, {"c": c}), captured(a, b, {"c": c}))
+        assert_same(module(a, b, {"c": c}), captured(a, b, {"c": c}))
 
 
 def test_attention_of_one_tensor_to_itself_is_attention_to_others_too():
     module = nn.MultiheadAttention(4, 2)
     captured = capture(module, (X, X, X))
     assert captured.opaque == ()
-    same(module(X, X, X), captured.module(X, X, X))
-    same(module(X, X + 1, X), captured.module(X, X + 1, X))
+    assert_same(module(X, X, X), captured.module(X, X, X))
+    assert_same(module(X, X + 1, X), captured.module(X, X + 1, X))
 
 
 def test_numbers_are_inputs_not_constants():
     captured = capture(Of(_numbers).eval(), (X, 2), {"shift": 0.5}).module
     module = Of(_numbers).eval()
     module.load_state_dict(captured.state_dict())
-    same(module(X, 3, shift=0.25), captured(X, 3, shift=0.25))
+    assert_same(module(X, 3, shift=0.25), captured(X, 3, shift=0.25))
 
 
 class Kind(enum.IntEnum):
@@ -237,7 +237,7 @@ def test_an_input_that_no_node_computes_with_is_guarded(name):
     module = Of(function).eval()
     captured = capture(module, given)
     assert captured.opaque == ()
-    same(module(*given), captured.module(*given))
+    assert_same(module(*given), captured.module(*given))
     with pytest.raises(GuardError, match=r"\(an input\), but it is .* here"):
         captured.module(*other)
 
@@ -254,7 +254,7 @@ def test_numbers_within_tuples_of_other_types_are_inputs_too(name):
     module = Of(function).eval()
     captured = capture(module, given)
     assert captured.opaque == ()
-    same(module(*other), captured.module(*other))
+    assert_same(module(*other), captured.module(*other))
 
 
 UNFOLLOWED = {
@@ -271,7 +271,7 @@ def test_what_is_given_an_input_that_no_graph_can_follow_is_opaque(name):
     module = Of(function).eval()
     captured = capture(module, given)
     assert "whose contents a graph can't follow" in captured.opaque[0].reason
-    same(module(*other), captured.module(*other))
+    assert_same(module(*other), captured.module(*other))
 
 
 class Asks(nn.Module):
@@ -301,7 +301,7 @@ def test_what_was_decided_on_the_dtype_of_an_input_is_guarded(name):
     for given, other, said in ((images, X, "of dtype torch.uint8"), (X, images, "of a floating point dtype")):
         captured = capture(module, (given,))
         assert captured.opaque == ()
-        same(module(given), captured.module(given))
+        assert_same(module(given), captured.module(given))
         with pytest.raises(GuardError, match=rf"image.* {said} \(test_bad_inputs.py:\d+\), but it is torch"):
             captured.module(other)
 
@@ -309,7 +309,7 @@ def test_what_was_decided_on_the_dtype_of_an_input_is_guarded(name):
 def test_what_was_captured_in_one_floating_point_dtype_can_be_cast():
     module = Of(lambda fc, x: fc(x) + torch.ones(4, dtype=x.dtype)).eval()
     captured = capture(module, (X,)).module
-    same(module.double()(X.double()), captured.double()(X.double()))
+    assert_same(module.double()(X.double()), captured.double()(X.double()))
     torch.testing.assert_close(captured.half()(X.half()), module.half()(X.half()), check_dtype=False)
 
 
@@ -340,9 +340,9 @@ def test_what_was_left_to_its_default_stays_so(given, said):
     assert captured.opaque == ()
     assert [type(step) for step in module.forward.__defaults__[1]] == [int, int]
     x = torch.randn(5, 4)
-    same(module(x), captured.module(x))
+    assert_same(module(x), captured.module(x))
     if said is None:
-        same(module(x, **given), captured.module(x, **given))
+        assert_same(module(x, **given), captured.module(x, **given))
     else:
         with pytest.raises(GuardError, match=said):
             captured.module(x, **given)
@@ -351,8 +351,8 @@ def test_what_was_left_to_its_default_stays_so(given, said):
 def test_a_tuple_that_was_given_can_be_left_to_its_default_later():
     module = Defaults()
     captured = capture(module, (X,), {"sizes": (3, (1.5,))})
-    same(module(X, sizes=(4, (2.5,))), captured.module(X, sizes=(4, (2.5,))))
-    same(module(X), captured.module(X))
+    assert_same(module(X, sizes=(4, (2.5,))), captured.module(X, sizes=(4, (2.5,))))
+    assert_same(module(X), captured.module(X))
 
 
 def test_a_generator_of_random_numbers_is_drawn_from_equally():
@@ -360,5 +360,5 @@ def test_a_generator_of_random_numbers_is_drawn_from_equally():
     captured = capture(module, (X, torch.Generator().manual_seed(1)))
     for seed in (1, 2):
         generators = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        same(module(X, generators[0]), captured.module(X, generators[1]))
+        assert_same(module(X, generators[0]), captured.module(X, generators[1]))
     assert [opaque.reason for opaque in captured.opaque if "Generator" not in opaque.reason] == []

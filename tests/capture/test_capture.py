@@ -17,7 +17,7 @@ from fxopt.capture.independent import independent_copy
 from fxopt.errors import CaptureError, GuardError
 from fxopt.graph import GraphModule
 from tests.capture import odd
-from tests.capture.agree import assert_agree, same, side_by_side
+from tests.capture.agree import assert_agree, assert_same, assert_side_by_side
 from tests.capture.odd import ODD
 from tests.models import DYNAMIC, STATIC, Case, EarlyExit
 
@@ -96,8 +96,8 @@ def test_the_original_its_mode_and_the_random_state_are_untouched(name, training
     random_state = torch.get_rng_state()
     capture(module, args, case.kwargs)
     assert torch.equal(torch.get_rng_state(), random_state)
-    same(before, dict(module.state_dict()))
-    same(args, case.example())
+    assert_same(before, dict(module.state_dict()))
+    assert_same(args, case.example())
     for path, child in module.named_modules():
         assert child.__dict__.keys() == attributes[path].keys()
         assert child.training is attributes[path].get("training", child.training)
@@ -122,7 +122,7 @@ def test_training_one_never_shows_in_the_other():
     optimizer = torch.optim.SGD(captured.parameters(), lr=0.1)
     captured(*case.example()).sum().backward()
     optimizer.step()
-    same(before, dict(module.state_dict()))
+    assert_same(before, dict(module.state_dict()))
     assert not torch.equal(captured.state_dict()["stem.conv.weight"], before["stem.conv.weight"])
 
 
@@ -148,7 +148,7 @@ def test_outputs_stay_exactly_equal_on_other_paths(name):
     captured = capture(module, case.example()).module
     for seed in range(40):
         args = case.example(seed)
-        same(module(*args), captured(*args))
+        assert_same(module(*args), captured(*args))
 
 
 def test_an_early_exit_exits_where_the_original_does():
@@ -160,7 +160,7 @@ def test_an_early_exit_exits_where_the_original_does():
         for _ in range(5):
             x = torch.randn(2, 8) * scale
             expected, actual = module(x), captured(x)
-            same(expected, actual)
+            assert_same(expected, actual)
             depths.add(expected[1])
     assert len(depths) > 3
 
@@ -200,7 +200,7 @@ def test_frozen_parts_keep_their_own_mode():
     module.frozen_norm.eval()
     module.frozen_noise.eval()
     captured = capture(module, case.example()).module
-    side_by_side(copy.deepcopy(module), copy.deepcopy(captured), case)
+    assert_side_by_side(copy.deepcopy(module), copy.deepcopy(captured), case)
     assert_agree(module, captured, case)
 
 
@@ -208,7 +208,7 @@ def test_a_frozen_batch_norm_keeps_its_own_mode():
     module, case = build("staged_cnn", True)
     module.stem.bn.eval()
     captured = capture(module, case.example()).module
-    side_by_side(copy.deepcopy(module), copy.deepcopy(captured), case)
+    assert_side_by_side(copy.deepcopy(module), copy.deepcopy(captured), case)
 
 
 def test_train_as_the_module_defines_it():
@@ -344,7 +344,7 @@ def test_a_region_without_gradients_ends_in_the_mode_of_its_caller(function, rec
         with torch.set_grad_enabled(called):
             expected, actual = module(x), captured.module(x)
             assert torch.is_grad_enabled() is called
-        same(expected, actual)
+        assert_same(expected, actual)
         assert [t.requires_grad for t in actual] == [t.requires_grad for t in expected]
 
 
@@ -356,7 +356,7 @@ def test_an_error_in_a_region_without_gradients_leaves_the_mode_of_the_caller(ag
     assert torch.is_grad_enabled()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     x = torch.randn(3, 4)
-    same(module(x), compiled(x))
+    assert_same(module(x), compiled(x))
 
 
 class InferenceOnly(nn.Module):
@@ -400,10 +400,10 @@ def test_a_module_that_no_graph_holds_keeps_defaults_that_are_tensors(given, aga
     captured = capture(module, given)
     assert captured.opaque
     called = again(captured.module)
-    same(module(x), called(x))
-    same(module(x, x), called(x, x))
-    same(module(x, shift=x), called(x, shift=x))
-    same(module(x, scale=x), called(x, scale=x))
+    assert_same(module(x), called(x))
+    assert_same(module(x, x), called(x, x))
+    assert_same(module(x, shift=x), called(x, shift=x))
+    assert_same(module(x, scale=x), called(x, scale=x))
 
 
 def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller():
@@ -420,7 +420,7 @@ def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller():
     assert torch.is_autocast_cache_enabled()
     torch.autocast_increment_nesting()
     assert torch.autocast_decrement_nesting() == 0
-    same(module(x), torch.compile(module, backend="eager", fullgraph=True)(x))
+    assert_same(module(x), torch.compile(module, backend="eager", fullgraph=True)(x))
 
 
 def guarded(fc, x):
@@ -462,7 +462,7 @@ def test_buffers_have_no_history_of_the_recording(in_place, was_run):
     captured = capture(module, (x,))
     assert captured.opaque == ()
     assert not captured.module.hidden.requires_grad
-    same(module(x), copy.deepcopy(captured.module)(x))
+    assert_same(module(x), copy.deepcopy(captured.module)(x))
 
 
 # Attributes and constants
@@ -474,7 +474,7 @@ def test_what_is_written_into_a_plain_attribute_leaves_it_no_history():
     assert captured.opaque == ()
     assert not module.keys.requires_grad
     again = copy.deepcopy(captured.module)  # which torch refuses where a tensor has a history
-    same(again(x), module(x))
+    assert_same(again(x), module(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.capture import capture
-from tests.capture.agree import same
+from tests.capture.agree import assert_same
 from tests.models import DYNAMIC, STATIC
 
 
@@ -21,7 +21,7 @@ def test_static_models_are_captured_as_with_values(name):
     assert fake.module.code == real.module.code
     assert not any(isinstance(t, FakeTensor) for t in (*fake.module.parameters(), *fake.module.buffers()))
     if not fake.constants:
-        same(module(*case.example(), **case.kwargs), fake.module(*case.example(), **case.kwargs))
+        assert_same(module(*case.example(), **case.kwargs), fake.module(*case.example(), **case.kwargs))
 
 
 @pytest.mark.parametrize("place", ["meta", "fake"])
@@ -35,7 +35,7 @@ def test_without_weights(place):
     assert list(captured.module.state_dict()) == list(module.state_dict())
     weights = case.build()
     captured.module.load_state_dict(weights.state_dict(), assign=True)
-    same(weights(*case.example()), captured.module(*case.example()))
+    assert_same(weights(*case.example()), captured.module(*case.example()))
 
 
 @pytest.mark.parametrize("name", ["router", "mixture", "early_exit"])
@@ -45,7 +45,7 @@ def test_what_needs_values_is_opaque(name):
     assert [opaque.path for opaque in captured.opaque] == [""]
     assert "it needs values, which fake tensors don't have" in captured.opaque[0].reason
     assert captured.opaque[0].location.startswith("models.py:")
-    same(case.build()(*case.example()), captured.module(*case.example()))
+    assert_same(case.build()(*case.example()), captured.module(*case.example()))
 
 
 def test_an_error_of_the_model_stays():

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxopt.capture import capture
 from fxopt.errors import GuardError
-from tests.capture.agree import same, step
+from tests.capture.agree import assert_same, step
 
 WIDTH = 6
 
@@ -135,4 +135,4 @@ def test_eager_and_captured_agree_at_all_sizes_in_both_modes(steps, training, ro
                 assert (other, mode) != (rows, training)
                 captured.load_state_dict(before)
                 continue
-            same(step(module, inputs(other, other), {"scale": 2.0}), actual)
+            assert_same(step(module, inputs(other, other), {"scale": 2.0}), actual)

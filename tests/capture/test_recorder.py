@@ -16,7 +16,7 @@ from fxopt.capture import capture
 from fxopt.capture.describe import describe
 from fxopt.capture.record import record
 from fxopt.errors import GuardError
-from tests.capture.agree import same
+from tests.capture.agree import assert_same
 
 
 @dataclass
@@ -214,7 +214,7 @@ def test_a_part_that_catches_an_error_of_torch_is_opaque(function):
     captured = capture(module, (torch.ones(2, 5),))
     assert captured.opaque[0].reason.startswith("it catches the RuntimeError of '")
     for x in (torch.ones(2, 5), X):
-        same(module(x), captured.module(x))
+        assert_same(module(x), captured.module(x))
 
 
 def test_a_question_that_operators_turn_down_is_no_error_that_is_caught():

@@ -22,7 +22,7 @@ from torch.distributions import TransformedDistribution as Affine
 
 from fxopt.capture import capture
 from fxopt.errors import GuardError
-from tests.capture.agree import same, step
+from tests.capture.agree import assert_same, step
 
 
 class Sizes(nn.Module):
@@ -70,7 +70,7 @@ def test_other_batch_sizes_sequence_lengths_and_image_sizes(training):
     assert captured.guards == ()
     for size in ((1, 3, 12, 12), (5, 3, 12, 12), (2, 3, 20, 20), (3, 3, 7, 9), (2, 3, 33, 12)):
         x = torch.randn(size)
-        same(step(module, (x,), {}), step(captured.module, (x,), {}))
+        assert_same(step(module, (x,), {}), step(captured.module, (x,), {}))
 
 
 class Converts(nn.Module):
@@ -100,7 +100,7 @@ def test_numbers_that_are_made_of_sizes_are_recorded():
     for size in ((4, 16), (6, 16), (2, 25), (7, 36)):
         x = torch.randn(size)
         for made in (captured.module, duplicate, again.module):
-            same(step(module, (x,), {}), step(made, (x,), {}))
+            assert_same(step(module, (x,), {}), step(made, (x,), {}))
 
 
 def test_a_guard_names_the_line_that_decided():
@@ -443,15 +443,15 @@ def test_recapture_keeps_both(training):
     captured = capture(copy.deepcopy(module), (torch.randn(2, 4),), on_guard_failure="recapture").module
     for size in (2, 8, 3, 6):
         x = torch.randn(size, 4)
-        same(step(module, (x,), {}), step(captured, (x,), {}))
-    same(module(torch.ones(2, 4), flag=True), captured(torch.ones(2, 4), flag=True))
+        assert_same(step(module, (x,), {}), step(captured, (x,), {}))
+    assert_same(module(torch.ones(2, 4), flag=True), captured(torch.ones(2, 4), flag=True))
     assert len(captured.captures) == 3
     assert list(captured.state_dict()) == list(module.state_dict())
     module.train(not training)
     captured.train(not training)
     for size in (2, 8):
         x = torch.randn(size, 4)
-        same(step(module, (x,), {}), step(captured, (x,), {}))
+        assert_same(step(module, (x,), {}), step(captured, (x,), {}))
 
 
 def test_all_captures_share_the_parameters():
@@ -463,8 +463,8 @@ def test_all_captures_share_the_parameters():
     torch.manual_seed(3)
     other = Decides().eval()
     captured.load_state_dict(other.state_dict())
-    same((other(small), other(large)), (captured(small), captured(large)))
-    same(other.double()(large.double()), captured.double()(large.double()))
+    assert_same((other(small), other(large)), (captured(small), captured(large)))
+    assert_same(other.double()(large.double()), captured.double()(large.double()))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -476,7 +476,7 @@ def test_copies_of_what_recaptures(duplicate):
     assert len(other.captures) == 2
     for size in (2, 8):
         x = torch.randn(size, 4)
-        same(module(x), other(x))
+        assert_same(module(x), other(x))
     with torch.no_grad():
         other.fc.weight.zero_()
     assert not torch.equal(other(torch.ones(2, 4)), module(torch.ones(2, 4)))

@@ -134,7 +134,9 @@ def lowered(model: nn.Module, *inputs: torch.Tensor) -> fxopt.Executable:
     return fxopt.lower(replay(model, Inputs(inputs), spec.parse("clean,fuse")), inputs, "onednn")
 
 
-def check(executable: fxopt.Executable, model: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-5) -> None:
+def assert_runs_alike(
+    executable: fxopt.Executable, model: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-5
+) -> None:
     with torch.no_grad():
         expected = model(*(value.clone() for value in inputs))
         found = executable(*inputs)
@@ -153,9 +155,9 @@ def test_every_kernel_of_every_layer(name: str, kernel: str, monkeypatch: pytest
     model, x = factory().eval(), torch.randn(*shape)
     executable = lowered(model, x)
     assert not executable.reasons and len(executable.choices["kernels"]) == 1
-    check(executable, model, x)
-    check(executable, model, torch.randn(5, *shape[1:]))
-    check(executable, model, torch.randn(0, *shape[1:]))
+    assert_runs_alike(executable, model, x)
+    assert_runs_alike(executable, model, torch.randn(5, *shape[1:]))
+    assert_runs_alike(executable, model, torch.randn(0, *shape[1:]))
 
 
 @pytest.mark.parametrize("kernel", ["packed", "mkl", "plain"])
@@ -166,7 +168,7 @@ def test_every_activation(activation: str, layer: str, kernel: str, monkeypatch:
     torch.manual_seed(0)
     factory, shape = LAYERS[layer]
     model, x = Tailed(factory(), ACTIVATIONS[activation]()).eval(), torch.randn(*shape)
-    check(lowered(model, x), model, x)
+    assert_runs_alike(lowered(model, x), model, x)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -186,7 +188,7 @@ def test_every_addition(
     executable = lowered(model, x, y)
     assert len(executable.choices["kernels"]) == 1
     before = y.clone()
-    check(executable, model, x, y)
+    assert_runs_alike(executable, model, x, y)
     assert torch.equal(y, before), "an input is never written"
 
 
@@ -204,7 +206,7 @@ def test_what_is_added_is_broadcast_where_batches_differ(
     y = torch.randn_like(model.layer(x).detach())
     executable = lowered(model, x[:1], y[:1])
     for rows, added in ((3, 1), (1, 3), (3, 3)):
-        check(executable, model, x[:rows], y[:added])
+        assert_runs_alike(executable, model, x[:rows], y[:added])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -214,7 +216,7 @@ def test_bfloat16(layer: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     factory, shape = LAYERS[layer]
     model, x = Tailed(factory(), nn.ReLU()).eval().bfloat16(), torch.randn(*shape).bfloat16()
-    check(lowered(model, x), model, x, tolerance=2e-2)
+    assert_runs_alike(lowered(model, x), model, x, tolerance=2e-2)
 
 
 @pytest.mark.skipif(
@@ -227,7 +229,7 @@ def test_layers_in_bfloat16_between_values_in_float32(monkeypatch: pytest.Monkey
     cast = replay(model, Inputs((x,)), spec.parse("clean,fuse,cast"))
     executable = fxopt.lower(cast, x, "onednn")
     assert not executable.reasons
-    check(executable, model, x, tolerance=2e-2)
+    assert_runs_alike(executable, model, x, tolerance=2e-2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -248,7 +250,7 @@ def test_a_sum_that_is_no_bias_stays_as_it_is(shape: tuple[int, ...]) -> None:
     model.bias = nn.Parameter(torch.randn(shape))
     executable = lowered(model, x)
     assert [skip.reason for skip in executable.reasons] == ["what it adds is not a parameter with a number an output"]
-    check(executable, model, x)
+    assert_runs_alike(executable, model, x)
 
 
 class Adapting(nn.Module):
@@ -366,7 +368,7 @@ def test_odd_graphs(form: type[nn.Module], kernel: str, monkeypatch: pytest.Monk
     model = form().eval()
     x = torch.randn(2, 3 if form is Meeting else 4, 6, 5)
     executable = lowered(model, x)
-    check(executable, model, x.clone())
+    assert_runs_alike(executable, model, x.clone())
     with torch.no_grad():
         one, two = x.clone(), x.clone()
         executable(one), model(two)
@@ -431,7 +433,7 @@ def test_what_looks_at_strides_behind_a_layer_that_forgets_them_is_no_reason(mon
     executable = fxopt.lower(model, x)
     assert not executable.reasons
     assert executable.choices["layout"] == "channels_last"
-    check(executable, model, x)
+    assert_runs_alike(executable, model, x)
 
 
 class Narrowed(nn.Module):
@@ -473,7 +475,7 @@ def test_what_stays_as_it_is_says_why(name: str) -> None:
     executable = fxopt.lower(model, x)
     assert [skip.where.split(".")[0] for skip in executable.reasons] == ["0"]
     assert reason in executable.reasons[0].reason
-    check(executable, model, x)
+    assert_runs_alike(executable, model, x)
 
 
 def test_a_graph_that_is_slower_packed_stays_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +484,7 @@ def test_a_graph_that_is_slower_packed_stays_as_it_was_given(monkeypatch: pytest
     executable = fxopt.lower(model, x)
     assert executable.choices["layout"] == "as given"
     assert "packed, the graph took 2.00x as long" in executable.reasons[0].reason
-    check(executable, model, x)
+    assert_runs_alike(executable, model, x)
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(0.0, 1), (60.0, 6)], ids=["slow", "fast"])
@@ -544,7 +546,7 @@ def test_a_large_layer_is_tried_on_a_part_of_its_batch(monkeypatch: pytest.Monke
     # Of products the first layer has 4 * 4 * 9 * 64 in each row, the second 4 * 2 * 64.
     monkeypatch.setattr(tune, "_MOST_PRODUCTS", 2 * 4 * 4 * 9 * 64)
     model, x = Residual().eval(), torch.randn(6, 4, 8, 8)
-    check(fxopt.lower(model, x), model, x)
+    assert_runs_alike(fxopt.lower(model, x), model, x)
     assert tried == {4: {2}, 2: {6}}
 
 
@@ -583,4 +585,4 @@ def test_functions_are_taken_too() -> None:
     model, x = Functional().eval(), torch.randn(2, 3, 5, 5)
     executable = lowered(model, x)
     assert len(executable.choices["kernels"]) == 1
-    check(executable, model, x)
+    assert_runs_alike(executable, model, x)

@@ -221,7 +221,7 @@ def test_a_file_with_the_name_of_a_part_of_fxopt_is_not_taken_for_it(repo: Repo,
     repo.commit(**{name: "raise ValueError('it was imported')"})
     repo.patch.chdir(repo.path)
     with Launcher() as repo.launcher:
-        repo.only(passes="fuse", timed=False)
+        assert repo.only(passes="fuse", timed=False)["verdict"] == "OK"
 
 
 def test_a_model_that_asks_for_input_is_told_that_there_is_none(repo: Repo):
@@ -515,14 +515,14 @@ def test_an_untracked_file_whose_name_is_no_utf_8_is_a_change(repo: Repo, monkey
 
 def test_a_base_that_depends_on_nothing_has_the_environment_of_the_head(repo: Repo):
     (repo.path / "requirements.txt").write_text("torch\n")
-    repo.only("model.py", timed=False)
+    assert repo.only("model.py", timed=False)["verdict"] == "OK"
 
 
 def test_a_list_of_packages_may_be_as_powershell_writes_it(repo: Repo):
     (repo.path / "requirements.txt").write_text("torch\n", encoding="utf-16")
     repo.commit()
     (repo.path / "requirements.txt").write_text("# the same\ntorch\n", encoding="utf-16")
-    repo.only("model.py", timed=False)
+    assert repo.only("model.py", timed=False)["verdict"] == "OK"
 
 
 def test_inputs_that_are_objects_are_the_same_on_both_sides(repo: Repo):
@@ -555,7 +555,7 @@ def test_outputs_of_every_kind_of_number_are_compared(repo: Repo, before, after,
 def test_the_mode_that_evaluate_leaves_is_not_that_of_the_outputs(repo: Repo):
     repo.commit(model=MODEL + "\ndef evaluate(module): return {'one': 1.0}\n")
     repo.write(model=MODEL + "\ndef evaluate(module):\n    module.train()\n    return {'one': 1.0}\n")
-    repo.only("model.py", timed=False, output_error=0.0)
+    assert repo.only("model.py", timed=False, output_error=0.0)["verdict"] == "OK"
 
 
 def test_names_of_files_that_are_not_ascii_are_said_as_they_are(repo: Repo, monkeypatch: pytest.MonkeyPatch):
@@ -642,7 +642,7 @@ def test_a_hook_of_the_user_is_not_run_for_the_base(repo: Repo):
     hook = repo.path / ".git" / "hooks" / "post-checkout"
     hook.write_text("#!/bin/sh\nexit 1\n")
     hook.chmod(0o755)
-    repo.only(timed=False)
+    assert repo.only(timed=False)["verdict"] == "OK"
 
 
 def test_a_branch_that_was_never_fetched_says_how_to_get_it(repo: Repo, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import fxopt
 from fxopt import capture, spec
 from fxopt.contract import Change, Skip
 from fxopt.errors import PassError, SpecError
+from fxopt.relative_error import relative_error
 from passes import LoRA
 from passes.lora import merge, trainable_parameters, unmerge
 from passes.lora.adapter import Adapter, LayerAdapter
@@ -616,7 +617,11 @@ def test_any_linear(rank: int, inputs: int, outputs: int, dims: int, dora: bool)
 
 
 def test_convolutions_from_the_zoo_of_peft_merge() -> None:
-    module = capture(ConvNet(2, 16, 32, 3, groups=2, padding=1, hidden=512).eval(), (torch.randn(2, 16, 4, 4),)).module
+    x = torch.randn(2, 16, 4, 4)
+    module = capture(ConvNet(2, 16, 32, 3, groups=2, padding=1, hidden=512).eval(), (x,)).module
     inject(module, LoRA(targets=("*",)))
     randomize(module)
-    merge(module, (torch.randn(2, 16, 4, 4),))
+    with torch.no_grad():
+        adapted = module(x)
+        merge(module, (x,))
+        assert relative_error(adapted, module(x)) <= 1e-4
