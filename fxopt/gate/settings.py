@@ -121,7 +121,9 @@ def read_jobs(path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> tu
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark in front
     except OSError as error:
-        raise GateError(f"there is no '{path}': name a target, or write one with a [[target]] table") from error
+        above = next((found for found in path.absolute().parents[1:] if (found / path.name).is_file()), None)
+        advice = f"there is one in '{above}': run it there" if above else "write one with a [[target]] table"
+        raise GateError(f"there is no '{path}': name a target, or {advice}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise GateError(f"cannot read '{path}': {error}") from error
     _known(content, {"defaults", "target"}, f"{path.name}")

@@ -124,7 +124,7 @@ def take_window(
                 worker.begin("warm", cores=core)
             writes = [worker.answer() for worker in workers.values()]
             each = {name: float(worker.ask("time", calls=1)["seconds"]) for name, worker in workers.items()}
-            _refuse_slow(sum(each.values()) * (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
+            _refuse_slow(each, (rounds - number) * math.ceil(FEWEST_PAIRS / rounds), budget)
             if not calls:
                 calls = dict.fromkeys(names, 1) if any(writes) else _together(each)
             until = time.perf_counter() + budget / rounds
@@ -186,10 +186,12 @@ def _take_round(
     return measuring
 
 
-def _refuse_slow(needed: float, budget: float) -> None:
+def _refuse_slow(each: Mapping[str, float], pairs: int, budget: float) -> None:
+    needed = sum(each.values()) * pairs
     if needed > 3 * budget:
         raise GateError(
-            f"the model is too slow for the budget: the fewest pairs that say anything take {needed:.0f} s, and "
+            f"the model is too slow for the budget: a call takes {1e3 * each['base']:.0f} ms in the base and "
+            f"{1e3 * each['head']:.0f} ms in the head, so the fewest pairs that say anything take {needed:.0f} s, and "
             f"{budget:.1f} s are left for them; give --budget {math.ceil(needed / budget)} times as much, or a smaller "
             "input"
         )

@@ -186,6 +186,12 @@ def test_a_file_with_the_mark_that_editors_of_windows_write(tmp_path):
     assert [job.target for job in read_jobs(path)] == ["m.py"]
 
 
+def test_a_file_that_lies_further_up_is_named(tmp_path):
+    (tmp_path / "fxopt.toml").write_text("[[target]]\ntarget = 'm.py'\n")
+    with pytest.raises(GateError, match=rf"there is one in '{tmp_path}': run it there"):
+        read_jobs(tmp_path / "models" / "small" / "fxopt.toml")
+
+
 def test_what_is_given_by_hand_goes_over_the_file(tmp_path):
     path = tmp_path / "fxopt.toml"
     path.write_text(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fxopt.bench.timer import timed_together
+from fxopt.errors import GateError
 from fxopt.gate.processes import Checkout, Launcher, Worker
 from fxopt.gate.window import shared_core, take_window
 
@@ -167,6 +168,13 @@ def test_a_long_call_of_the_head_is_not_repeated_as_often_as_a_short_one_of_the_
     found = take_window(starts, budget=2, tight=0.05)
     assert found.effect.ratio == pytest.approx(5e4)
     assert found.measuring / len(found.times("head")) < 0.6
+
+
+def test_a_model_that_is_too_slow_for_the_budget_says_which_side_takes_how_long() -> None:
+    sides = {"base": Takes(0.2), "head": Takes(3.0)}
+    starts: Any = {name: functools.partial(sides.get, name) for name in sides}
+    with pytest.raises(GateError, match="200 ms in the base and 3000 ms in the head"):
+        take_window(starts, budget=1, tight=0.05)
 
 
 def test_a_call_that_the_clock_sees_take_no_time_is_timed_some_thousand_times() -> None:
