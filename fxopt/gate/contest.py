@@ -37,12 +37,14 @@ class Contest:
         head: Checkout,
         files: Sequence[str],
         locked: lock.Counts | None,
+        base_target: str,
     ):
         self._job = job
         self._launcher = launcher
         self._checkouts = {"base": base, "head": head}
         self._files = files
         self._locked = locked
+        self._targets = {"base": base_target, "head": job.target}
         self._sides: dict[str, Worker] = {}
 
     def run(self, find_causes: bool, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -107,6 +109,8 @@ class Contest:
                 )
             except FxoptError as error:
                 notes = [f"the cause was not found: {error}"]
+        if self._targets["base"] != job.target:
+            notes = [f"the base has it as '{self._targets['base']}'", *notes]
         latency = _latency(window, len(windows), verdict)
         return {"verdict": str(verdict), "latency": latency, "cause": cause, "notes": notes}
 
@@ -126,7 +130,6 @@ class Contest:
         """Start a process of each side; all others are twins of these two."""
         job = self._job
         order = {
-            "target": job.target,
             "inputs": list(job.inputs),
             "passes": job.passes,
             "engine": job.engine,
@@ -135,7 +138,10 @@ class Contest:
         }
         # The head first, here and wherever both are asked: what neither can do is a wrong call, not a lack of the base.
         head, base = self._launcher.start(
-            *((self._checkouts[side], order | {"weights": self._weights(side)}) for side in ("head", "base"))
+            *(
+                (self._checkouts[side], order | {"target": self._targets[side], "weights": self._weights(side)})
+                for side in ("head", "base")
+            )
         )
         self._sides = {"head": head, "base": base}
         inputs = str(self._launcher.directory / "inputs.pt")

@@ -93,7 +93,13 @@ def run_gate(
             if sides is None:
                 tell(f"check out {commit[:7]}")
                 sides = stack.enter_context(_both_sides(repository, commit, plan, tell, launcher))
-            one = Contest(job, *sides, files=repository.changed_files(commit), locked=known.get(job.name))
+            one = Contest(
+                job,
+                *sides,
+                files=repository.changed_files(commit),
+                locked=known.get(job.name),
+                base_target=_in_base(repository, job.target, commit),
+            )
             result = one.run(plan.find_causes, lambda stage, name=name: tell(f"{name}: {stage}"))  # type: ignore[misc]
             if EXIT_CODES.get(result["verdict"], 0) in (0, EXIT_CODES["REGRESSION"]):
                 journal.add(asdict(job), result)  # what failed may be repaired by then, as by installing a package
@@ -166,6 +172,14 @@ def _inside(repository: Repository, job: Job) -> Job:
         )
     target = os.path.relpath(path, here) + (f":{name}" if name else "")
     return replace(job, target=target, name=job.name.replace(job.target, target))
+
+
+def _in_base(repository: Repository, target: str, commit: str) -> str:
+    """A target by the path that its file had at a commit."""
+    place, name = split(target)
+    here = repository.root / repository.below
+    old = repository.renamed_from(Path(os.path.normpath(here / place)), commit)
+    return target if old is None else os.path.relpath(old, here) + (f":{name}" if name else "")
 
 
 def _digest(values: Any) -> str:

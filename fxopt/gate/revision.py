@@ -103,6 +103,15 @@ class Repository:
         """Tracked files of the working tree that differ from a commit."""
         return git(self.root, "diff", "--name-only", base).stdout.splitlines()
 
+    def renamed_from(self, path: Path, base: str) -> Path | None:
+        """Where a tracked file of the working tree was at a commit; None where git knows of no renaming."""
+        listed = git(self.root, "diff", "--name-status", "--find-renames", "--diff-filter=R", "-z", base).stdout
+        fields = iter(listed.split("\0")[:-1])
+        for _, old, new in zip(fields, fields, fields, strict=True):
+            if self.root / new == path:
+                return self.root / old
+        return None
+
     def private(self, name: str) -> Path:
         """A path under git's own directory, where it makes no tree dirty."""
         return self.root / git(self.root, "rev-parse", "--git-path", name).stdout.strip()

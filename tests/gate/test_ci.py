@@ -718,6 +718,15 @@ def test_in_a_folder_that_is_new_what_counts_is_the_target(repo: Repo, target, c
     assert said is None or said in found["notes"][0]
 
 
+def test_a_model_whose_file_was_renamed_is_held_against_the_file_that_it_was(repo: Repo):
+    (repo.path / "nets").mkdir()
+    repo.git("mv", "model.py", "nets/small.py")
+    (repo.path / "nets" / "small.py").write_text(SLOWER)
+    found = repo.only("small.py:model", code=3, below="nets")
+    assert found["latency"]["verdict"] == "REGRESSION"
+    assert found["notes"] == ["the base has it as '../model.py:model'"]
+
+
 def test_submodules_of_the_base_are_those_that_it_names(repo: Repo, make_repo):
     inner, outer = make_repo("inner"), make_repo("outer")
     inner.commit(width="WIDTH = 8")
