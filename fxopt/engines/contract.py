@@ -25,10 +25,16 @@ class Sizes(enum.Enum):
 
     ANY = "any"
     """All that the guards of the capture allow."""
+    FREE = "free"
+    """Those that an exporter left free; whether it did so rightly is asked of the module at new ones."""
     BATCH = "batch"
     """Dimension 0, where the tensors of the example agree on it."""
     FIXED = "fixed"
     """None."""
+
+
+ASKED = Skip("", "whether it holds for other sizes is asked of the module at each new one; a saved file asks nothing")
+"""Told of what `asks`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Built:
         write: writes the engine's own form of the model into a directory; None where it has none.
         recorded: whether autograd would record what `run` does, and has to be kept from it.
         sizes: which may differ from those of the example, where that is less than the engine says; `reasons` tell why.
-        asks: whether something that was decided while building may hold for some batch sizes alone, so that the module
-            is run beside it at each new one.
+        asks: whether something that was decided while building may hold for some sizes alone, so that the module is run
+            beside it at each new one.
         holds: copies of the module that `run` calls, where Python code may set attributes.
     """
 
@@ -84,6 +90,10 @@ class Engine(ABC):
         Raises:
             EngineError: what the engine cannot take, and why.
         """
+
+    def freed(self) -> Engine | None:
+        """The engine, told to leave all sizes free where it would leave that of the batch; None for any other."""
+        return None
 
     def in_vain(self, module: GraphModule) -> str | None:
         """What this machine lacks, so that fewer bits, in `module` or by an option, gain nothing; None otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -17,11 +18,11 @@ from torch import nn
 from fxopt.capture.state import random_state_kept, state_kept, with_versions
 from fxopt.contract import Skip
 from fxopt.engines.checked import checked
-from fxopt.engines.contract import Built, Engine
+from fxopt.engines.contract import ASKED, Built, Engine, Sizes
 from fxopt.engines.gpu import current_among
 from fxopt.engines.once import once
 from fxopt.engines.one_form import OneForm
-from fxopt.engines.signature import Signature
+from fxopt.engines.signature import OtherSizes, Shapes, Signature
 from fxopt.errors import ArtifactError, EngineError, GuardError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -60,8 +61,8 @@ class Executable(nn.Module):
     """Of what was built."""
     _one_form: OneForm
     """Of its calls."""
-    _batches: set[int | None]
-    """The batch sizes that it is known to hold for."""
+    _holds_for: set[Shapes]
+    """The shapes of inputs that it is known to hold for."""
 
     def __init__(self, engine: Engine, module: GraphModule, inputs: Inputs, choices: Mapping[str, Any] | None = None):
         super().__init__()
@@ -75,6 +76,7 @@ class Executable(nn.Module):
         self._inputs = Inputs(*OneForm(module.forward)(inputs.args, inputs.kwargs))
         self._choices = dict(choices or {})
         self._built: Built | None = None
+        self._freed: Executable | EngineError | None = None
         self._build_seconds = 0.0
         self._rounding: float | None = None
 
@@ -90,7 +92,7 @@ class Executable(nn.Module):
                 self._choices = dict(built.choices)
                 self._one_form = OneForm(self.module.forward)
                 self._signature = Signature(self.engine.name, self._inputs, built.sizes or self.engine.sizes)
-                self._batches = {self._inputs.batch_size}
+                self._holds_for = {self._signature.shapes}
                 self._build_seconds = time.perf_counter() - began
                 self._built = built  # last, since calls of other threads look for it
             return self._built
@@ -102,8 +104,8 @@ class Executable(nn.Module):
 
     @property
     def reasons(self) -> tuple[Skip, ...]:
-        """What the engine could not take, so that torch runs it as it is, and why."""
-        return self.built.reasons
+        """What the engine could not take, so that torch runs it as it is, and why; and what it asks the module."""
+        return (*self.built.reasons, ASKED) if self.built.asks else self.built.reasons
 
     @property
     def choices(self) -> Mapping[str, Any]:
@@ -156,15 +158,18 @@ class Executable(nn.Module):
                 args, kwargs = self._one_form(args, kwargs)
             except TypeError as error:
                 raise EngineError(f"engine '{self.engine.name}': the module takes no such call: {error}") from error
-        batch = self._signature.check(args, kwargs)
+        try:
+            shapes = self._signature.check(args, kwargs)
+        except OtherSizes as refusal:
+            return self._with_free_sizes(refusal)(*args, **kwargs)
         if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(
                 f"engine '{self.engine.name}' has its precision built in, and autocast would change nothing: call it "
                 "outside of autocast, and cast by a pass before lowering"
             )
         try:
-            if batch is not None and batch not in self._batches:
-                self._hold(batch)
+            if shapes is not None and shapes not in self._holds_for:
+                self._hold(shapes, Inputs(args, kwargs))
             return self.run(*args, **kwargs)
         except GuardError as error:
             raise EngineError(
@@ -179,21 +184,54 @@ class Executable(nn.Module):
         with torch.no_grad():
             return built.run(*args, **kwargs)
 
-    def _hold(self, batch: int) -> None:
-        """Make sure that what was built for one batch size holds for another: on rows of the example.
+    def _hold(self, shapes: Shapes, given: Inputs) -> None:
+        """Make sure that what was built for some sizes holds for others: for a batch size on rows of the example.
 
         Exporters take a free size for one of two or more, whatever the module makes of one row or of none.
         """
-        inputs = self._inputs.with_batch(batch) if self.built.asks or batch < 2 else None
-        if inputs is not None:
+        pairs = zip(itertools.chain(*shapes), itertools.chain(*self._signature.shapes), strict=True)
+        is_free = self._signature.sizes is Sizes.FREE
+        if self.built.asks or any(size < 2 and size != known for size, known in pairs):
+            inputs = given if is_free else self._inputs.with_batch(next(shape[0] for shape in shapes if shape))
+            assert inputs is not None
             try:
                 checked(self, self.run, inputs)
             except EngineError as error:
+                fixed = "".join(f"; {skip.reason}" for skip in self.built.reasons if is_free and not skip.where)
                 raise EngineError(
-                    f"engine '{self.engine.name}' does not give what the module gives for a batch size of {batch}: "
-                    "lower the module again with such inputs"
+                    f"engine '{self.engine.name}' does not give what the module gives for {inputs.describe()}: lower "
+                    f"the module again with such inputs{fixed}"
                 ) from error
-        self._batches.add(batch)
+            except GuardError:
+                raise
+            except Exception as error:  # whatever its layers raise
+                raise EngineError(
+                    f"engine '{self.engine.name}': the module itself raises {type(error).__name__} for "
+                    f"{inputs.describe()}: {error}"
+                ) from error
+        self._holds_for.add(shapes)
+
+    def _with_free_sizes(self, refusal: OtherSizes) -> Executable:
+        """The same with all sizes free, built by the first call that needs it, since it is slower.
+
+        Raises:
+            EngineError: `refusal` where the engine has none, or what it says of this one.
+        """
+        with _BUILDING:
+            freed = self._freed
+            if freed is None:
+                engine = self.engine.freed() if self._signature.sizes is Sizes.BATCH else None
+                if engine is None:
+                    raise refusal
+                freed = Executable(engine, self.module, self._inputs, self.choices)
+                try:
+                    checked(freed, freed.run, self._inputs)
+                except EngineError as error:
+                    freed = error
+                self.__dict__["_freed"] = freed  # as a part of this module it would double the state
+            if isinstance(freed, EngineError):
+                raise EngineError(f"{refusal}, since {freed}") from freed
+            return freed
 
     def train(self, mode: bool = True) -> Executable:
         """Evaluation mode is the only one.
@@ -241,15 +279,15 @@ class Executable(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # Not `load_state_dict`, which is not called where a module around this one loads.
         super()._load_from_state_dict(*args, **kwargs)
-        self._built = self._rounding = None
+        self._built = self._freed = self._rounding = None
 
     def extra_repr(self) -> str:
         """The engine with its options."""
         return str(self.engine)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_built": None, "_choices": dict(self.choices)}
-        return {name: value for name, value in state.items() if name not in ("_signature", "_one_form", "_batches")}
+        state = {**self.__dict__, "_built": None, "_freed": None, "_choices": dict(self.choices)}
+        return {name: value for name, value in state.items() if name not in ("_signature", "_one_form", "_holds_for")}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Executable:
         """What `to`, `half`, `cuda` and their kin call: fine where it changes nothing."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fxopt.contract import Skip
 from fxopt.engines.contract import Sizes
-from fxopt.engines.onnx import Outputs, export
+from fxopt.engines.onnx import Free, Outputs, export
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -23,17 +23,21 @@ class Exported:
 
     Attributes:
         path: of the file; what lies beside it belongs to it.
-        reasons: why the batch size is fixed; empty where it is free.
+        reasons: see `Export`.
         asks: see `Export`.
+        free: which sizes were to be free.
     """
 
     path: Path
     reasons: tuple[Skip, ...]
     asks: bool
+    free: Free
 
     @property
     def sizes(self) -> Sizes:
         """Which sizes of the inputs may differ from those of the example."""
+        if self.free == "all":
+            return Sizes.FREE
         return Sizes.FIXED if self.reasons else Sizes.BATCH
 
 
@@ -42,7 +46,7 @@ class Exports:
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="fxopt-")
-        self._made: dict[str, Exported | EngineError] = {}
+        self._made: dict[tuple[str, Free], Exported | EngineError] = {}
 
     def __enter__(self) -> Exports:
         return self
@@ -59,34 +63,35 @@ class Exports:
         finally:
             _shared.reset(token)
 
-    def get(self, passes: str, module: GraphModule, inputs: Inputs, outputs: Outputs) -> Exported:
+    def get(self, passes: str, module: GraphModule, inputs: Inputs, outputs: Outputs, free: Free) -> Exported:
         """The module after `passes`, exported now where it is not yet.
 
         Raises:
             EngineError: where torch cannot export it, with its reason.
         """
-        if passes not in self._made:
+        key = passes, free
+        if key not in self._made:
             directory = Path(self._directory.name) / str(len(self._made))
             directory.mkdir()
             try:
-                found = export(module, inputs, outputs)
+                found = export(module, inputs, outputs, free)
                 found.program.save(directory / "model.onnx")
-                self._made[passes] = Exported(directory / "model.onnx", found.reasons, found.asks)
+                self._made[key] = Exported(directory / "model.onnx", found.reasons, found.asks, free)
             except EngineError as error:
-                self._made[passes] = error
-        made = self._made[passes]
+                self._made[key] = error
+        made = self._made[key]
         if isinstance(made, EngineError):
             raise made
         return made
 
     def size(self, passes: str) -> int | None:
         """Bytes of the file of the module after `passes`; None where there is none."""
-        made = self._made.get(passes)
+        made = next((made for (of, _), made in self._made.items() if of == passes), None)
         return sum(file.stat().st_size for file in made.path.parent.iterdir()) if isinstance(made, Exported) else None
 
 
 @contextlib.contextmanager
-def exported(engine: str, module: GraphModule, inputs: Inputs, outputs: Outputs) -> Iterator[Exported]:
+def exported(engine: str, module: GraphModule, inputs: Inputs, outputs: Outputs, free: Free) -> Iterator[Exported]:
     """The module as a file.
 
     Raises:
@@ -95,7 +100,7 @@ def exported(engine: str, module: GraphModule, inputs: Inputs, outputs: Outputs)
     with contextlib.ExitStack() as held:
         exports, passes = _shared.get() or (held.enter_context(Exports()), "")
         try:
-            found = exports.get(passes, module, inputs, outputs)
+            found = exports.get(passes, module, inputs, outputs, free)
         except EngineError as error:
             raise EngineError(f"engine '{engine}' needs an ONNX model, and {error}") from error.__cause__
         yield found

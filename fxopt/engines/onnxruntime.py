@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
-from fxopt.engines.onnx import ASKED, export, nested, outputs_of
+from fxopt.engines.onnx import FREE, Free, export, nested, outputs_of
 from fxopt.engines.onnx.parted import part_weights
 from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
@@ -30,6 +31,9 @@ from fxopt.modules import is_quantized
 class OnnxRuntime(Engine):
     """Exports the graph to ONNX, with a free batch size, and runs it by ONNX Runtime with torch's number of threads.
 
+    The first call with other sizes, as of a longer sequence, exports once more, with all sizes free. At each new shape
+    the module is run beside that.
+
     Its threads spin from one operator to the next, and stop where a call ends: as fast as those that spin on, which
     would disturb whatever else the process computes. Negative indices count from the end, also where torch raises.
     """
@@ -37,6 +41,12 @@ class OnnxRuntime(Engine):
     name: ClassVar[str] = "onnxruntime"
     sizes: ClassVar[Sizes] = Sizes.BATCH
     integers: ClassVar[bool] = True
+
+    free: Free = field(default="batch", metadata=FREE)
+
+    def freed(self) -> Engine | None:
+        """With all sizes free."""
+        return None if self.free == "all" else dataclasses.replace(self, free="all")
 
     def unavailable(self) -> str | None:
         """It is a package of its own."""
@@ -49,7 +59,7 @@ class OnnxRuntime(Engine):
         outputs = outputs_of(self.name, module, inputs)
         quantised = is_quantized(module)
         with (
-            exported(self.name, module, inputs, outputs) as file,
+            exported(self.name, module, inputs, outputs, self.free) as file,
             tempfile.TemporaryDirectory(prefix="fxopt-") as directory,
         ):
             reasons, optimized = file.reasons, Path(directory) / "optimized.onnx"
@@ -69,12 +79,11 @@ class OnnxRuntime(Engine):
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
         def write(directory: Path) -> None:
-            program = export(module, inputs, outputs).program
+            program = export(module, inputs, outputs, self.free).program
             if parted:
                 part_weights(program.model)
             program.save(directory / "model.onnx")
 
-        reasons += (ASKED,) if file.asks else ()
         return Built(nested(outputs, call), reasons, write=write, recorded=False, sizes=file.sizes, asks=file.asks)
 
 
@@ -107,7 +116,7 @@ def _session(path: Path, optimized: Path | None, unsigned: bool = False) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 4 if unsigned else 3  # what fails with it is tried without
+    options.log_severity_level = 4  # what fails is raised as well
     if unsigned:
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:

@@ -13,6 +13,12 @@ from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.nested import flatten, is_same
 
+Shapes = tuple[torch.Size, ...]
+
+
+class OtherSizes(EngineError):
+    """Inputs that differ from those of the example in sizes that are not free."""
+
 
 class Signature:
     """Structure, dtypes, device and sizes of the inputs of an example.
@@ -23,13 +29,16 @@ class Signature:
         sizes: which sizes may differ.
 
     Attributes:
+        sizes: the same.
+        shapes: of the tensors among the inputs.
         devices: types of the devices that the inputs are on.
     """
 
     def __init__(self, engine: str, inputs: Inputs, sizes: Sizes):
         self._engine = engine
-        self._sizes = sizes
+        self.sizes = sizes
         self._batch = inputs.batch_size
+        self.shapes: Shapes = tuple([tensor.shape for tensor in inputs.tensors])
         self.devices = {tensor.device.type for tensor in inputs.tensors}
         leaves, self._structure = flatten((inputs.args, dict(inputs.kwargs)))
         self._leaves = [leaf if not isinstance(leaf, torch.Tensor) else _Tensor(leaf) for leaf in leaves]
@@ -37,14 +46,16 @@ class Signature:
             not inputs.kwargs and len(leaves) == len(inputs.args) and all(map(operator.is_, leaves, inputs.args))
         )
 
-    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes | None:
         """Refuse a call that lies outside.
 
         Returns:
-            The batch size, where that is what may differ; None also where all sizes are those of the example.
+            The shapes of all tensors, where an exporter left free what may differ in them; None also where all sizes
+            are those of the example.
 
         Raises:
-            EngineError: naming the input, what was expected, and what to do.
+            OtherSizes: naming the input, what was expected, and what to do.
+            EngineError: likewise, where it is not by their sizes alone that inputs lie outside.
         """
         given: Any = args
         if not self._flat or kwargs or len(args) != len(self._leaves):
@@ -70,25 +81,27 @@ class Signature:
                     f"engine '{self._engine}': input {index} requires a gradient, and this engine has none: call it "
                     "under torch.no_grad(), or use the module that it was lowered from"
                 )
-        return batch
+        if self.sizes not in (Sizes.FREE, Sizes.BATCH):
+            return None
+        return tuple([value.shape for value in given if isinstance(value, torch.Tensor)])
 
     def _check_shape(self, index: int, value: torch.Tensor, expected: _Tensor, batch: int | None) -> int | None:
         same = value.shape == expected.shape
         found = f"input {index} is {_Tensor(value)}, it was built for {expected}"
         if value.dim() != len(expected.shape):
             raise self._refused(found)
-        if self._sizes is Sizes.ANY or (same and (self._batch is None or not expected.shape)):
+        if self.sizes in (Sizes.ANY, Sizes.FREE) or (same and (self._batch is None or not expected.shape)):
             return batch
-        if not same and (self._sizes is Sizes.FIXED or self._batch is None):
-            raise self._refused(f"{found}, and its sizes are fixed")
+        if not same and (self.sizes is Sizes.FIXED or self._batch is None):
+            raise self._refused(f"{found}, and its sizes are fixed", OtherSizes)
         if value.shape[1:] != expected.shape[1:]:
-            raise self._refused(f"{found}, of which only the batch size may differ")
+            raise self._refused(f"{found}, of which only the batch size may differ", OtherSizes)
         if batch is not None and value.shape[0] != batch:
-            raise self._refused(f"{found}, and the batch size of the inputs before it is {batch}")
+            raise self._refused(f"{found}, and the batch size of the inputs before it is {batch}", OtherSizes)
         return int(value.shape[0])
 
-    def _refused(self, what: str) -> EngineError:
-        return EngineError(f"engine '{self._engine}': {what}; lower the module again with such inputs")
+    def _refused(self, what: str, kind: type[EngineError] = EngineError) -> EngineError:
+        return kind(f"engine '{self._engine}': {what}; lower the module again with such inputs")
 
 
 def _is_alike(value: Any, expected: Any) -> bool:

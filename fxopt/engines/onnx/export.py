@@ -1,8 +1,10 @@
-"""A captured module as an ONNX model with a free batch size, where it has one."""
+"""A captured module as an ONNX model with free sizes, where it has some."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils import _pytree as pytree
@@ -20,8 +22,10 @@ from fxopt.inputs import Inputs
 
 _BATCH = "batch"
 _KNOWN = ("torch", "_operator", "operator", "math", "builtins", "fxopt")
-ASKED = Skip("", "whether it holds for a batch size is asked of the module at each new one; a saved file asks nothing")
-"""Told of a model whose export `asks`."""
+Free = Literal["batch", "all"]
+"""Which sizes of the inputs a model leaves free, as far as the module does."""
+FREE = {"help": "which sizes a saved file leaves free: batch, or all; a call with others than these brings all"}
+"""Of the option of that name, which engines that export have."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,9 @@ class Export:
 
     Attributes:
         program: the model.
-        reasons: why its batch size is fixed; empty where it is free.
-        asks: whether it may hold for some batch sizes only: guards of the module decide by them, which it has not, or
-            code may that no graph holds.
+        reasons: what is fixed of the sizes that were to be free, and why; empty where nothing is.
+        asks: whether it may hold for some sizes only: guards of the module decide by them, which it has not, or code
+            may that no graph holds, or the exporter did.
     """
 
     program: torch.onnx.ONNXProgram
@@ -40,12 +44,47 @@ class Export:
     asks: bool = False
 
 
-def export(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
-    """The module as ONNX, with a free batch size where it has one.
+def export(module: GraphModule, inputs: Inputs, outputs: Outputs, free: Free = "batch") -> Export:
+    """The module as ONNX, with a free batch size where it has one, or all sizes free that can be.
 
     Raises:
-        EngineError: where torch cannot export it, with its reason.
+        EngineError: where torch cannot export it, with its reason; where all sizes are to be free, also where numbers
+            among the outputs follow them.
     """
+    return _with_free_sizes(module, inputs, outputs) if free == "all" else _with_free_batch(module, inputs, outputs)
+
+
+def _with_free_sizes(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
+    if outputs.counts:
+        raise EngineError("a number among the outputs follows the sizes")
+    several = inputs.with_batch(2) if inputs.batch_size == 1 else inputs
+    assert several is not None
+    shapes = pytree.tree_map(_all_free, (several.args, several.kwargs))
+    try:
+        program = program_of(without_decided_guards(module, [several])[0], several, outputs, shapes)
+    except Exception as error:  # the exporter raises anything
+        raise EngineError(f"torch cannot export one with free sizes: {_first_line(error)}{_opaque(module)}") from error
+    fixed = ", ".join(_fixed(program))
+    # The exporter drops what it assumes of sizes, as that all windows of a pool are of one size.
+    return Export(program, (Skip("", f"in the model with free sizes {fixed}"),) if fixed else (), asks=True)
+
+
+def _fixed(program: torch.onnx.ONNXProgram) -> Iterator[str]:
+    """The sizes of inputs that the exporter takes for one number."""
+    assert program.exported_program is not None
+    ranges = {str(symbol): values for symbol, values in program.exported_program.range_constraints.items()}
+    for index, value in enumerate(program.model.graph.inputs):
+        for dim, size in enumerate(value.shape or ()):
+            values = None if isinstance(size, int) else ranges.get(str(size.value))
+            if isinstance(size, int) or (values is not None and values.is_singleton()):
+                yield f"dimension {dim} of input {index} stays {size if values is None else values.lower}"
+
+
+def _all_free(leaf: object) -> object:
+    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+
+
+def _with_free_batch(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
     batch = None if outputs.counts else inputs.batch_size
     reason = "a number that it gives follows it" if outputs.counts else "the inputs have no common batch size"
     if batch:

@@ -15,7 +15,7 @@ from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
-from fxopt.engines.onnx import ASKED, nested, outputs_of, quiet
+from fxopt.engines.onnx import FREE, Free, nested, outputs_of, quiet
 from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
@@ -32,6 +32,9 @@ _BFLOAT16_TOLERANCE = 5e-2
 @dataclass(frozen=True)
 class OpenVINO(Engine):
     """Exports the graph to ONNX and runs it by OpenVINO, compiled once for each batch size that it is called with.
+
+    The first call with other sizes, as of a longer sequence, exports once more, with all sizes free. At each new shape
+    the module is run beside that.
 
     Where rows are computed by themselves, a batch runs in pieces side by side, one on each thread, if that is measured
     to be faster. By itself OpenVINO computes in bfloat16 where the CPU has matrix units; here only if `precision` asks
@@ -51,12 +54,17 @@ class OpenVINO(Engine):
         default=None, metadata={"help": "with precision=mixed, the relative error that outputs may have"}
     )
     pieces: bool = field(default=True, metadata={"help": "run a batch in pieces side by side, where that is faster"})
+    free: Free = field(default="batch", metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16", "mixed"):
             raise EngineError(f"engine 'openvino': precision is 'f32', 'bf16' or 'mixed', not {self.precision!r}")
         if self.max_error is not None and (self.precision != "mixed" or not self.max_error > 0):
             raise EngineError("engine 'openvino': max_error is a positive number, and for precision=mixed alone")
+
+    def freed(self) -> Engine | None:
+        """With all sizes free."""
+        return None if self.free == "all" else dataclasses.replace(self, free="all")
 
     def unavailable(self) -> str | None:
         """It is a package of its own."""
@@ -85,9 +93,9 @@ class OpenVINO(Engine):
         import openvino
 
         outputs = outputs_of(self.name, module, inputs)
-        with exported(self.name, module, inputs, outputs) as file, quiet():
+        with exported(self.name, module, inputs, outputs, self.free) as file, quiet():
             try:
-                model = Model(file.path)
+                model = Model(file.path, file.sizes is not Sizes.FREE)
             except RuntimeError as error:
                 raise EngineError(f"engine 'openvino' cannot read the exported model: {complaint(error)}") from error
         reasons = file.reasons
@@ -103,16 +111,15 @@ class OpenVINO(Engine):
 
         try:
             decided = self._settle_precision(model, inputs, choices)
-            if choices:
-                model.rows = choices["rows"]
-            elif self.pieces and file.sizes is Sizes.BATCH:
-                choose_rows(model, inputs, self.tolerance(torch.float32))
+            if self.pieces and file.sizes is Sizes.BATCH:
+                if choices:
+                    model.rows = choices["rows"]
+                else:
+                    choose_rows(model, inputs, self.tolerance(torch.float32))
         except RuntimeError as error:
             raise EngineError(f"engine 'openvino' fails: {complaint(error)}") from error
         run = nested(outputs, call)
         run(*inputs.args, **inputs.kwargs)
-        if file.asks:
-            reasons += (ASKED,)
         if is_quantized(module):
             reasons += left_floats_by_openvino(model.session(shapes_of(inputs.tensors)).compiled)
         missing = self.in_vain(module)

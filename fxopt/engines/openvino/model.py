@@ -1,4 +1,4 @@
-"""A model that OpenVINO has read, compiled for each shape of inputs that it meets."""
+"""A model that OpenVINO has read, compiled for each shape of inputs that it meets, or once for all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Model:
 
     Args:
         path: of a file in ONNX, with free sizes.
+        each: whether to compile for each shape, and not once for all; what is compiled so is faster.
 
     Attributes:
         core: of OpenVINO.
@@ -36,9 +37,10 @@ class Model:
         RuntimeError: what OpenVINO says, where it cannot read the file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, each: bool = True):
         import openvino
 
+        self._each = each
         self.threads = torch.get_num_threads()
         self.rows = 0
         self.core = openvino.Core()
@@ -57,6 +59,7 @@ class Model:
 
     def session(self, shapes: Shapes) -> Session:
         """What runs inputs of these shapes, compiled now where it is not yet."""
+        shapes = shapes if self._each else ()
         found = self._sessions.get(shapes)
         if found is None:
             batch = next((shape[0] for shape in shapes if shape), 0)
@@ -86,6 +89,7 @@ class Model:
 
     def _compiled(self, shapes: Shapes, settings: dict[str, Any]) -> Any:
         sized = self.read.clone()
-        sized.reshape(dict(enumerate(map(list, shapes))))
+        if shapes:
+            sized.reshape(dict(enumerate(map(list, shapes))))
         settings |= {"INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": self.threads}
         return self.core.compile_model(sized, "CPU", settings)
