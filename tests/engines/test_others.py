@@ -75,6 +75,7 @@ class Asking(nn.Module):
             "the number of rows": lambda: x.shape[0] <= 5,
             "no more rows": lambda: x.shape[0] <= 3,
             "an odd number of rows": lambda: x.shape[0] % 2 == 1,
+            "how often rows hold five": lambda: x.shape[0] // 5 == 0,
             "the input": lambda: (x > 0).all(),
         }[self.of]
         return x * 2 if asked() else x * 3
@@ -96,6 +97,7 @@ def test_what_fixed_sizes_decide_is_decided(of: str, engine: str) -> None:
         ("the number of rows", (5, 4, 5), 7),
         ("no more rows", (2, 1, 3), 4),
         ("an odd number of rows", (1, 5), 4),
+        ("how often rows hold five", (4, 3), 5),
     ],
 )
 def test_what_the_number_of_rows_decides_is_asked_for_each(

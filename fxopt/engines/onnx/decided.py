@@ -8,6 +8,7 @@ Exporters cannot keep them: they know sizes, but not what is in a tensor. Those 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +40,11 @@ def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tupl
         if isinstance(value, (int, float, torch.Size, torch.device, torch.dtype)):
             seen.setdefault(node, []).append(value)
 
+    @functools.cache
     def differs(node: fx.Node) -> bool:
-        return any(value != seen[node][0] for value in seen.get(node, ()))
+        """Whether a number, or one that it is computed of, is another in another try: it may be another in a third."""
+        values = seen.get(node, ())
+        return any(value != values[0] for value in values) or bool(values and any(map(differs, node.all_input_nodes)))
 
     try:
         for inputs in tries:
