@@ -49,20 +49,21 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 def _choose_among_all(found: Sequence[Masked], plan: Plan, amount: float) -> None:
     pattern = plan.pattern
     shapes = [view(each.mask.mask, each.mask.outputs).shape for each in found]
-    units = [pattern.unit_scores(_scores(each, plan)).float() for each in found]
-    for scores in units:
-        scores[scores.argmax()] = torch.inf
+    units = [pattern.unit_scores(_scores(each, plan)) for each in found]
+    counts = [len(one) for one in units]
+    scores = torch.cat(units)  # a copy: single weights are units whose scores are those that training adds to
+    for one in scores.split(counts):
+        one[one.argmax()] = torch.inf
     sizes = [
-        torch.full_like(scores, pattern.weights_per_unit(shape), dtype=torch.int64)
-        for scores, shape in zip(units, shapes, strict=True)
+        torch.full_like(one, pattern.weights_per_unit(shape), dtype=torch.int64)
+        for one, shape in zip(units, shapes, strict=True)
     ]
-    scores = torch.cat(units)
     order = scores.argsort(stable=True)
     removed = torch.cat(sizes)[order].cumsum(0)
     kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     drop = order[removed <= int(amount * int(removed[-1]) + 0.5)]
     kept[drop[scores[drop] < torch.inf]] = False
-    for each, part, shape in zip(found, kept.split([len(one) for one in units]), shapes, strict=True):
+    for each, part, shape in zip(found, kept.split(counts), shapes, strict=True):
         each.mask.keep(pattern.expand(part, shape))
 
 

@@ -184,11 +184,12 @@ def test_scores_of_a_closure_are_taken_before_the_optimizer_moves_them() -> None
     assert found.mask.score.grad is None
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("criterion", ["movement", "taylor"])
-def test_scores_are_sums_of_dense_gradients(criterion: str) -> None:
+def test_scores_are_sums_of_dense_gradients(criterion: str, scope: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4)).train()
-    spec = f"sparsify{{amount=0.5,criterion={criterion},schedule=linear,steps=3,every=1}}"
+    spec = f"sparsify{{amount=0.5,criterion={criterion},scope={scope},schedule=linear,steps=3,every=1}}"
     module = masked(model, (torch.randn(2, 6),), spec)
     (found,) = sparsify.masked_weights(module)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
