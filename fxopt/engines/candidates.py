@@ -14,7 +14,7 @@ from fxopt.engines.eager import Eager
 from fxopt.engines.executable import Executable
 from fxopt.engines.onnxruntime import OnnxRuntime
 from fxopt.engines.sparse import Sparse
-from fxopt.engines.table import written
+from fxopt.engines.table import ENGINES, written
 from fxopt.graph import GraphModule
 from fxopt.modules import Mask, is_quantized
 
@@ -146,7 +146,8 @@ def candidates(asked: str, module: GraphModule, place: torch.device) -> Sequence
     if asked in (AUTO, ALL):
         known = ON_CUDA if place.type == "cuda" else [*ON_CPU, *(IN_FLOATS if is_quantized(module) else ())]
         return [rung for rung in known if rung.engine != Sparse.name or _has_zeros(module)]
-    rung = Rung(*written(asked))
+    name, given = written(asked)
+    rung = Rung(name, {option: value for option, value in given.items() if value != getattr(ENGINES[name], option)})
     if rung.engine == Eager.name:
         return [rung]
     beside = []

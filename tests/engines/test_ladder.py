@@ -165,6 +165,14 @@ def test_a_name_takes_options_in_braces(measured: dict[Any, float]) -> None:
         run("openvino{precision=bf16}")
 
 
+@pytest.mark.parametrize("asked", ["openvino{precision=f32}", "cublas{precision=int8}", "cudagraph{tf32=false}"])
+def test_an_option_that_says_the_default_rounds_nothing_and_needs_no_bound(asked: str) -> None:
+    module = fxopt.capture(CASE.build(), CASE.example()).module
+    _, rung = candidates.candidates(asked, module, torch.device("cpu"))
+    assert rung == Rung(asked.partition("{")[0])
+    assert not rung.is_rounded
+
+
 def test_who_breaks_the_bound_drops_out(measured: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
     measured |= {"eager": 1.0, "onednn": 0.6}
     monkeypatch.setattr(Builder, "_errors", lambda _, e, *__: [(3e-3 if e.engine.name == "onednn" else 0.0, 1e-4, 0)])
