@@ -48,8 +48,8 @@ class Target:
 def load(target: str, *, inputs: Sequence[str] = (), weights: Path | None = None, train: bool = False) -> Target:
     """Load `model.py`, `model.py:Name`, `package.module` or `package.module:name`.
 
-    The random state of the process is as before afterwards; what lies beside the file, and in the current directory,
-    stays importable.
+    The random state of the process is as before afterwards; what lies beside the file, in the current directory, and
+    where the file itself lets Python look, stays importable.
 
     Args:
         target: where the model is; `fxopt.target.find` says which one is taken where it is not named.

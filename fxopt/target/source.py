@@ -153,7 +153,8 @@ def _user_code(doing: str, directory: Path) -> Iterator[None]:
         where = _location(error, directory)
         raise LoadError(f"{doing}: {where}{type(error).__name__}: {error}{_advice(error, directory)}") from error
     finally:
-        sys.path[:] = path
+        # What the code put there itself stays, behind all else: it may import from there whenever it runs.
+        sys.path[:] = path + [entry for entry in sys.path if entry not in path and entry != str(directory)]
         sys.argv = arguments
 
 

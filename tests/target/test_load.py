@@ -191,6 +191,31 @@ def test_the_directory_is_the_first_to_import_from_while_code_of_the_file_runs_a
     assert sys.argv is arguments
 
 
+def test_where_the_file_lets_python_look_stays_importable_while_its_code_runs(write, tmp_path):
+    write(
+        """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, str(Path(__file__).parent / "parts"))
+        class Net(nn.Module):
+            def forward(self, x):
+                from scale_of_parts import scale
+                return scale * x
+        example_inputs = torch.ones(2)
+        def evaluate(module):
+            from scale_of_parts import scale
+            return {"scale": scale}
+        """
+    )
+    write("scale = 3", "parts/scale_of_parts.py")
+    before = list(sys.path)
+    target = load("model.py")
+    assert target.module(torch.ones(2)).tolist() == [3.0, 3.0]
+    assert target.evaluate is not None
+    assert target.evaluate(target.module) == {"scale": 3.0}
+    assert sys.path == [*before, str(tmp_path), str(tmp_path / "parts")]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
