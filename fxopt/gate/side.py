@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from fxopt.capture.independent import apart_in_memory, independent_copy
 from fxopt.contract import Pass
 from fxopt.engines import Executable, lower
 from fxopt.engines.once import once
-from fxopt.errors import BaselineError, FxoptError
+from fxopt.errors import BaselineError
 from fxopt.evaluation import evaluated
 from fxopt.inputs import Inputs
 from fxopt.pipeline import aimed_at, run_passes
@@ -157,7 +158,7 @@ class Side:
         if self._passes:
             oracle = Oracle(target.module, self._inputs, self._order["seed"])
             captured = capture(target.module, self._inputs.args, self._inputs.kwargs)
-            ledger = run_passes(captured, self._passes, oracle, self._batches())
+            ledger = run_passes(captured, self._passes, oracle, self._batches)
             result = captured.module
             facts["coverage"] = asdict(captured.coverage)
             facts["passes"] = [
@@ -197,8 +198,8 @@ class Side:
             twin.load_state_dict(theirs, strict=False)
             try:
                 outputs = self._outputs_of(self._after(twin, self._passes))
-            except FxoptError as error:
-                return f"the passes fail with the weights of the base: {error}"
+            except Exception as error:  # whatever a module raises where its weights are not its own
+                return f"the head fails with the weights of the base: {type(error).__name__}: {error}"
         if [one.shape for one in outputs] != [one.shape for one in other["outputs"]]:
             return "the outputs have other shapes than in the base"
         return max(map(relative_error, other["outputs"], outputs), default=0.0)
@@ -211,7 +212,7 @@ class Side:
         """A module after passes; of the last one so many changes, None for all."""
         if not passes:
             return module
-        captured, batches = capture(module, self._inputs.args, self._inputs.kwargs), self._batches()
+        captured, batches = capture(module, self._inputs.args, self._inputs.kwargs), self._batches
         run_passes(captured, passes if changes is None else passes[:-1], None, batches)
         if changes:
             run_pass(passes[-1], captured.module, (), limit=changes)
@@ -236,7 +237,9 @@ class Side:
         found = [value for value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided]
         return [tensor.detach().cpu() for tensor in found]
 
+    @functools.cached_property
     def _batches(self) -> list[Inputs]:
+        """The calibration data, asked for once: an iterator gives it no second time."""
         return [Inputs.of(batch) for batch in self._target.calibration_data or ()]
 
 
