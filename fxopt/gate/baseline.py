@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def noise_band(history: Sequence[Mapping[str, Any]]) -> tuple[float, float] | No
     """Milliseconds between which entries of one machine lie, by their median and its absolute deviation (x3)."""
     if len(history) < 3:
         return None
-    logs = sorted(math.log(one["median_ms"]) for one in history)
-    middle = logs[len(logs) // 2]
-    spread = 3 * 1.4826 * sorted(abs(one - middle) for one in logs)[len(logs) // 2]
+    logs = [math.log(one["median_ms"]) for one in history]
+    middle = statistics.median(logs)
+    spread = 3 * 1.4826 * statistics.median(abs(one - middle) for one in logs)
     return math.exp(middle - spread), math.exp(middle + spread)

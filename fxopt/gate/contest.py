@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -183,8 +184,8 @@ def _latency(window: Window, windows: int, verdict: GateVerdict) -> dict[str, An
     times = {side: [round(time, 9) for time in window.times(side)] for side in ("base", "head", "again")}
     return {
         "verdict": str(verdict),
-        "base_ms": 1e3 * sorted(times["base"])[len(times["base"]) // 2],
-        "head_ms": 1e3 * sorted(times["head"])[len(times["head"]) // 2],
+        "base_ms": 1e3 * statistics.median(times["base"]),
+        "head_ms": 1e3 * statistics.median(times["head"]),
         "ratio": effect.ratio,
         "low": effect.low,
         "high": effect.high,

@@ -53,6 +53,8 @@ def test_only_equal_machines_are_compared():
 def test_the_band_is_that_of_most_entries():
     low, high = baseline.noise_band([entry(one) for one in (1.0, 1.01, 0.99, 1.0, 1.02, 5.0)])
     assert 0.9 < low < 0.99 and 1.02 < high < 1.1
+    low, high = baseline.noise_band([entry(one) for one in (1.0, 1.0, 2.0, 2.0)])
+    assert low * high == pytest.approx(2.0), "of as many below as above it lies around the middle of both"
     assert baseline.noise_band([entry(), entry()]) is None
 
 
