@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fxopt.bench.memory import resident_bytes
 from fxopt.errors import EngineError
 
 
@@ -109,7 +110,7 @@ def _measure(order: dict[str, Any]) -> ColdStart:
     built = time.perf_counter()
     if order["threads"] is not None:
         torch.set_num_threads(order["threads"])  # the file may have set others
-    resident = _status("VmRSS")
+    resident = resident_bytes()
     _forget_peak()
     calls = []
     with torch.no_grad():
@@ -120,16 +121,7 @@ def _measure(order: dict[str, Any]) -> ColdStart:
             if order["device"] != "cpu":
                 torch.cuda.synchronize(order["device"])
             calls.append(time.perf_counter() - start)
-    return ColdStart(imports, built - began, calls[0], calls[1], resident, _status("VmHWM"))
-
-
-def _status(name: str) -> int | None:
-    """Bytes of this process, as Linux tells them. Its peak starts anew with the program, unlike that of `rusage`."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+    return ColdStart(imports, built - began, calls[0], calls[1], resident, resident_bytes(peak=True))
 
 
 def _forget_peak() -> None:

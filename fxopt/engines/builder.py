@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxopt.bench.memory import resident_bytes
 from fxopt.contract import Skip
 from fxopt.engines.candidates import Rung
 from fxopt.engines.contract import Engine
@@ -72,7 +72,7 @@ class Builder:
                 rung, dropped="not built: fewer bits need a bound on the error: give a max_error, such as 1e-2"
             )
         module, oracle = self._in_floats if rung.in_floats else (self.module, self.oracle)
-        before, began = _resident_bytes(self.device), time.perf_counter()
+        before, began = _held_bytes(self.device), time.perf_counter()
         try:
             rewritten = after_passes(module, rung.passes) if rung.passes else module
             seconds = time.perf_counter() - began
@@ -87,7 +87,7 @@ class Builder:
             return dataclasses.replace(rung, dropped=str(error))
         except Exception as error:  # whatever the insides of another project raise
             return dataclasses.replace(rung, dropped=f"{type(error).__name__}: {error}")
-        after = _resident_bytes(self.device)
+        after = _held_bytes(self.device)
         found = dataclasses.replace(
             rung,
             executable=executable,
@@ -152,12 +152,6 @@ def _too_far_off(rung: Rung, errors: list[tuple[float, float, int]], engine: Eng
     return ""
 
 
-def _resident_bytes(device: torch.device) -> int | None:
-    """Bytes of this process that are in the memory of a device: for the CPU as Linux tells them."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
+def _held_bytes(device: torch.device) -> int | None:
+    """Bytes of this process that are in the memory of a device."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
