@@ -119,8 +119,9 @@ def _spin(cycles: int) -> None:
     torch.cuda._sleep(cycles)
 
 
-def _spin_rate(device: torch.device, cycles: int = 10_000_000) -> float:
+def _spin_rate(device: torch.device) -> float:
     """Cycles that the spinning kernel runs in a second."""
+    cycles = 10_000_000
     with torch.cuda.device(device):
         _spin(cycles)
         torch.cuda.synchronize()

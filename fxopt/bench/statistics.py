@@ -29,9 +29,6 @@ class Verdict(enum.StrEnum):
     INCONCLUSIVE = "inconclusive"
     """The noise is larger than what was to be seen."""
 
-    def __str__(self) -> str:
-        return self.value
-
 
 @dataclass(frozen=True)
 class Interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import site
@@ -59,11 +60,9 @@ def _wanted(root: Path) -> dict[str, list[str]]:
     found = {name: _lines(root / name) for name in _LISTS}
     project: list[str] = []
     if (root / "pyproject.toml").exists():
-        try:
+        with contextlib.suppress(tomllib.TOMLDecodeError):
             content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8", errors="replace"))
             project = [str(one) for one in content.get("project", {}).get("dependencies", [])]
-        except tomllib.TOMLDecodeError:
-            project = []
     return found | {"pyproject.toml": project}
 
 

@@ -19,9 +19,6 @@ class GateVerdict(enum.StrEnum):
     REGRESSION = "REGRESSION"
     INCONCLUSIVE = "INCONCLUSIVE"
 
-    def __str__(self) -> str:
-        return self.value
-
 
 def is_suspicious(window: Window, threshold: float) -> bool:
     """Whether a window by itself speaks for a slow-down: a ratio beyond the threshold, an interval beyond 1."""

@@ -53,9 +53,7 @@ class GraphModule(fx.GraphModule):
         origin: nn.Module | None = None,
         by_origin: bool = False,
     ):
-        empty = fx.Graph()
-        empty.output(None)
-        super().__init__(nn.Module(), empty, name)
+        super().__init__(nn.Module(), _empty_graph(), name)
         for part in _TREE:
             self.__dict__[part] = root.__dict__[part]
         for part in _STATE_HOOKS:
@@ -128,9 +126,7 @@ class GraphModule(fx.GraphModule):
         return code
 
     def _select(self) -> None:
-        graph = self._graphs.get(self.training)
-        if graph is None:
-            graph = next(iter(self._graphs.values()))
+        graph = _of_mode(self._graphs, self.training)
         if graph is not self._graph:
             self.graph = graph
 
@@ -160,8 +156,7 @@ class GraphModule(fx.GraphModule):
     def _restore(self) -> None:
         if self._origin is not None and isinstance(self._origin.__dict__.get("forward"), _ByGraph):
             self._origin.__dict__["forward"] = _ByGraph(self)
-        current = self._graphs.get(self.training)
-        self.graph = current if current is not None else next(iter(self._graphs.values()))
+        self.graph = _of_mode(self._graphs, self.training)
 
 
 class _ByGraph:
@@ -190,6 +185,11 @@ def _state(module: GraphModule) -> dict[str, Any]:
     """All attributes but the graphs and what is generated from them."""
     generated = ("_graph", "_graphs", "_compiled", "_code", "_lineno_map", "_prologue_start")
     return {key: value for key, value in module.__dict__.items() if key not in generated}
+
+
+def _of_mode(graphs: Mapping[bool, fx.Graph], training: bool) -> fx.Graph:
+    found = graphs.get(training)
+    return next(iter(graphs.values())) if found is None else found
 
 
 def _blank(name: str) -> GraphModule:

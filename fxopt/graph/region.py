@@ -259,13 +259,11 @@ class Region:
         self.program.replace_parameter(self.attribute(node), value)
         self.program.note(node, self)
 
-    def insert_module(
-        self, before: fx.Node, hint: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None
-    ) -> fx.Node:
+    def insert_module(self, before: fx.Node, hint: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         """Register `module`, insert a call of it before a node, and return the call."""
         name = self.add_module(hint, module)
         with self.graph.inserting_before(before):
-            node = self.graph.call_module(name, args, kwargs or {})
+            node = self.graph.call_module(name, args)
         self.program.note(node, self)
         return node
 

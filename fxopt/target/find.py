@@ -68,8 +68,8 @@ def find(source: Source, name: str | None) -> Found:
         return Found("model", namespace["model"])
     candidates = list(_candidates(source))
     usable = [candidate for candidate in candidates if not candidate.needs]
-    for kinds in (("function",), ("class",)):
-        chosen = [candidate for candidate in usable if candidate.kind in kinds]
+    for kind in ("function", "class"):
+        chosen = [candidate for candidate in usable if candidate.kind == kind]
         if len(chosen) > 1:
             raise LoadError(f"'{source.label}' has more than one model; choose one:{_lines(source, candidates)}")
         if chosen:

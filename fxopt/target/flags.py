@@ -12,11 +12,9 @@ from torch import nn
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
 
-_DTYPES = {
-    **{str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16)},
-    **{str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.complex64, torch.complex128)},
-    **{str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8)},
-    **{str(dtype).removeprefix("torch."): dtype for dtype in (torch.uint8, torch.bool)},
+_NAMES = "float64 float32 float16 bfloat16 complex64 complex128 int64 int32 int16 int8 uint8 bool".split()
+_DTYPES: dict[str, torch.dtype] = {
+    **{name: getattr(torch, name) for name in _NAMES},
     "double": torch.float64,
     "float": torch.float32,
     "fp32": torch.float32,
@@ -71,9 +69,9 @@ def read_flag(text: str) -> Flag:
     return Flag(name or None, _shape(text, shape), dtype, limits)
 
 
-def make_inputs(module: nn.Module, flags: Sequence[Flag], seed: int = 0) -> tuple[Inputs, tuple[str, ...]]:
+def make_inputs(module: nn.Module, flags: Sequence[Flag]) -> tuple[Inputs, tuple[str, ...]]:
     """Tensors as the flags say, the same ones each time, and what to tell the user."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     notes: list[str] = []

@@ -52,10 +52,9 @@ def place(
     def asked(name: str) -> bool:
         return named(name) and name not in spared
 
-    wanted = [node for node in region.graph.nodes if asked(region.qualified(node))]
     if target == "onnxruntime" and scheme.activation_bits is not None:
         like = next(region.module.parameters(), torch.empty(0))
-        chosen = set(wanted) - kept
+        chosen = {node for node in region.graph.nodes if node not in kept and asked(region.qualified(node))}
         count = quantize_outputs(region, chosen.__contains__, lambda: scheme.for_value(like))
         if count:
             yield Change(f"{count} outputs of convolutions, additions and poolings fake-quantised", region.path)

@@ -22,6 +22,7 @@ from fxopt.modules import (
     QuantizedRNNCell,
     rebuild,
 )
+from fxopt.modules.quantized import SUFFIX
 from passes.qat.scheme import Scheme
 
 _FORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -131,10 +132,10 @@ def _single(module: nn.Module, scheme: Scheme, inputs: tuple[str, ...]) -> tuple
     form = rebuild(module, next(form for plain, form in _FORMS.items() if isinstance(module, plain)))
     for leaf, weight in module.named_parameters(recurse=False):
         if weight.dim() == 2:
-            form._modules[f"{leaf}_fake_quant"] = scheme.for_weight(0, weight.detach())
+            form._modules[f"{leaf}{SUFFIX}"] = scheme.for_weight(0, weight.detach())
     if not isinstance(module, nn.MultiheadAttention):
         return form, False
     form._modules["out_proj"] = _single(module.out_proj, scheme, ())[0]
     if values:
-        form._modules |= {f"{each}_fake_quant": scheme.for_value(module.out_proj.weight) for each in inputs}
+        form._modules |= {f"{each}{SUFFIX}": scheme.for_value(module.out_proj.weight) for each in inputs}
     return form, True

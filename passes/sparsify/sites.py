@@ -33,7 +33,6 @@ _PLAIN = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 _QUANTIZED = "it is fake-quantised; put sparsify before qat"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -107,15 +107,14 @@ def _packed_linear(layer: Layer) -> Kernel:
 
 def mkl(layer: Layer) -> Kernel | None:
     """MKL's matrix product on a packed weight."""
-    operators = getattr(torch.ops, "mkl", None)
     if not layer.is_pointwise or layer.weight.dtype is not torch.float32 or not torch.backends.mkl.is_available():
         return None
-    if operators is None or places(layer) == 0:
+    if places(layer) == 0:
         return None
     plain = layer.weight.flatten(1).contiguous()
     rows = places(layer)
-    weight = operators._mkl_reorder_linear_weight(_apart(plain), rows)
-    run = operators._mkl_linear.default
+    weight = torch.ops.mkl._mkl_reorder_linear_weight(_apart(plain), rows)
+    run = torch.ops.mkl._mkl_linear.default
     bias = layer.bias
     return _over_channels(layer, lambda x: run(x, weight, plain, bias, rows))
 
