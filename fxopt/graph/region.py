@@ -84,8 +84,6 @@ class Program:
         for module in self.root.modules():
             for name in [name for name, parameter in module._parameters.items() if parameter is old]:
                 module._parameters[name] = new
-                if isinstance(module, nn.RNNBase):
-                    module.__dict__["_flat_weights"] = [getattr(module, each) for each in module._flat_weights_names]
 
     def paths(self, module: nn.Module) -> list[str]:
         """All qualified names under which `module` is registered."""

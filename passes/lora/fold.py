@@ -64,7 +64,7 @@ def unmerge(module: nn.Module) -> None:
             for slot, old in zip((adapter.slot, adapter.bias_slot), adapter.unmerged, strict=True):
                 if slot is not None and old is not None:
                     owner, leaf = slot_of(module, adapter, slot)
-                    put(owner, leaf, back.setdefault(id(old), _moved(old, owner._parameters[leaf])))
+                    owner._parameters[leaf] = back.setdefault(id(old), _moved(old, owner._parameters[leaf]))
             adapter.merged, adapter.unmerged = False, None
 
 
@@ -99,13 +99,13 @@ def fold(module: nn.Module, found: list[Adapter], keep_zeros: bool) -> None:
             new[key] = nn.Parameter(adapter.folded(weight, keep_zeros), requires_grad=weight.requires_grad)
         adapter.unmerged = (weight, None)
         adapter.merged = True
-        put(owner, leaf, new[key])
+        owner._parameters[leaf] = new[key]
         if any(adapter[name].bias is not None for name, _ in adapter.active) and adapter.bias_slot is not None:
             owner, leaf = slot_of(module, adapter, adapter.bias_slot)
             bias = owner._parameters[leaf]
             assert bias is not None
             adapter.unmerged = (weight, bias)
-            put(owner, leaf, nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad))
+            owner._parameters[leaf] = nn.Parameter(adapter.folded_bias(bias), requires_grad=bias.requires_grad)
 
 
 def why_not(program: Program, adapter: Adapter, keep_zeros: bool) -> str | None:
@@ -163,13 +163,6 @@ def _moved(parameter: nn.Parameter, like: torch.Tensor | None) -> nn.Parameter:
     if like is None or (parameter.dtype is like.dtype and parameter.device == like.device):
         return parameter
     return nn.Parameter(parameter.detach().to(like), requires_grad=parameter.requires_grad)
-
-
-def put(owner: nn.Module, leaf: str, weight: nn.Parameter | None) -> None:
-    """Give a module another parameter in the place of one that it has."""
-    owner._parameters[leaf] = weight
-    if isinstance(owner, nn.RNNBase):
-        owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from fxopt.graph import GraphModule, Program, Region, eliminate_dead
 from passes.lora.active import takes_part
 from passes.lora.adapter import Adapter, Beside
 from passes.lora.entries import Entry, from_entry
-from passes.lora.fold import put
 from passes.lora.forms import Form
 from passes.lora.init import Recipe, start
 from passes.lora.insert import Insertion
@@ -196,7 +195,8 @@ class Loading:
             elif key in beside.tensors and leaf != "bias":
                 program.replace_parameter(old, tensor.to(old).clone())
             else:
-                put(owner, leaf, nn.Parameter(tensor.to(old).clone(), requires_grad=trains or old.requires_grad))
+                made = nn.Parameter(tensor.to(old).clone(), requires_grad=trains or old.requires_grad)
+                owner._parameters[leaf] = made
         for layer in layers:
             layer[self.adapter].beside = beside
 

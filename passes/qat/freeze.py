@@ -100,8 +100,6 @@ def _freeze_layer(owner: nn.Module, where: str, line: str, program: Program) -> 
     frozen = rebuild(owner, type(owner), **own, **bias)
     if isinstance(frozen, Fused):
         frozen.reads = ()
-    if isinstance(frozen, nn.RNNBase):
-        frozen.__dict__["_flat_weights"] = [getattr(frozen, name) for name in frozen._flat_weights_names]
     frozen._modules.pop("bn", None)
     for name, fake in fakes.items():
         frozen._modules[name] = _frozen(fake)
