@@ -28,7 +28,7 @@ _FILL_SPREAD = 16.0
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """`max |found - expected| / max |expected|`; infinite where NaN or infinity differ, 0 for equal or empty.
+    """`max |found - expected| / max |expected|`; infinite where shapes, NaN or infinity differ, 0 for equal or empty.
 
     Where the largest values are what a mask was filled with, they and the others are each held to their own scale,
     and the larger error counts.
@@ -37,10 +37,10 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
     where two values are as good as equal, their rounding decides which.
     """
     expected, found = _plain(expected), _plain(found)
-    if torch.equal(expected, found) or expected.numel() == 0:
-        return 0.0
     if expected.shape != found.shape:
         return float("inf")
+    if torch.equal(expected, found) or expected.numel() == 0:
+        return 0.0
     if expected.is_floating_point() or expected.is_complex():
         return _by_scale(expected, found)
     return min(share_of_others(expected, found), _by_scale(expected, found))

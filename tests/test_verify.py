@@ -244,6 +244,7 @@ def test_relative_error_of_a_long_output_is_the_largest_anywhere(place: int) -> 
 
 def test_relative_error_of_other_shapes_is_infinite() -> None:
     assert relative_error(torch.ones(2, 3), torch.zeros(3)) == float("inf")
+    assert relative_error(torch.ones(0, 3), torch.zeros(2, 3)) == float("inf")
 
 
 @pytest.mark.parametrize("wide", [torch.float64, torch.float32])

@@ -53,7 +53,8 @@ class Executable(nn.Module):
     Attributes:
         engine: that runs it.
         module: what it runs, with plain weights.
-        relative_error: of the outputs for the example against those of the module, once that was measured.
+        relative_error: of the outputs for the example against those of the module, where that was measured with the
+            weights that it has.
     """
 
     module: GraphModule
@@ -279,7 +280,7 @@ class Executable(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # Not `load_state_dict`, which is not called where a module around this one loads.
         super()._load_from_state_dict(*args, **kwargs)
-        self._built = self._freed = self._rounding = None
+        self._built = self._freed = self._rounding = self.relative_error = None
 
     def extra_repr(self) -> str:
         """The engine with its options."""

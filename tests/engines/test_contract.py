@@ -149,6 +149,7 @@ def test_new_weights_are_seen(engine: str, cnn: tuple[nn.Module, torch.Tensor]) 
     other = StagedCNN().eval()
     executable.module.load_state_dict(other.state_dict())
     executable.load_state_dict({f"module.{name}": value for name, value in other.state_dict().items()})
+    assert executable.relative_error is None, "nothing was measured with these weights"
     with torch.no_grad():
         assert_agree(executable(x), other(x))
 
