@@ -33,8 +33,8 @@ def wait_until_idle(longest: float = 0.25) -> bool:
 
 def _runs(task: Path) -> bool:
     try:
-        text = (task / "stat").read_text()
+        text = (task / "stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
         return False
-    # The name before the state may hold spaces and brackets itself.
+    # The name before the state may hold spaces and brackets itself, and is cut off within a letter where it is long.
     return text.rpartition(") ")[2].startswith("R")

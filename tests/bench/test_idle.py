@@ -63,6 +63,14 @@ def test_it_gives_up_on_a_thread_that_goes_on() -> None:
     work.join()
 
 
+@pytest.mark.parametrize(("state", "rests"), [("S", True), ("R", False)])
+def test_a_thread_may_have_any_name(state: str, rests: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "stat").write_bytes(b"0 (a) R (\xd0) %s 1" % state.encode())
+    monkeypatch.setattr(idle, "_TASKS", tmp_path)
+    assert wait_until_idle(longest=0.05) is rests
+
+
 def test_where_the_system_does_not_tell_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "_TASKS", Path("/nowhere"))
     work = Work(2_000_000)
