@@ -112,4 +112,7 @@ def _power(base: Polynomial, exponent: float) -> Polynomial | None:
     # A root undoes a power only where the value is positive.
     if not whole and (key or coefficient <= 0):
         return None
-    return {frozenset((value, power * exponent) for value, power in key): coefficient**exponent}
+    try:
+        return {frozenset((value, power * exponent) for value, power in key): coefficient**exponent}
+    except (ZeroDivisionError, OverflowError):  # Python has no number for it, where tensors have infinity
+        return None

@@ -403,6 +403,8 @@ NOT_OURS: dict[str, Forward] = {
     "quick gelu": lambda self, q, k, v: q * torch.sigmoid(1.702 * q),
     "half a gelu": lambda self, q, k, v: 0.5 * q * (1 + torch.erf(q)),
     "gate": lambda self, q, k, v: q * torch.sigmoid(k),
+    "by nothing": lambda self, q, k, v: q * torch.sigmoid(q / 0.0),
+    "too large for a number": lambda self, q, k, v: q * torch.sigmoid((1e-300 * q) ** -2),
     "no eps": lambda self, q, k, v: q * torch.rsqrt(q.pow(2).mean(-1, keepdim=True)),
     "unbiased": lambda self, q, k, v: (q - q.mean(-1, keepdim=True)) / torch.sqrt(q.var(-1, keepdim=True) + 1e-5),
     "mean of another": lambda self, q, k, v: (
