@@ -104,7 +104,7 @@ class Inputs:
         if not batch:
             return None
         rows = torch.arange(size) % batch
-        return self.map(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() > 0 else t)
+        return self.map(lambda t: _rows(t, rows.to(t.device)) if t.dim() > 0 else t)
 
     def describe(self) -> str:
         """`1x3x224x224 float32`, joined by commas; keyword inputs carry their names, objects what tensors they hold.
@@ -129,6 +129,11 @@ def _describe(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
+def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """These rows of a tensor: `index_select` knows no unsigned integers as wide as 16 bits, an index nothing sparse."""
+    return tensor[rows] if tensor.layout is torch.strided else tensor.index_select(0, rows)
+
+
 def _fresh(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.numel() == 0:
         return tensor.clone()
@@ -147,6 +152,9 @@ def _fresh(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         spread = deviation if deviation > 0 else torch.ones(())
         drawn = (noise * spread + mean).to(tensor.dtype).to(tensor.device)
         return torch.where(known.to(tensor.device), drawn, tensor.detach())
-    low, high = int(tensor.min()), int(tensor.max())
-    integers = torch.randint(low, high + 1, tensor.shape, generator=generator)
+    whole = tensor.detach().to(torch.int64)  # of unsigned integers as wide as 16 bits torch knows no smallest one
+    low, high, largest = int(whole.min()), int(whole.max()), torch.iinfo(torch.int64).max
+    if low == largest:
+        return tensor.clone()
+    integers = torch.randint(low, min(high, largest - 1) + 1, tensor.shape, generator=generator)  # never the largest
     return integers.to(tensor.dtype).to(tensor.device)

@@ -50,3 +50,18 @@ def test_fresh_floats_keep_what_is_not_finite_where_it_is() -> None:
     assert not torch.equal(fresh[0], mask)
     assert fresh[1].tolist() == [torch.inf, torch.inf]
     assert fresh[2].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int64])
+def test_integers_of_every_width_are_drawn_within_the_example_and_repeated_by_rows(dtype: torch.dtype) -> None:
+    example = torch.tensor([3, 5] * 8).to(dtype)
+    (fresh,) = Inputs.of(example).fresh(0).args
+    assert fresh.dtype is dtype and set(fresh.tolist()) == {3, 4, 5}
+    batch = Inputs.of(example).with_batch(17)
+    assert batch is not None and batch.args[0].tolist() == [3, 5] * 8 + [3]
+
+
+@pytest.mark.parametrize("low", [-(2**63), 0, 2**63 - 1])
+def test_the_largest_integer_may_stand_for_something(low: int) -> None:
+    (fresh,) = Inputs.of(torch.tensor([low, 2**63 - 1])).fresh(0).args
+    assert fresh.dtype is torch.int64 and bool((fresh >= low).all())
