@@ -112,7 +112,7 @@ def read_layer(node: fx.Node, region: Region, supported: Supported, taken: Set[f
         kind=affine.kind.rstrip("123d"),
         shape=meta.shape,
         weight=(affine.module.masked_weight() if isinstance(affine.module, Fused) else affine.weight).detach(),
-        bias=None if affine.bias is None else affine.bias.detach(),
+        bias=None if affine.bias is None else affine.bias.detach().contiguous(),  # kernels take its stride for 1
         **_geometry(affine),
         groups=affine.groups,
         activation=activation,
@@ -211,7 +211,7 @@ def _with_bias(layer: Layer, user: fx.Node, region: Region) -> Layer | None:
         return None
     if bias.shape != layer.weight.shape[:1] or bias.dtype is not layer.weight.dtype:
         return None
-    return replace(layer, last=user, bias=bias.detach())
+    return replace(layer, last=user, bias=bias.detach().contiguous())
 
 
 def _with_addition(layer: Layer, user: fx.Node, region: Region) -> Layer | None:

@@ -160,6 +160,20 @@ def test_every_kernel_of_every_layer(name: str, kernel: str, monkeypatch: pytest
     assert_runs_alike(executable, model, torch.randn(0, *shape[1:]))
 
 
+BIASED = ["linear", "addmm", "matmul and bias in place", "conv1d", "conv2d", "conv2d, 1x1", "conv3d", "transposed 2d"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", BIASED)
+def test_parameters_may_be_parts_of_larger_tensors(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(kernel, monkeypatch)
+    factory, shape = LAYERS[name]
+    model, x = factory().eval(), torch.randn(*shape)
+    for leaf, parameter in list(model.named_parameters()):
+        setattr(model, leaf, nn.Parameter(torch.stack([parameter.detach(), torch.randn(parameter.shape)], -1)[..., 0]))
+    assert_runs_alike(fxopt.lower(model, x, "onednn"), model, x)
+
+
 @pytest.mark.parametrize("kernel", ["packed", "mkl", "plain"])
 @pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d", "conv2d, 1x1", "transposed 2d"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
