@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
 from fxopt.report.ci import cause, verdict_row
-
-_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+from fxopt.xml import legal
 
 
 def junit(record: Mapping[str, Any]) -> str:
     """The record of `fxopt ci` as XML. What can't be told is skipped; what the tool could not do is an error."""
     top = ElementTree.Element("testsuites", {"name": "fxopt ci"})
     for target in record["targets"]:
-        suite = ElementTree.SubElement(top, "testsuite", {"name": _legal(target["name"])})
+        suite = ElementTree.SubElement(top, "testsuite", {"name": legal(target["name"])})
         _latency_case(suite, target)
         for check in target["checks"]:
             case = _case(suite, target, check["name"])
@@ -46,19 +44,15 @@ def _latency_case(suite: ElementTree.Element, target: Mapping[str, Any]) -> None
 
 
 def _case(suite: ElementTree.Element, target: Mapping[str, Any], name: str) -> ElementTree.Element:
-    return ElementTree.SubElement(suite, "testcase", {"classname": _legal(target["name"]), "name": _legal(name)})
+    return ElementTree.SubElement(suite, "testcase", {"classname": legal(target["name"]), "name": legal(name)})
 
 
 def _said(case: ElementTree.Element, kind: str, message: str, text: str = "") -> None:
-    found = ElementTree.SubElement(case, kind, {"message": _legal(message)})
-    found.text = _legal(text) or None
+    found = ElementTree.SubElement(case, kind, {"message": legal(message)})
+    found.text = legal(text) or None
 
 
 def _count(element: ElementTree.Element) -> None:
     element.set("tests", str(len(list(element.iter("testcase")))))
     for key, kind in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         element.set(key, str(len(list(element.iter(kind)))))
-
-
-def _legal(text: str) -> str:
-    return _ILLEGAL.sub("?", text)

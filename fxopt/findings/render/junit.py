@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from xml.etree import ElementTree
 
 from fxopt.findings.finding import Finding, Severity
 from fxopt.findings.inspection import Inspection
 from fxopt.findings.rule import RuleCard
-
-_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+from fxopt.xml import legal
 
 
 def junit(found: Inspection, rules: Sequence[RuleCard]) -> str:
@@ -32,11 +30,12 @@ def junit(found: Inspection, rules: Sequence[RuleCard]) -> str:
 
 
 def _line(finding: Finding) -> str:
-    return f"{finding.place}: {finding.message}"
+    module = f"'{finding.module}'" if finding.module else "the model"
+    return f"{finding.place or module}: {finding.message}"
 
 
 def _say(about: ElementTree.Element, tag: str, lines: Iterable[str], kind: Mapping[str, str] | None = None) -> None:
     """Add an element that holds the lines, where there are any."""
-    text = _ILLEGAL.sub("?", "\n".join(lines))
+    text = legal("\n".join(lines))
     if text:
         ElementTree.SubElement(about, tag, dict(kind or {})).text = text

@@ -71,6 +71,13 @@ def test_other_forms(found):
     assert "| FX101 |" in render(found, Audit.rules(), "markdown")
 
 
+@pytest.mark.parametrize(("module", "where"), [("body.0", "'body.0'"), ("", "the model")])
+def test_junit_names_the_module_where_there_is_no_source(found, module, where):
+    odd = dataclasses.replace(found.findings[0], place=None, module=module, message="it is odd")
+    suite = ElementTree.fromstring(render(Inspection((odd,)), Audit.rules(), "junit"))
+    assert suite.findtext(".//failure") == f"{where}: it is odd"
+
+
 def test_markdown_shows_names_as_they_are(found):
     odd = dataclasses.replace(found.findings[0], message="'a_*_b' is\nno <locals>|`x`")
     text = render(Inspection((odd,), ("of '__main__'",)), Audit.rules(), "markdown")
