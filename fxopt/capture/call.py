@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.nested import tensors_in
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
         if isinstance(leaf, torch.Tensor):
             memo[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
         else:
+            for tensor in tensors_in(leaf):
+                _copied(tensor, memo)
             try:
-                memo[id(leaf)] = copy.deepcopy(leaf)
+                memo[id(leaf)] = copy.deepcopy(leaf, memo)
             except Exception:
                 memo[id(leaf)] = leaf
     return memo[id(leaf)]

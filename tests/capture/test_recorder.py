@@ -367,6 +367,15 @@ def test_a_buffer_replaced_within_an_opaque_part_ends_the_recording():
     assert torch.equal(captured.module(X[:, :2]), module(X[:, :2]))
 
 
+def test_an_object_whose_tensors_have_a_history_is_left_as_it_was():
+    given = cache(2)
+    given.layers[0].kept = given.layers[0].kept.requires_grad_() * 2
+    captured = capture(CountsInCache(), (X, given))
+    assert given.layers[0].filled == 2
+    assert given.layers[0].kept.shape == (2, 2)
+    assert parts(captured.module(X, cache(3))) == parts(CountsInCache()(X, cache(3)))
+
+
 class BranchesOnFlag(nn.Module):
     def forward(self, x, cache):
         return x if cache.layers[0].is_full else x * 2
