@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,7 +119,7 @@ def record(
     opaque: frozenset[str] = frozenset(),
     state: State | None = None,
 ) -> Recording:
-    """Run `module` on its arguments and record it; a second time if it must be told that it is exported.
+    """Run `module` on its arguments and record it; again if it must be told that it is exported.
 
     Args:
         module: run as it is, in its mode; its state changes as its forward changes it.
@@ -133,19 +134,20 @@ def record(
     recording = _record(module, args, kwargs, opaque)
     if not recording.blocked:
         return recording
-    state.restore()
-    for child, training in modes:
-        child.training = training
-    torch.set_rng_state(random)
-    try:
-        with exporting():
-            exported = _record(module, kept.args, kept.kwargs, opaque)
-    except Exception:  # whatever a module does that expects a compiler
-        return recording
-    if exported.blocked.keys() < recording.blocked.keys() and same_tensors(recording.output, exported.output):
-        reason, location = next(iter(recording.blocked.values()))
-        note = f"recorded as it runs when it is exported, since otherwise {reason} ({location})"
-        return replace(exported, notes=(*exported.notes, note))
+    for compiling in (False, True):
+        state.restore()
+        for child, training in modes:
+            child.training = training
+        torch.set_rng_state(random)
+        call = kept.fresh()
+        with exporting(compiling=compiling) as answers, suppress(Exception):  # whatever expects a compiler
+            exported = _record(module, call.args, call.kwargs, opaque)
+            if exported.blocked.keys() < recording.blocked.keys() and same_tensors(recording.output, exported.output):
+                reason, location = next(iter(recording.blocked.values()))
+                note = f"recorded as it runs when it is exported, since otherwise {reason} ({location})"
+                return replace(exported, notes=(*exported.notes, note))
+        if not answers:
+            break
     return recording
 
 

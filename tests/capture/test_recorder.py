@@ -139,6 +139,24 @@ class WarnsByValue(nn.Module):
         return x + 1
 
 
+class WarnsUnlessCompiled(nn.Module):
+    """Leaves out a check of values while it is compiled."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling() and 0 in x:
+            raise ValueError("there is padding")
+        return x + 1
+
+
+class CompilesOtherwise(nn.Module):
+    """Leaves out a check of values while it is exported, and rounds otherwise while it is compiled."""
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and 0 in x:
+            raise ValueError("there is padding")
+        return x * (1 / 7) if torch.compiler.is_compiling() else x / 7
+
+
 class AnswersDifferently(nn.Module):
     """Computes something else while it is exported."""
 
@@ -176,6 +194,8 @@ SAME = [
     (PythonType(), lambda n: (torch.ones(2, n),)),
     (ScattersByValue(), lambda n: (torch.randn(5, n, generator=torch.Generator().manual_seed(n)),)),
     (WarnsByValue(), lambda n: (torch.ones(2, n),)),
+    (WarnsUnlessCompiled(), lambda n: (torch.ones(2, n),)),
+    (CompilesOtherwise(), lambda n: (torch.full((2, n), n - 3.0),)),
     (AnswersDifferently(), lambda n: (torch.ones(2, n),)),
 ]
 
