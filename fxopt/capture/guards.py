@@ -70,10 +70,36 @@ def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:
     if _traced(guard_items, actual, expected, name):
         return
     if isinstance(expected, int):
-        if len(actual) != expected:
-            raise _broken(f"{name} has {expected} items", "an input", f"{len(actual)} here")
-    elif list(actual) != expected:
-        raise _broken(f"{name} has the keys {expected}", "an input", f"{list(actual)} here")
+        found = len(actual) if isinstance(actual, (list, tuple)) else type(actual).__name__
+        if found != expected:
+            raise _broken(f"{name} has {expected} items", "an input", f"{found} here")
+    else:
+        keys = list(actual) if isinstance(actual, dict) else type(actual).__name__
+        if keys != expected:
+            raise _broken(f"{name} has the keys {expected}", "an input", f"{keys} here")
+
+
+def guard_class(actual: Any, expected: str, name: str) -> None:
+    """Check that an object among the inputs is of the class of the one that was captured, whose code was followed.
+
+    Args:
+        actual: the object.
+        expected: what `class_name` said.
+        name: of the input.
+
+    Raises:
+        GuardError: naming the input.
+    """
+    if _traced(guard_class, actual, expected, name):
+        return
+    if class_name(actual) != expected:
+        raise _broken(f"{name} is a {expected}", "an input", f"{class_name(actual)} here")
+
+
+def class_name(value: Any) -> str:
+    """The class of a value, in words that generated code can hold."""
+    cls = type(value)
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
 
 
 def guard_parts(actual: Any, expected: Any, assumption: str, location: str) -> None:

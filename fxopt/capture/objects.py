@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.capture.describe import describe
-from fxopt.capture.guards import guard_input, guard_items, guard_rank
+from fxopt.capture.guards import class_name, guard_class, guard_input, guard_items, guard_rank
 from fxopt.capture.provenance import Depends
 from fxopt.capture.sizes import TracedSize
 from fxopt.capture.structure import Build, TheClass, put_attribute, put_item, replace_items
@@ -154,6 +154,8 @@ class Objects(Tensors):
         if attributes is None and items is None:
             return value
         self._objects[id(value)] = (value, node)
+        if origin.given and attributes:
+            self.emit("call_function", guard_class, (node, class_name(value), describe(node)))
         for key, item in _pairs(items):
             adopted = self._adopt_item(node, key, item, origin)
             if adopted is not item and origin.given:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import traceback
+from argparse import Namespace
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,6 +225,10 @@ GUARDED = {
     "slice": (lambda fc, x, part: fc(x)[part], (X, slice(2)), (X, slice(1, 2))),
     "complex": (lambda fc, x, z: fc(x) * z.imag, (X, 1 + 2j), (X, 1 + 3j)),
     "bytes": (lambda fc, x, text: fc(x) * len(text), (X, b"a"), (X, b"ab")),
+    "class": (lambda fc, c: fc(c.x), (SimpleNamespace(x=X),), (Namespace(x=X),)),
+    "no object": (lambda fc, x, c: fc(x) if c is None else fc(x + c.x), (X, SimpleNamespace(x=X)), (X, None)),
+    "no list": (lambda fc, x, c: fc(x) if c is None else fc(x + c[0]), (X, [X]), (X, None)),
+    "no dict": (lambda fc, x, c: fc(x) if c is None else fc(x + c["x"]), (X, {"x": X}), (X, None)),
     "dimensions within a dict": (
         lambda fc, d: fc(d["x"]).sum(0) if d["x"].dim() == 2 else d["x"],
         ({"x": X},),
