@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -22,7 +25,8 @@ class Recapturing(nn.Module):
     """Runs the first of its captures whose guards hold, and makes another where none does.
 
     All captures share the parameters and buffers of this module, so training, loading or moving it reaches
-    each of them. It is no GraphModule: passes rewrite one capture, and would not see the next.
+    each of them. What it has not is asked of the original, whose methods run captures where they call it. It is no
+    GraphModule: passes rewrite one capture, and would not see the next.
 
     Args:
         original: the module, whose tree is taken over.
@@ -70,6 +74,15 @@ class Recapturing(nn.Module):
         for captured in self.captures:
             captured.train(mode)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        original = self.__dict__.get("_original")
+        if original is None or name.startswith("__") or name in self._parameters or name in self._modules:
+            return super().__getattr__(name)
+        asked = copy.copy(original)  # whose own forward is what the next capture follows
+        asked.__dict__["forward"] = functools.wraps(original.forward)(lambda *args, **kwargs: self(*args, **kwargs))
+        asked._forward_hooks, asked._forward_pre_hooks = OrderedDict(), OrderedDict()  # the captures have them
+        return getattr(asked, name)
 
     def _drop_stale(self) -> None:
         """Forget captures whose tensors are no longer those of this module, as after a move to another device."""

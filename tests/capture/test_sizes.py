@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 import math
 import pickle
@@ -465,6 +466,23 @@ def test_all_captures_share_the_parameters():
     captured.load_state_dict(other.state_dict())
     assert_same((other(small), other(large)), (captured(small), captured(large)))
     assert_same(other.double()(large.double()), captured.double()(large.double()))
+
+
+class Grown(Decides):
+    """Has a method that calls the module at two sizes, as generating text does."""
+
+    def grown(self, x):
+        return self(torch.cat([self(x)] * 4))
+
+
+def test_a_method_of_the_original_recaptures():
+    module = Grown().eval()
+    module.register_forward_hook(lambda module, inputs, output: output + 1)
+    captured = capture(module, (torch.randn(2, 4),), on_guard_failure="recapture").module
+    x = torch.randn(2, 4)
+    assert_same(module.grown(x), captured.grown(x))
+    assert len(captured.captures) == 2
+    assert inspect.signature(captured.grown.__self__.forward) == inspect.signature(module.forward)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
