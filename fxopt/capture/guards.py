@@ -74,7 +74,8 @@ def guard_items(actual: Any, expected: int | list[Any], name: str) -> None:
         if found != expected:
             raise _broken(f"{name} has {expected} items", "an input", f"{found} here")
     else:
-        keys = list(actual) if isinstance(actual, dict) else type(actual).__name__
+        # Where nothing is given by `**kwargs`, torch.fx.Interpreter has a list for it.
+        keys = list(actual) if isinstance(actual, dict) or actual == [] else type(actual).__name__
         if keys != expected:
             raise _broken(f"{name} has the keys {expected}", "an input", f"{keys} here")
 

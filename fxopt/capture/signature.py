@@ -58,16 +58,16 @@ def record_inputs(recorder: Recorder, bound: inspect.BoundArguments) -> None:
     for name, parameter in parameters.items():
         value = bound.arguments[name]
         prefix = STARS.get(parameter.kind, "")
-        if prefix and not value:
+        if prefix == "*" and not value:
             continue
         node = recorder.graph.create_node("placeholder", prefix + name, default_of(parameter), {}, name)
         nodes.append((name, node, value))
     for name, node, value in nodes:
-        if name not in given:
+        if name not in given and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
             recorder.emit("call_function", guard_input, (node, node.args[0], name))
             continue
         bound.arguments[name] = recorder.adopt(node, value, _GIVEN)
-    for name in set(parameters) - given:
+    for name in bound.arguments.keys() - given:
         del bound.arguments[name]
 
 

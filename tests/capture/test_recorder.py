@@ -256,6 +256,21 @@ def test_arguments_are_passed_as_they_were_given():
     assert torch.equal(captured.module(X, scale=4), X * 4)
 
 
+class TakesOptions(nn.Module):
+    def forward(self, x, **options):
+        return x * options.get("scale", 2)
+
+
+def test_a_keyword_beyond_those_of_the_example_is_guarded():
+    captured = capture(TakesOptions(), (X,))
+    assert torch.equal(captured.module(X), X * 2)
+    with pytest.raises(GuardError, match=r"options has the keys \[\] \(an input\), but it is \['scale'\] here"):
+        captured.module(X, scale=3)
+    assert torch.equal(torch.export.export(captured.module, (X,)).module()(X), X * 2)
+    recaptured = capture(TakesOptions(), (X,), on_guard_failure="recapture").module
+    assert torch.equal(recaptured(X, scale=3), X * 3)
+
+
 def sets_scale(forward):
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
