@@ -58,12 +58,17 @@ def _looking(region: Region) -> Iterator[tuple[fx.Node, str]]:
         name = _name(node, region)
         if name in READ_STRIDES:
             yield node, f"'{region.qualified(node)}' looks at strides"
-        elif name in _DRAWING and effects.is_random(node) and rank_of(node) not in (0, 1, 2):
+        elif name in _DRAWING and effects.is_random(node) and _draws(node, region) and rank_of(node) not in (0, 1, 2):
             yield node, f"'{region.qualified(node)}' draws random numbers in the order of memory"
         elif name in _MAY_COPY and any(
             writer > node and not aliases(node).isdisjoint(written) for writer, written in writers
         ):
             yield node, f"'{region.qualified(node)}' is a view of memory that is written"
+
+
+def _draws(node: fx.Node, region: Region) -> bool:
+    """Whether it draws in the mode of the graph; it may be told that of the module that calls it."""
+    return not any(region.flag(value) is False for value in node.all_input_nodes)
 
 
 def _name(node: fx.Node, region: Region) -> str:

@@ -450,6 +450,24 @@ def test_what_looks_at_strides_behind_a_layer_that_forgets_them_is_no_reason(mon
     assert_runs_alike(executable, model, x)
 
 
+def test_a_dropout_that_is_told_of_evaluation_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frames(nn.Module):
+        """As the front of a speech encoder."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(F.gelu(self.conv(x)).transpose(1, 2), 0.5, training=self.training)
+
+    force("packed", monkeypatch)
+    model, x = Frames().eval(), torch.randn(2, 4, 16)
+    executable = fxopt.lower(model, x)
+    assert not executable.reasons
+    assert_runs_alike(executable, model, x)
+
+
 class Narrowed(nn.Module):
     """Runs a layer of float32 in bfloat16."""
 
