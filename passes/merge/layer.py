@@ -58,7 +58,7 @@ class Layer:
 
     def why_apart(self, other: Layer, region: Region) -> str:
         """What keeps it from merging with another on the same input."""
-        what = ("the inputs they are called on", "dtype", "device", "what of them trains", "having a bias to train")
+        what = ("what else they are called on", "dtype", "device", "what of them trains", "having a bias to train")
         differs = next(name for name, a, b in zip(what, self.key(True), other.key(True), strict=True) if a != b)
         return f"it and '{region.qualified(other.affine.node)}', on the same input, differ in {differs}"
 

@@ -242,7 +242,7 @@ def asks_for_strides(self: Any, x: torch.Tensor) -> torch.Tensor:
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "used elsewhere": (
         changed(lambda m: None, lambda self, x: self.q(x) + self.k(x) + self.k(torch.cos(x))),
-        "differ in the inputs they are called on",
+        "differ in what else they are called on",
     ),
     "called twice on one input": (
         changed(lambda m: None, lambda self, x: self.q(x) * self.k(x) + self.k(x)),
