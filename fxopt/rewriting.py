@@ -53,6 +53,8 @@ def run_pass(
         raise PassError(
             f"{each.name}: failed with {type(error).__name__}: {error}; this is a bug of the pass: nothing was saved"
         ) from error
+    for absorbed in program.absorbed:
+        absorbed.settle()
     _remove_dead_state(program, called, read)
     for region in program.regions:
         region.module.recompile()

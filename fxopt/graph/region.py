@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from fxopt.graph.absorbed import Absorbed
 from fxopt.graph.module import GraphModule
 from fxopt.graph.source import inherit
 
@@ -29,6 +30,7 @@ class Program:
         self.root = root
         self.spared = spared
         self.regions: list[Region] = []
+        self.absorbed: list[Absorbed] = []
         self._sites: dict[nn.Module, list[fx.Node]] = defaultdict(list)
         self._readers: dict[int, list[fx.Node]] = defaultdict(list)
         self._names: dict[int, list[str]] = defaultdict(list)
@@ -195,7 +197,11 @@ class Region:
         else:
             inside = node.meta.get("module_path", "")
             name = f"{inside}.{node.name}" if inside else node.name
-        return f"{self.path}.{name}" if self.path else name
+        return self.qualified_path(name)
+
+    def qualified_path(self, path: str) -> str:
+        """What a path in `module` is in the program."""
+        return f"{self.path}.{path}" if self.path else path
 
     @staticmethod
     def _is_training_flag(node: fx.Node) -> bool:
@@ -283,6 +289,19 @@ class Region:
         inherit(new, old)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.graph.erase_node(old)
+
+    def absorb(self, node: fx.Node, layer: fx.Node, *, passes_on: bool = True, repeatable: bool = False) -> None:
+        """Say that `layer` computes from now on what `node` does, before an edit takes `node` out of the graph.
+
+        Once the pass has run, the Python code of the modules that make these calls does not compute it twice.
+
+        Args:
+            node: what is to go.
+            layer: the call of the layer.
+            passes_on: whether nothing is missing where the code of `node` passes on its input instead.
+            repeatable: whether nothing changes where it is computed once more.
+        """
+        self.program.absorbed.append(Absorbed.of(node, layer, self, passes_on, repeatable))
 
     def _free(self, hint: str) -> str:
         name, count = hint, 0

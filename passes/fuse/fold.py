@@ -53,6 +53,7 @@ def fold_behind(affine: Affine, norm: Norm, region: Region) -> Change | Skip:
         return _skip(norm.node, region, reason)
     change = _folded(norm, affine, region)
     for site, follower in calls:
+        region.absorb(follower, site)
         region.replace(follower, site)
     return change
 
@@ -78,6 +79,7 @@ def fold_before(norm: Norm, affine: Affine, region: Region) -> Change | Skip:
     if reason:
         return _skip(norm.node, region, reason)
     change = _folded(norm, affine, region)
+    region.absorb(norm.node, affine.node)
     affine.node.replace_input_with(norm.node, norm.input)
     region.graph.erase_node(norm.node)
     return change

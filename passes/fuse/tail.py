@@ -16,6 +16,8 @@ from fxopt.graph.effects import ADDS, ADDS_INTO, Effects
 from fxopt.modules import Activation, Fused, fused_call
 from passes.fuse.activation import read_activation
 
+_IDEMPOTENT = ("relu", "relu6", "hardtanh")
+
 
 def fuse_tail(affine: Affine, region: Region, adds: bool) -> Change | Skip | None:
     """Fuse the activation behind `affine`, and the addition between the two, if `adds`."""
@@ -49,6 +51,7 @@ def _fuse_activation(affine: Affine, node: fx.Node, found: Activation | Skip, re
     if reason is not None:
         return Skip(region.qualified(node), reason, source_of(node))
     change = Change(f"{found} fused into '{region.qualified(affine.node)}'", region.qualified(node), source_of(node))
+    region.absorb(node, affine.node, repeatable=found.name in _IDEMPOTENT)
     _attach(affine, found, None, region)
     region.replace(node, affine.node)
     return change
@@ -73,6 +76,8 @@ def _fuse_addition(
         return Skip(region.qualified(add), reason, source_of(add))
     name = region.qualified(affine.node)
     change = Change(f"addition and {found} fused into '{name}'", region.qualified(add), source_of(add))
+    region.absorb(add, affine.node, passes_on=False)
+    region.absorb(last, affine.node, repeatable=found.name in _IDEMPOTENT)
     add.prepend(affine.node)  # `other` may be computed after the place where the layer was called
     _attach(affine, found, other, region)
     region.replace(last, affine.node)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
+from torch import nn
 
 from fxopt.contract import Change, Skip
 from fxopt.graph import Affine, BatchNorm, Region, also_used, rank_of, source_of, why_called_elsewhere, why_not_plain
@@ -46,8 +47,9 @@ def join(affine: Affine, node: fx.Node, region: Region) -> Change | Skip:
     fused = Fused.of(affine.module, bn=norm)
     program, layer = region.program, affine.module
     names = FormerNames(tuple(program.paths(norm)), tuple(f"{path}.bn" for path in program.paths(layer)))
-    program.remove_module(norm)
+    program.replace_module(norm, nn.Identity().train(norm.training))
     program.replace_module(layer, fused)
+    region.absorb(node, affine.node)
     region.replace(node, affine.node)
     # The public form of this hook keeps a reference to the module, which its own pickle can't follow.
     program.root._register_load_state_dict_pre_hook(names)  # type: ignore[no-untyped-call]

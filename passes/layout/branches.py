@@ -105,6 +105,7 @@ def merge_branches(node: fx.Node, region: Region) -> Change | Skip | None:
         return _skip(node, reason, region)
     name = region.qualified(largest.node)
     change = Change(f"{len(found.branches)} branches merged into '{name}'", region.qualified(node), source_of(node))
+    region.absorb(node, largest.node, passes_on=False)
     region.replace(node, largest.node)
     inherit(largest.node, *[branch.conv.node for branch in found.branches if branch.conv is largest])
     dead = {*found.sums[1:], *(part for branch in found.branches for part in branch.nodes)} - {largest.node}

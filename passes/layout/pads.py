@@ -39,6 +39,7 @@ def fold_pad(node: fx.Node, region: Region) -> Change | Skip | None:
             return Skip(where, reason, line)
     names = ", ".join(f"'{region.qualified(conv.node)}'" for conv in convolutions)
     for conv in convolutions:
+        region.absorb(node, conv.node)
         _widen(conv, pad, region)
         conv.node.replace_input_with(node, source)
     region.graph.erase_node(node)

@@ -102,6 +102,7 @@ def fold_scale(node: fx.Node, region: Region) -> Change | Skip | None:
     if reason is not None:
         return Skip(region.qualified(node), reason, source_of(node))
     change = Change(f"folded into '{region.qualified(affine.node)}'", region.qualified(node), source_of(node))
+    region.absorb(node, affine.node)
     node.replace_all_uses_with(found.value)
     region.graph.erase_node(node)
     return change
