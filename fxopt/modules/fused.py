@@ -103,11 +103,6 @@ class Fused(nn.Module):
         return cast("FakeQuantize | None", self._modules.get("inner_fake_quant"))
 
     @property
-    def weight_mask(self) -> Mask | None:
-        """What holds part of the weight at zero."""
-        return cast("Mask | None", self._modules.get("weight_mask"))
-
-    @property
     def is_bare(self) -> bool:
         """Whether nothing follows the operator: its output is the affine map itself."""
         return self.activation is None and not self.adds and self.bn is None
@@ -180,7 +175,9 @@ class Fused(nn.Module):
 
     def masked_weight(self) -> torch.Tensor:
         """The weight with zeros where `weight_mask` has them."""
-        return self.weight if self.weight_mask is None else self.weight_mask(self.weight)
+        # No property of that name: torch.nn.utils.prune asks for it, and sets it where there is none.
+        mask = cast("Mask | None", self._modules.get("weight_mask"))
+        return self.weight if mask is None else cast(torch.Tensor, mask(self.weight))
 
     def _affine(self, input: torch.Tensor, output_size: Sequence[int] | None) -> torch.Tensor:
         """All before anything is added or activated."""

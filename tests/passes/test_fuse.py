@@ -6,6 +6,7 @@ import copy
 import operator
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from fxopt.contract import Skip
 from fxopt.modules import Activation, Fused, FusedConv2d
@@ -776,3 +777,21 @@ def test_a_fused_module_prints_what_it_holds() -> None:
     assert repr(fused) == (
         "FusedConv2d(1, 1, kernel_size=(1, 1), stride=(1, 1), adds=True, activation=leaky_relu(negative_slope=0.1))"
     )
+
+
+@pytest.mark.parametrize(
+    "prunes",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.global_unstructured([(layer, "weight")], prune.L1Unstructured, amount=0.5),
+    ],
+    ids=["one", "global"],
+)
+def test_a_fused_layer_is_pruned_by_torch_like_any_other(prunes: Callable[[nn.Module], Any]) -> None:
+    model = settle(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU())).eval()
+    x = torch.randn(*IMAGE)
+    module = run(Fuse(), model, (x,)).module
+    for each in (model, module):
+        prunes(each.get_submodule("0"))
+    assert (module.get_submodule("0").weight == 0).float().mean() == 0.5
+    assert_close(module(x), model(x))
