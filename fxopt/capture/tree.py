@@ -24,6 +24,7 @@ from fxopt.capture.settle import Reason, Settled, hooked_backward, settle
 from fxopt.capture.shell import shell_module
 from fxopt.capture.state import State
 from fxopt.capture.two_modes import TwoModes, record_other_mode
+from fxopt.capture.unheard import warn_of_hooks
 from fxopt.graph import GraphModule
 
 _OVERRIDDEN = ("train", "_save_to_state_dict", "_load_from_state_dict", "get_extra_state", "set_extra_state")
@@ -130,6 +131,7 @@ class Builder:
         first = two.recordings[0]
         found.calls += first.calls
         found.forward_seconds = first.seconds
+        warn_of_hooks(root, two.graphs.values(), path)
         origin = root if path or _overrides(root) else None
         return GraphModule(root, two.graphs, type(root).__name__, origin)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt.capture import capture
 from fxopt.graph import GraphModule
 from tests.capture.agree import assert_agree, assert_same
@@ -106,6 +107,34 @@ def test_hooks(pair):
     captured.register_forward_hook(lambda module, args, output: called.append("after"))
     assert_same(module(*case.example(), **case.kwargs), captured(*case.example(), **case.kwargs))
     assert called == ["before", "after"]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [lambda module: module, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_a_hook_that_no_graph_runs_is_warned_of(duplicate, register):
+    module = nn.Sequential(nn.Sequential(nn.Linear(3, 3)))
+    captured = duplicate(capture(module, (torch.randn(2, 3),)).module)
+    for name in ("", "0.0"):
+        getattr(captured.get_submodule(name), f"register_{register}")(lambda *given: None)
+    with pytest.warns(UserWarning, match="a hook on '0' does not run where the captured module is called") as warned:
+        getattr(captured.get_submodule("0"), f"register_{register}")(lambda *given: None)
+    assert warned[0].filename == __file__
+
+
+def test_capture_itself_hooks_what_a_graph_runs_through_without_a_warning():
+    module = capture(nn.Sequential(nn.Sequential(nn.Linear(3, 3))), (torch.randn(2, 3),)).module
+    module.register_forward_hook(lambda *given: None)
+    capture(module, (torch.randn(2, 3),))
+
+
+def test_copies_of_hooks_that_were_there_before_are_not_warned_of():
+    module = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    module[0].register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.randn(2, 3)
+    optimized = fxopt.optimize(module, x, "clean,fuse", devices=()).module
+    assert_same(module(x), copy.deepcopy(optimized)(x))
 
 
 def test_hooks_on_leaves_run_and_change_outputs():
