@@ -92,6 +92,8 @@ class Cast(Pass):
                 outcome = casting.attention(node)
             elif affine is None:
                 casting.follow(node)
+            else:
+                outcome = casting.refused(node, affine)
             changed = changed or isinstance(outcome, Change)
             if outcome is not None:
                 yield outcome
@@ -149,6 +151,12 @@ class _Casting:
             region.swap_parameter(each, value.detach().to(self._dtype))
             each.meta["tensor_meta"] = each.meta["tensor_meta"]._replace(dtype=self._dtype)
         return self._low_now(node)
+
+    def refused(self, node: fx.Node, why: Skip) -> Change | Skip | None:
+        """Let a function by a computed weight compute in fewer bits, as a product does; other layers keep theirs."""
+        tensors = [operand for operand in node.all_input_nodes if "tensor_meta" in operand.meta]
+        done = self.product(node, tensors) if node.op == "call_function" else None
+        return done or (why if _is_float32(node) else None)
 
     def product(self, node: fx.Node, operands: Sequence[fx.Node]) -> Change | None:
         """Let a product of values, none of them a parameter, compute in fewer bits."""

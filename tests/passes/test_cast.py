@@ -72,6 +72,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[torch.dty
     "a function of parameters": (lambda: ByHand(lambda x, w, b: F.linear(x, w, b).softmax(-1)), (3, 8), [LOW, WIDE]),
     "a product with a parameter": (lambda: ByHand(lambda x, w, b: x @ w + b), (3, 8), [LOW, WIDE]),
     "a sum of a product": (lambda: ByHand(lambda x, w, b: torch.addmm(b, x, w)), (3, 8), [LOW]),
+    "a convolution by a computed weight": (
+        lambda: ByHand(lambda x, w, b: F.conv1d(x, (w / w.norm()).unsqueeze(-1), b)),
+        (3, 8, 4),
+        [WIDE, WIDE, WIDE, LOW],
+    ),
+    "a convolution of as many groups as examples, by a weight of each": (
+        lambda: ByHand(lambda x, w, b: F.conv1d(x.view(1, -1, 4), w.repeat(len(x), 1).unsqueeze(-1), groups=len(x))),
+        (3, 8, 4),
+        [WIDE, WIDE, WIDE, LOW],
+    ),
     "in place stays": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)),
         (3, 8),
@@ -223,10 +233,20 @@ class ReadsWeight(nn.Module):
         return self.fc(x) + self.fc.weight.sum()
 
 
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda _, inputs, output: output * 2)
+    return module
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "twice": (lambda: Twice().eval(), "at more than one place"),
     "a parameter twice": (lambda: ByHand(lambda x, w, b: F.linear(x @ w, w)).eval(), "read at more than one place"),
     "its weight is read": (lambda: ReadsWeight().eval(), "its parameters are read out of it"),
+    "a hook": (lambda: nn.Sequential(hooked(nn.Linear(8, 8))).eval(), "it has a forward hook"),
+    "a computed weight in training": (
+        lambda: ByHand(lambda x, w, b: F.linear(x, w / w.norm())).train(),
+        "its weight or bias is computed",
+    ),
     "training": (lambda: nn.Sequential(nn.Linear(8, 8)).train(), "torch.autocast is for that"),
 }
 
