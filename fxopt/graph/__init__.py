@@ -4,7 +4,7 @@ from fxopt.graph.affine import Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead, is_written
 from fxopt.graph.modes import Modes, why_other_mode
 from fxopt.graph.module import GraphModule
-from fxopt.graph.norm import BatchNorm, Norm, is_norm, rank_of, read_norm
+from fxopt.graph.norm import NORM_CALL, BatchNorm, Norm, is_norm, rank_of, read_norm
 from fxopt.graph.observe import observe
 from fxopt.graph.product import Product, behind_mask, read_parameter, read_product
 from fxopt.graph.region import Program, Region
@@ -15,6 +15,7 @@ from fxopt.graph.strides import hide_strides, why_noticed
 from fxopt.graph.values import replace_values, scale_by_input, scale_by_output, shift_behind, why_shift_stays
 
 __all__ = [
+    "NORM_CALL",
     "Affine",
     "BatchNorm",
     "Effects",

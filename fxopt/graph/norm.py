@@ -22,7 +22,8 @@ from fxopt.graph.source import source_of
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _RANK: dict[type[nn.Module], int] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-_CALL = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+NORM_CALL = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+"""What `F.batch_norm` is called with."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _read_module(node: fx.Node, region: Region) -> Norm | str:
 def _read_function(node: fx.Node, region: Region) -> Norm | str:
     if node.target is not F.batch_norm:
         return "torch.batch_norm is called directly; only torch.nn.functional.batch_norm is read"
-    given: dict[str, Any] = {**dict(zip(_CALL, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(NORM_CALL, node.args, strict=False)), **node.kwargs}
     if region.flag(given.get("training", False)) is not False:
         return "it is called in training mode: it normalises by the batch"
     values: list[Any] = []

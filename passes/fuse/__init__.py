@@ -42,6 +42,8 @@ class Fuse(Pass):
 
     def run(self, region: Region) -> Iterator[Change | Skip]:
         """Batch norms first, from the inputs to the outputs; then activations, the other way round."""
+        if region.mode not in (None, region.module.training):
+            return  # the graph of the other mode calls the same layers
         if region.mode is False and not region.module.training and self._folds(region):
             # A folded layer computes otherwise than the training graph expects, and no flag leads back.
             region.take_both_modes()

@@ -6,6 +6,7 @@ import copy
 import operator
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -525,6 +526,45 @@ class NormAct(nn.BatchNorm2d):
         return F.relu(x)
 
 
+class NormWithAct(NormAct):
+    """Its activation has a parameter under its name."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.PReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x) - 1)
+
+
+class OtherMomentum(NormAct):
+    def __init__(self, channels):
+        super().__init__(channels, momentum=0.2)
+
+
+class CountsByTwo(NormAct):
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return super().forward(x)
+
+
+class ReadsItsMean(NormAct):
+    def forward(self, x):
+        return super().forward(x) + self.running_mean.sum()
+
+
+class Hooked(NormAct):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_forward_hook(lambda _, inputs, output: output * 2)
+
+
+OWN_STEPS: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__: partial(kind, 6) for kind in (OtherMomentum, CountsByTwo, ReadsItsMean, Hooked)
+}
+
+
 class TestTwoGraphs:
     def model(self) -> nn.Module:
         model = nn.Sequential(nn.Conv2d(4, 6, 3), NormAct(6), nn.Conv2d(6, 4, 3, bias=False), NormAct(4))
@@ -546,10 +586,52 @@ class TestTwoGraphs:
         assert_close(copy.deepcopy(program).eval()(x), model(x))
         assert set(program.graphs) == {None}
 
-    def test_a_model_that_trains_keeps_both(self) -> None:
-        program = captured(self.model().train(), (torch.randn(*IMAGE),))
-        rewrite(Fuse(), program)
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_a_model_that_trains_keeps_both_and_joins_in_both(self, plain: bool) -> None:
+        torch.manual_seed(0)
+        model, x = self.model().train(), torch.randn(*IMAGE)
+        if plain:  # one that is called as a module, in two graphs for the sake of the other
+            model[1] = nn.BatchNorm2d(6)
+        program = captured(model, (x,))
+        outcome = rewrite(Fuse(), program)
+        assert [change.what for change in outcome.changes] == [
+            "joined with '0' for training, not folded",
+            "joined with '2' for training, not folded",
+        ]
+        assert all("called in evaluation mode too" in skip.reason for skip in outcome.skips)  # activations
         assert set(program.graphs) == {False, True}
+        for _ in range(3):
+            for module in (program, model):
+                module.zero_grad()
+                module(x).square().mean().backward()
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter -= 0.1 * parameter.grad
+            assert_close(program(x), model(x))
+        assert_close(program.eval()(x), model.eval()(x))
+        other = copy.deepcopy(program)
+        other.load_state_dict(model.state_dict())
+        assert_close(other(x), model(x))
+        assert int(other.state_dict()["0.bn.num_batches_tracked"]) == int(model[1].num_batches_tracked)
+
+    def test_what_else_a_norm_holds_stays_where_it_is(self) -> None:
+        model, x = nn.Sequential(nn.Conv2d(4, 6, 3), NormWithAct(6)).train(), torch.randn(*IMAGE)
+        program = captured(model, (x,))
+        rewrite(Fuse(), program)
+        assert "1.act.weight" in program.state_dict()
+        assert "0.bn.running_mean" in program.state_dict()
+        with torch.no_grad():
+            model[1].act.weight.fill_(0.5)
+        program.load_state_dict(model.state_dict())
+        assert_close(program(x), model(x))
+
+    @pytest.mark.parametrize("name", OWN_STEPS)
+    def test_steps_that_are_not_those_of_a_batch_norm_stay(self, name: str) -> None:
+        model, x = nn.Sequential(nn.Conv2d(4, 6, 3), OWN_STEPS[name]()).train(), torch.randn(*IMAGE)
+        program = captured(model, (x,))
+        outcome = rewrite(Fuse(), program)
+        assert not outcome.changes
+        assert "this is a function" in outcome.skips[0].reason
 
 
 def add_without_gradients(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
