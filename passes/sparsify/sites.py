@@ -65,6 +65,7 @@ class Site:
 def layers(program: Program) -> Iterator[Site | Skip]:
     """The weights of layers of torch.nn, inside opaque parts too, where no graph shows them."""
     inside = set[nn.Module]()
+    by_functions = {id(region.attribute(node)) for region in program.regions for node, _ in reads(region)}
     for path, module in program.root.named_modules():
         if module in inside or isinstance(module, GraphModule):
             continue
@@ -75,7 +76,9 @@ def layers(program: Program) -> Iterator[Site | Skip]:
         inside.update(module.modules())
         reason = _why_not(module, base)
         if reason is not None:
-            yield Skip(path, reason, source)
+            is_called = program.sites(module) or program.inside_opaque(module)
+            if is_called or by_functions.isdisjoint(map(id, module.parameters(recurse=False))):
+                yield Skip(path, reason, source)
             continue
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         for inner, owner in module.named_modules():

@@ -440,6 +440,27 @@ def test_what_cannot_be_masked_says_why(reason: str) -> None:
     assert first_skip(nn.Sequential(factory()).eval(), x, spec) == reason
 
 
+class OwnLinear(nn.Linear):
+    """Its forward is its own, so that the graph shows the function in it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
+class Standardised(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight - self.weight.mean(), self.bias)
+
+
+def test_a_class_of_its_own_is_skipped_only_where_no_function_takes_the_weight() -> None:
+    model = nn.Sequential(OwnLinear(8, 8), Standardised(8, 8)).eval()
+    module, ledger = run(model, (torch.randn(2, 8),), "sparsify")
+    assert [each.name for each in sparsify.masked_weights(module)] == ["0"]
+    assert [(skip.where, skip.reason) for skip in ledger.entries[0].skips] == [
+        ("1", "its class 'Standardised' overrides 'forward' of Linear")
+    ]
+
+
 def test_the_ledger_has_the_sparsity_of_each_layer_and_in_all() -> None:
     model, x = build("linear")
     entry = fxopt.optimize(model, (x,), "sparsify{amount=0.5}", devices=()).ledger.entries[0]
