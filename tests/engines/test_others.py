@@ -410,17 +410,28 @@ def test_openvino_runs_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch)
     assert seen == [3]
 
 
-def test_a_fixed_batch_size_is_said() -> None:
+class Fixed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(2, 6) * 2
+
+
+class Halves(nn.Module):
+    """Holds for any batch size, but the exporter can't tell in how many parts it falls."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = torch.cat([x, x + 1]).chunk(2)
+        return one * other
+
+
+@pytest.mark.parametrize("kind", [Fixed, Halves])
+def test_a_fixed_batch_size_is_said_of_the_exporter_which_fixes_it(kind: type[nn.Module]) -> None:
     needs("onnxruntime")
-
-    class Fixed(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.view(2, 6) * 2
-
-    model, x = Fixed().eval(), torch.randn(2, 6)
+    model, x = kind().eval(), torch.randn(2, 6)
     executable = fxopt.lower(model, x, "onnxruntime")
     assert_agree(executable(x), model(x))
-    assert any("the batch size is fixed" in skip.reason for skip in executable.reasons)
+    assert [skip.reason for skip in executable.reasons] == [
+        "the batch size is fixed: the exporter takes that of the example, 2, for the only one that the module holds for"
+    ]
 
 
 class Cached(nn.Module):

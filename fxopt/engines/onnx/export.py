@@ -96,9 +96,9 @@ def _with_free_batch(module: GraphModule, inputs: Inputs, outputs: Outputs) -> E
         try:
             decided, asks = without_decided_guards(module, _of_two_batches(several))
             program = program_of(decided, several, outputs, shapes)
-            # The exporter fixes what the module turns out to hold for only, and says so nowhere.
+            # The exporter fixes what it can't follow, or what the module holds for only, and says so nowhere.
             if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
-                reason = f"the module does not hold for another one than that of the example, {batch}"
+                reason = f"the exporter takes that of the example, {batch}, for the only one that the module holds for"
             else:
                 return Export(program, asks=asks or _runs_unseen(module))
         except Exception as error:  # the exporter raises anything
