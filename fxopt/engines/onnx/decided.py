@@ -43,7 +43,7 @@ def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tupl
     @functools.cache
     def differs(node: fx.Node) -> bool:
         """Whether a number, or one that it is computed of, is another in another try: it may be another in a third."""
-        values = seen.get(node, ())
+        values = seen.get(node, [])
         return any(value != values[0] for value in values) or bool(values and any(map(differs, node.all_input_nodes)))
 
     try:
