@@ -9,6 +9,7 @@ import pickle
 import pkgutil
 import sys
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,6 +105,18 @@ class GraphModule(fx.GraphModule):
             return super().__getattr__(name)
         return getattr(origin, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get("_modules", {}).get(name)
+        if old is not None and isinstance(value, nn.Module) and not _is_built_alike(value, old):
+            inside = [str(node.target) for graph in self._graphs.values() for node in graph.nodes if _reads(node, name)]
+            if inside:
+                warnings.warn(
+                    f"what is now '{name}' does not run as a whole: the graph calls '{inside[0]}' and the like in it "
+                    "by name, and nothing else of it. Put it into the original, and capture that",
+                    stacklevel=2,
+                )
+        super().__setattr__(name, value)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._origin is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -179,6 +192,15 @@ class _ByGraph:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _ByGraph, ()
+
+
+def _is_built_alike(one: nn.Module, other: nn.Module) -> bool:
+    return type(one) is type(other) and [*one._modules] == [*other._modules]
+
+
+def _reads(node: fx.Node, name: str) -> bool:
+    """Whether it calls or reads what is in a part of this name, and not the part itself."""
+    return node.op in ("call_module", "get_attr") and str(node.target).startswith(f"{name}.")
 
 
 def _state(module: GraphModule) -> dict[str, Any]:

@@ -137,6 +137,17 @@ def test_copies_of_hooks_that_were_there_before_are_not_warned_of():
     assert_same(module(x), copy.deepcopy(optimized)(x))
 
 
+def test_a_part_that_no_graph_runs_as_a_whole_is_warned_of():
+    module = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 3))
+    captured = capture(module, (torch.randn(2, 3),)).module
+    for name, part in (("0", nn.Sequential(nn.Linear(3, 4), nn.Tanh())), ("1", nn.Sequential(nn.Linear(4, 5)))):
+        setattr(captured, name, part)
+    assert captured(torch.randn(2, 3)).shape == (2, 5)
+    with pytest.warns(UserWarning, match=r"what is now '0' does not run as a whole: the graph calls '0\.0'") as warned:
+        setattr(captured, "0", nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 9)))
+    assert warned[0].filename == __file__
+
+
 def test_hooks_on_leaves_run_and_change_outputs():
     case = STATIC["staged_cnn"]
     module = case.build()
