@@ -85,8 +85,7 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
         tensors = (*module.parameters(), *module.buffers())
         if not tensors:  # costs nothing, and its owner's own methods may name it
             continue
-        registered = dict(owners[path].named_modules(remove_duplicate=False)).get(name) is module
-        if registered and dead and not any(after.readers(tensor) for tensor in tensors):
+        if dead and _registered(owners[path], name) is module and not any(after.readers(tensor) for tensor in tensors):
             owners[path].delete_submodule(name)
     for path, name in read.difference(*map(_read, after.regions)):
         owner_name, _, leaf = name.rpartition(".")
@@ -98,6 +97,13 @@ def _remove_dead_state(program: Program, called: dict[tuple[str, str], nn.Module
         tensor = slots.get(leaf)
         if isinstance(tensor, torch.Tensor) and not after.readers(tensor) and not after.inside_opaque(owner):
             slots[leaf] = None  # not deleted: the owner's own methods, its repr for one, may name it
+
+
+def _registered(owner: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return owner.get_submodule(name)
+    except AttributeError:  # it went away with what held it
+        return None
 
 
 def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:

@@ -89,7 +89,18 @@ class Program:
 
     def paths(self, module: nn.Module) -> list[str]:
         """All qualified names under which `module` is registered."""
-        return [path for path, child in self.root.named_modules(remove_duplicate=False) if child is module]
+        found = [""] if module is self.root else []
+
+        def search(owner: nn.Module, prefix: str) -> None:
+            for name, child in owner._modules.items():
+                if child is module:
+                    found.append(prefix + name)
+                if child is not None and child._modules:
+                    search(child, f"{prefix}{name}.")
+
+        # Each module that a pass replaces is looked for, and `named_modules` would name all leaves each time.
+        search(self.root, "")
+        return found
 
     def remove_module(self, module: nn.Module) -> None:
         """Take `module` out of the tree, under all of its names."""
@@ -172,7 +183,11 @@ class Region:
 
     def submodule(self, node: fx.Node) -> nn.Module:
         """The module that a `call_module` node calls."""
-        return self.module.get_submodule(str(node.target))
+        module: nn.Module = self.module
+        for part in str(node.target).split("."):
+            # `get_submodule` asks for each by three ways of attributes, which passes would wait for.
+            module = module._modules.get(part) or getattr(module, part)
+        return module
 
     def attribute(self, node: fx.Node) -> Any:
         """The parameter, buffer or constant that a `get_attr` node reads."""
