@@ -244,11 +244,11 @@ def test_a_module_is_exported_once_for_all_engines(
     measured |= {"eager": 1.0, "onnxruntime": 0.5, "openvino": 0.7}
     tried = []
 
-    def export(module: Any, inputs: Inputs, outputs: Any) -> Any:
+    def export(module: Any, inputs: Inputs, outputs: Any, free: Any) -> Any:
         tried.append(module)
         if fails:
             raise EngineError("torch cannot export one: out of luck")
-        return real(module, inputs, outputs)
+        return real(module, inputs, outputs, free)
 
     real = exports.export
     monkeypatch.setattr(exports, "export", export)
