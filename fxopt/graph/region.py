@@ -75,7 +75,8 @@ class Program:
         """Put `new` in the place of `old` under all of its names: all sites, in any graph, call it then."""
         sites = self.sites(old)
         for path in self.paths(old):
-            self.root.set_submodule(path, new)
+            owner, _, leaf = path.rpartition(".")
+            self.root.get_submodule(owner)._modules[leaf] = new
         for node in sites:
             self._forget(node, old)
             self._note_call(node, new)
