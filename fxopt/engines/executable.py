@@ -159,10 +159,13 @@ class Executable(nn.Module):
                 args, kwargs = self._one_form(args, kwargs)
             except TypeError as error:
                 raise EngineError(f"engine '{self.engine.name}': the module takes no such call: {error}") from error
+        freed = None
         try:
             shapes = self._signature.check(args, kwargs)
         except OtherSizes as refusal:
-            return self._with_free_sizes(refusal)(*args, **kwargs)
+            freed = self._with_free_sizes(refusal)
+        if freed is not None:  # not above, where what it raises would be told as if the refusal had led to it
+            return freed(*args, **kwargs)
         if any(map(torch.is_autocast_enabled, self._signature.devices)):
             raise EngineError(
                 f"engine '{self.engine.name}' has its precision built in, and autocast would change nothing: call it "
