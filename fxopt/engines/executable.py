@@ -216,7 +216,7 @@ class Executable(nn.Module):
         self._holds_for.add(shapes)
 
     def _with_free_sizes(self, refusal: OtherSizes) -> Executable:
-        """The same with all sizes free, built by the first call that needs it, since it is slower.
+        """The same with all sizes free, built by the first call that needs it: no other waits for a second export.
 
         Raises:
             EngineError: `refusal` where the engine has none, or what it says of this one.

@@ -24,7 +24,7 @@ class Model:
 
     Args:
         path: of a file in ONNX, with free sizes.
-        each: whether to compile for each shape, and not once for all; what is compiled so is faster.
+        each: whether to compile for each shape, and not once for all.
 
     Attributes:
         core: of OpenVINO.
