@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -199,7 +201,8 @@ class Executable(nn.Module):
             inputs = given if is_free else self._inputs.with_batch(next(shape[0] for shape in shapes if shape))
             assert inputs is not None
             try:
-                checked(self, self.run, inputs)
+                with redirect_stderr(io.StringIO()):  # torch.fx prints an error before it raises it
+                    checked(self, self.run, inputs)
             except EngineError as error:
                 fixed = "".join(f"; {skip.reason}" for skip in self.built.reasons if is_free and not skip.where)
                 raise EngineError(

@@ -92,7 +92,7 @@ def test_copies_and_new_weights_run_other_sizes_too(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", EXPORTING)
-def test_what_the_module_does_not_take_is_refused(engine: str) -> None:
+def test_what_the_module_does_not_take_is_refused(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = Encoder().eval()
     executable = fxopt.lower(model, sentences(2, 6), engine)
     for _ in range(2):
@@ -100,6 +100,7 @@ def test_what_the_module_does_not_take_is_refused(engine: str) -> None:
             EngineError, match=r"the module itself raises IndexError for 2x13 int64.*: index out of range"
         ):
             sentences(2, _LONGEST + 1).call(executable)
+    assert capsys.readouterr().err == ""
     given = sentences(2, _LONGEST)
     assert_agree(given.call(executable), given.call(model).detach())
 
