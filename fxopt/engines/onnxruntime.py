@@ -18,7 +18,7 @@ from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats
-from fxopt.engines.onnx import FREE, Free, export, nested, outputs_of
+from fxopt.engines.onnx import FREE_OPTION, Free, export, nested, outputs_of
 from fxopt.engines.onnx.parted import part_weights
 from fxopt.engines.saturation import AVOIDED, SATURATES, saturates
 from fxopt.errors import EngineError
@@ -42,7 +42,7 @@ class OnnxRuntime(Engine):
     sizes: ClassVar[Sizes] = Sizes.BATCH
     integers: ClassVar[bool] = True
 
-    free: Free = field(default="batch", metadata=FREE)
+    free: Free = field(default="batch", metadata=FREE_OPTION)
 
     def freed(self) -> Engine | None:
         """With all sizes free."""

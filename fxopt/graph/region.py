@@ -186,7 +186,7 @@ class Region:
         """The module that a `call_module` node calls."""
         module: nn.Module = self.module
         for part in str(node.target).split("."):
-            # `get_submodule` asks for each by three ways of attributes, which passes would wait for.
+            # `get_submodule` looks each name up three times, which adds up where a pass asks for every call.
             module = module._modules.get(part) or getattr(module, part)
         return module
 

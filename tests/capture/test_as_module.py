@@ -124,9 +124,14 @@ def test_a_hook_that_no_graph_runs_is_warned_of(duplicate, register):
 
 
 def test_capture_itself_hooks_what_a_graph_runs_through_without_a_warning():
-    module = capture(nn.Sequential(nn.Sequential(nn.Linear(3, 3))), (torch.randn(2, 3),)).module
+    x = torch.randn(2, 3)
+    module = capture(nn.Sequential(nn.Sequential(nn.Linear(3, 3))), (x,)).module
     module.register_forward_hook(lambda *given: None)
-    capture(module, (torch.randn(2, 3),))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        again = capture(module, (x,)).module
+    assert told == []
+    assert_same(module(x), again(x))
 
 
 def test_copies_of_hooks_that_were_there_before_are_not_warned_of():

@@ -24,8 +24,8 @@ _BATCH = "batch"
 _KNOWN = ("torch", "_operator", "operator", "math", "builtins", "fxopt")
 Free = Literal["batch", "all"]
 """Which sizes of the inputs a model leaves free, as far as the module does."""
-FREE = {"help": "which sizes a saved file leaves free: batch, or all; a call with others than these brings all"}
-"""Of the option of that name, which engines that export have."""
+FREE_OPTION = {"help": "which sizes are free from the start, and in a saved file: batch, or all"}
+"""What engines that export say of their option `free`."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fxopt.contract import Skip
 from fxopt.engines.contract import Built, Engine, Sizes
 from fxopt.engines.exports import exported
 from fxopt.engines.integers import left_floats_by_openvino
-from fxopt.engines.onnx import FREE, Free, nested, outputs_of, quiet
+from fxopt.engines.onnx import FREE_OPTION, Free, nested, outputs_of, quiet
 from fxopt.engines.openvino.complaint import complaint
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.precision import compute_in_bfloat16, keep_enough_layers, keep_layers
@@ -54,7 +54,7 @@ class OpenVINO(Engine):
         default=None, metadata={"help": "with precision=mixed, the relative error that outputs may have"}
     )
     pieces: bool = field(default=True, metadata={"help": "run a batch in pieces side by side, where that is faster"})
-    free: Free = field(default="batch", metadata=FREE)
+    free: Free = field(default="batch", metadata=FREE_OPTION)
 
     def __post_init__(self) -> None:
         if self.precision not in ("f32", "bf16", "mixed"):
@@ -95,7 +95,7 @@ class OpenVINO(Engine):
         outputs = outputs_of(self.name, module, inputs)
         with exported(self.name, module, inputs, outputs, self.free) as file, quiet():
             try:
-                model = Model(file.path, file.sizes is not Sizes.FREE)
+                model = Model(file.path, each=file.sizes is not Sizes.FREE)
             except RuntimeError as error:
                 raise EngineError(f"engine 'openvino' cannot read the exported model: {complaint(error)}") from error
         reasons = file.reasons

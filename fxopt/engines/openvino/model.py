@@ -37,7 +37,7 @@ class Model:
         RuntimeError: what OpenVINO says, where it cannot read the file.
     """
 
-    def __init__(self, path: Path, each: bool = True):
+    def __init__(self, path: Path, *, each: bool = True):
         import openvino
 
         self._each = each
