@@ -14,7 +14,7 @@ from fxopt.capture.state import with_versions
 from fxopt.engines.checked import checked
 from fxopt.engines.contract import Engine
 from fxopt.engines.executable import Executable
-from fxopt.engines.memory import collect_beside
+from fxopt.engines.memory import collect_beside, hand_back
 from fxopt.engines.table import find
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -96,5 +96,7 @@ def prepare(engine: Engine, module: nn.Module, inputs: Inputs) -> GraphModule:
 def _finished(engine: Engine, prepared: GraphModule, inputs: Inputs, choices: Any = None) -> Executable:
     executable = Executable(engine, prepared, inputs, choices)
     _ = executable.built
+    hand_back()
     executable.relative_error = checked(executable, executable, inputs)
+    hand_back()
     return executable

@@ -519,17 +519,30 @@ def test_a_graph_that_is_slower_packed_stays_as_it_was_given(monkeypatch: pytest
     assert_runs_alike(executable, model, x)
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 1), (60.0, 6)], ids=["slow", "fast"])
-def test_a_graph_whose_first_calls_take_the_time_that_there_is_is_called_no_more(
-    seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("seconds", "order"),
+    [(0.0, ["given", "packed"]), (60.0, [*3 * ["given"], *6 * ["packed"], *3 * ["given"]])],
+    ids=["slow", "fast"],
+)
+def test_a_graph_is_held_against_torchs_there_and_back_while_there_is_time(
+    seconds: float, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onednn, "_WHOLE_SECONDS", seconds)
     called: list[str] = []
-    runs = {name: partial(lambda name, x: called.append(name), name) for name in ("as given", "channels_last")}
+    runs = {name: partial(lambda name, x: called.append(name), name) for name in ("given", "packed")}
     times = onednn._time(runs, Inputs.of(torch.zeros(1)))
     assert min(times.values()) > 0
-    assert called[:2] == ["as given", "channels_last"]
-    assert max(map(called.count, times)) == calls
+    assert called == order
+
+
+def test_the_largest_weight_is_packed_first_so_that_smaller_ones_fit_into_the_holes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    make = onednn._kernel
+    monkeypatch.setattr(onednn, "_kernel", lambda layer, name: sizes.append(layer.weight.nbytes) or make(layer, name))
+    fxopt.lower(nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 16), nn.Linear(16, 2)).eval(), torch.randn(3, 4))
+    assert sizes == [4 * 9 * 16, 4 * 4 * 9, 4 * 16 * 2]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from fxopt.engines.layer import Layer
 from fxopt.engines.layers import Layers
 from fxopt.engines.memory import hand_back
 from fxopt.engines.onednn.kernels import KERNELS, Kernel, places
-from fxopt.engines.onednn.tune import choose, fastest
+from fxopt.engines.onednn.tune import choose
 from fxopt.engines.strides import hide
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -30,9 +31,9 @@ _DTYPES: Mapping[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
 }
-_ROUNDS = 5
+_CALLS = 3
 _WHOLE_SECONDS = 0.3
-"""Time for holding the whole graph against torch's: for the first calls, and again for those behind them."""
+"""Time for holding the whole graph against torch's; one call of each is made even if it takes longer."""
 _MANY_PRODUCTS = 10**11
 """A graph that multiplies more often, which takes about a second, is held against torch's on a part of its batch."""
 _LARGE_BYTES = 1 << 20
@@ -109,19 +110,24 @@ def _assemble(module: GraphModule, choices: Mapping[str, Any], made: dict[str, K
     if channels_last:
         for region in found.regions:
             hide(region)
-    for layer in reversed(found.layers):
+    left = {layer for layer in found.layers if layer.spatial and (layer in noticed or not channels_last)}
+    # The largest first: smaller ones fit into the holes that packing leaves in the heap, and calls then find none.
+    for layer in sorted(found.layers, key=lambda layer: layer.weight.nbytes, reverse=True):
         key = found.key(layer)
-        if layer.spatial and (layer in noticed or not channels_last):
-            reasons.append(found.skip(layer, f"it runs as torch runs it: {noticed.get(layer, choices['why'])}"))
+        if layer in left or key in made:
             continue
-        kernel = made.get(key) or _kernel(layer, choices["kernels"].get(key, ""))
+        kernel = _kernel(layer, choices["kernels"].get(key, ""))
         if kernel is None:
             raise EngineError(
                 f"engine 'onednn': there is no choice that fits layer '{key}': the choices are those of another "
                 "module, or of another machine; lower it without them"
             )
         made[key] = kernel
-        found.put(layer, kernel)
+    for layer in reversed(found.layers):
+        if layer in left:
+            reasons.append(found.skip(layer, f"it runs as torch runs it: {noticed.get(layer, choices['why'])}"))
+        else:
+            found.put(layer, made[found.key(layer)])
     return Built(bind(found.root), tuple(reasons), dict(choices), holds=(found.root,))
 
 
@@ -144,16 +150,23 @@ def _time_shortly(runs: Mapping[str, Run], inputs: Inputs, products: int) -> dic
 
 
 def _time(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:
-    """Seconds that one call of each takes: where the first calls use the time up, what these took."""
+    """Seconds that the shortest call of each takes, there and back again, so that what slows the machine slows both.
+
+    Calls of one follow each other: what they leave behind in the heap does not fit the other, and is handed back.
+    """
 
     def caller(run: Run) -> Callable[[], object]:
         given = inputs.map(lambda tensor: tensor.detach().clone())
         return lambda: given.call(run)
 
-    calls, first = {name: caller(run) for name, run in runs.items()}, {}
-    for name, call in calls.items():
-        began = time.perf_counter()
-        call()
-        first[name] = time.perf_counter() - began
-        hand_back()  # what one layout leaves behind does not fit the other
-    return first if sum(first.values()) > _WHOLE_SECONDS else fastest(calls, _ROUNDS, _WHOLE_SECONDS)
+    calls, best = {name: caller(run) for name, run in runs.items()}, dict[str, float]()
+    until = time.perf_counter() + _WHOLE_SECONDS
+    for name, call in (*calls.items(), *reversed(calls.items())):
+        for _ in range(_CALLS):
+            if name in best and time.perf_counter() > until:
+                break
+            began = time.perf_counter()
+            call()
+            best[name] = min(best.get(name, math.inf), time.perf_counter() - began)
+        hand_back()
+    return best
