@@ -25,7 +25,7 @@ from fxopt.capture.signature import bind, call_as_given, record_inputs
 from fxopt.capture.state import State, memory_of
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
-from fxopt.capture.tensors import Met, Origin
+from fxopt.capture.tensors import Met, Origin, apart
 from fxopt.nested import tensors_in
 
 
@@ -109,6 +109,8 @@ class _Run:
                 recorder.take_up_changes((args, kwargs))
                 if any(isinstance(leaf, bool) for leaf in pytree.tree_leaves(result)):
                     recorder.block(f"'{path}', which is opaque, returns a flag that it may decide on")
+            if getattr(module, "inplace", False) is not True:
+                result = apart(result, (args, kwargs))
             return recorder.adopt(node, result, origin)
 
 

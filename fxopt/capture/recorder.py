@@ -21,7 +21,7 @@ from fxopt.capture.decisions import Decisions
 from fxopt.capture.provenance import Depends
 from fxopt.capture.sizes import TracedSize
 from fxopt.capture.tape import Unrecordable
-from fxopt.capture.tensors import Origin, holds_tensor, is_tensor, leaves
+from fxopt.capture.tensors import Origin, apart, holds_tensor, is_tensor, leaves
 from fxopt.capture.traced import Traced, plain, traced
 from fxopt.graph.effects import OF_NUMBERS
 
@@ -108,14 +108,18 @@ class Recorder(Decisions, TorchFunctionMode):
         name = func.__name__
         origin = self.origin(name, args, kwargs)
         node = self.emit(op, target, node_args, node_kwargs)
-        for written in (args[0] if args and operators.is_in_place(name) else None, kwargs.get("out")):
-            if isinstance(written, torch.Tensor):
-                self.note_write(written, origin.values)
+        in_place = operators.is_in_place(name) or kwargs.get("inplace") is True
+        written = [args[0] if args and in_place else None, kwargs.get("out")]
+        for tensor in written:
+            if isinstance(tensor, torch.Tensor):
+                self.note_write(tensor, origin.values)
         if origin.shape is not Depends.CONSTANT:
             if name in operators.TAKEN_APART:
                 self._count_parts(node, name, [*args, *kwargs.values()], kwargs, result, origin.shape)
             elif name in operators.RANKED_BY_SIZE:
                 self._fix_rank(node, name, [*args, *kwargs.values()], result, origin.shape)
+        if not any(result is tensor for tensor in written):
+            result = apart(result, (args, kwargs))
         return self.adopt(node, result, origin)
 
     def _count_parts(

@@ -170,6 +170,22 @@ class Tensors(Tape):
         return Origin(depends, shape, depends)
 
 
+def apart(result: Any, given: Any) -> Any:
+    """`result`, with a tensor of its own for one that was given: each tensor stands for one node.
+
+    Only in this run are the two one: a dropout at rest gives its input back, `to` does where nothing is to be done, and
+    opaque code may for the values of the example.
+    """
+    if isinstance(result, torch.Tensor):
+        if any(result is leaf for leaf in leaves(given)) and _has_memory(result) and not result.is_nested:
+            with torch.enable_grad():  # with the history of what was given
+                return result.view_as(result)
+        return result
+    if type(result) in (tuple, list):
+        return type(result)(apart(item, given) for item in result)
+    return result
+
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

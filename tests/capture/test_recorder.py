@@ -452,3 +452,64 @@ def test_nodes_are_described_as_their_user_writes_them():
     x = graph.placeholder("x")
     assert describe(graph.call_function(getattr, (x, "kept"))) == "x.kept"
     assert describe(graph.call_method("size", (x, 1))) == "x.shape[1]"
+
+
+class ManyDropouts(nn.Module):
+    """Each drops of the same, as for a loss over several samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.drops = nn.ModuleList([nn.Dropout(0.5), nn.Dropout(0.5)])
+
+    def forward(self, x):
+        hidden = x * 2
+        return [drop(hidden) for drop in self.drops] + [hidden]
+
+
+class Leaves(nn.Module):
+    """Gives its input back where nothing is to be done."""
+
+    def forward(self, x):
+        return x if x.sum() < 0 else x + 1
+
+
+class LeavesInPair(nn.Module):
+    def forward(self, x):
+        return (x, None) if x.sum() < 0 else (x + 1, None)
+
+
+class AddsWhatIsLeft(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        hidden = x * 2
+        left = self.part(hidden)
+        return hidden * 3 + (left[0] if isinstance(left, tuple) else left)
+
+
+class Converts(nn.Module):
+    def forward(self, x):
+        hidden = x * 2
+        return hidden, hidden.to(torch.float32).sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "training"),
+    [(ManyDropouts(), True), (AddsWhatIsLeft(Leaves()), False), (AddsWhatIsLeft(LeavesInPair()), False)],
+    ids=["dropouts", "opaque", "opaque, in a tuple"],
+)
+def test_what_is_given_back_for_the_example_is_a_value_of_its_own(module, training):
+    captured = capture(module.eval(), (-X.abs(),)).module
+    results = []
+    for each in (captured, module):
+        torch.manual_seed(0)
+        results.append(each.train(training)(X.abs()))
+    assert_same(*results)
+
+
+def test_what_a_conversion_leaves_as_it_is_may_be_in_fewer_bits_later():
+    captured = capture(Converts(), (X,)).module
+    hidden, total = captured(X.bfloat16())
+    assert (hidden.dtype, total.dtype) == (torch.bfloat16, torch.float32)
