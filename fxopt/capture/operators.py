@@ -84,18 +84,20 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "neg": operator.neg,
     "__contains__": operator.contains,
 }
-_DUNDERS = {
+_IN_PLACE = {
+    f"__{name}__": getattr(operator, name)
+    for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+}
+_DUNDERS = _IN_PLACE | {
     f"__{name}__": getattr(operator, f"{name}_" if name in ("and", "or") else name)
     for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge".split()
-} | {
-    f"__{name}__": getattr(operator, name)
-    for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift neg pos abs invert".split()
+    + "neg pos abs invert".split()
 }
 
 
 def is_in_place(name: str) -> bool:
     """Whether a function or method of this name writes into its first argument."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def as_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...]]:

@@ -513,3 +513,21 @@ def test_what_a_conversion_leaves_as_it_is_may_be_in_fewer_bits_later():
     captured = capture(Converts(), (X,)).module
     hidden, total = captured(X.bfloat16())
     assert (hidden.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+
+
+class WritesByOperator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("met", torch.zeros(1, dtype=torch.bool))
+
+    def forward(self, x):
+        scale = 2 if self.met.any() else 1
+        self.met |= torch.ones(1, dtype=torch.bool)
+        return x * scale
+
+
+def test_a_decision_on_a_buffer_that_an_operator_writes_is_taken_again():
+    module = WritesByOperator()
+    captured = capture(module, (X,)).module
+    for _ in range(2):
+        assert torch.equal(captured(X), module(X))
