@@ -133,9 +133,15 @@ class GraphModule(fx.GraphModule):
         """Regenerate the code of the graph at hand (and drop what was compiled of the other one)."""
         self.__dict__["_compiled"] = {}
         code = super().recompile()
+        cls: Any = type(self)  # one of its own, as torch.fx makes for each graph module
         if any(map(changes_mode, self._graph.nodes)):
-            cls: Any = type(self)  # one of its own, as torch.fx makes for each graph module
             cls.forward = back_on_error(cls.forward)
+        refused = {str(node.target)[2:] for node in self._graph.find_nodes(op="placeholder") if _is_refused(node)}
+        if refused:
+            # Callers see by it what they may give, as transformers' Trainer does for the number of items in a batch.
+            signature = inspect.signature(cls.forward)
+            taken = [each for name, each in signature.parameters.items() if name not in refused]
+            cls.forward.__signature__ = signature.replace(parameters=taken)
         return code
 
     def _select(self) -> None:
@@ -192,6 +198,11 @@ class _ByGraph:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _ByGraph, ()
+
+
+def _is_refused(placeholder: fx.Node) -> bool:
+    """Whether it stands for further keywords, and all that the graph asks of them is that there are none."""
+    return str(placeholder.target).startswith("**") and all(user.args[1:2] == ([],) for user in placeholder.users)
 
 
 def _is_built_alike(one: nn.Module, other: nn.Module) -> bool:

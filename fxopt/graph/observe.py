@@ -62,4 +62,6 @@ class _Interpreter(fx.Interpreter):
         return value
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.arguments[str(target).lstrip("*")]
+        if target.startswith("**"):  # no parameter of the signature where the graph refuses what it would hold
+            return self.arguments.get(target[2:], {})
+        return self.arguments[target.lstrip("*")]

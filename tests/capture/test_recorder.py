@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fxopt.capture import capture
 from fxopt.capture.describe import describe
 from fxopt.capture.record import record
 from fxopt.errors import GuardError
+from fxopt.graph.observe import observe
 from tests.capture.agree import assert_same
 
 
@@ -269,6 +271,15 @@ def test_a_keyword_beyond_those_of_the_example_is_guarded():
     assert torch.equal(torch.export.export(captured.module, (X,)).module()(X), X * 2)
     recaptured = capture(TakesOptions(), (X,), on_guard_failure="recapture").module
     assert torch.equal(recaptured(X, scale=3), X * 3)
+
+
+def test_a_signature_has_keywords_that_are_taken_alone():
+    captured = capture(TakesOptions(), (X,))
+    assert str(inspect.signature(captured.module.forward)) == "(x)"
+    assert str(inspect.signature(copy.deepcopy(captured.module).forward)) == "(x)"
+    given = capture(TakesOptions(), (X,), {"scale": 3}).module
+    assert str(inspect.signature(given.forward)) == "(x, **options)"
+    assert torch.equal(observe(captured.module, (X,), {}, lambda *seen: None), X * 2)
 
 
 def sets_scale(forward):
