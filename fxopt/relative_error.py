@@ -26,6 +26,9 @@ _FILL_GAP = 100.0
 _FILL_SPREAD = 16.0
 """How far values of one such fill lie apart: it may have been added to scores, or twice."""
 
+_ROUNDING_ALONE = 1e-2
+"""An output that is farther from its float64 run took another branch, drew other numbers, or chose another item."""
+
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
     """`max |found - expected| / max |expected|`; infinite where shapes, NaN or infinity differ, 0 for equal or empty.
@@ -44,6 +47,12 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
     if expected.is_floating_point() or expected.is_complex():
         return _by_scale(expected, found)
     return min(share_of_others(expected, found), _by_scale(expected, found))
+
+
+def apart_by_rounding(reference: torch.Tensor, rounded: torch.Tensor) -> float:
+    """How far two roundings of one output may be apart: each is at most as far from its float64 run as the other."""
+    own = relative_error(reference, rounded)
+    return 2 * own if own <= _ROUNDING_ALONE else 0.0
 
 
 def share_of_others(expected: torch.Tensor, found: torch.Tensor) -> float:

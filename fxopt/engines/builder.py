@@ -27,7 +27,7 @@ from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
 from fxopt.modules import is_quantized
-from fxopt.relative_error import TOLERANCE, relative_error
+from fxopt.relative_error import TOLERANCE, apart_by_rounding, relative_error
 from fxopt.verify import Oracle, Trial
 
 _LOWEST_BFLOAT16_ERROR = 1e-3
@@ -110,11 +110,12 @@ class Builder:
         rounding = max(executable.rounding, rounding_of_torch(self.device))
         found = []
         for trial, values in self._outputs(executable, oracle):
-            for index, (expected, value) in enumerate(zip(trial.reference.values, values, strict=True)):
+            results = zip(trial.reference.values, trial.expected.values, values, strict=True)
+            for index, (expected, rounded, value) in enumerate(results):
                 if isinstance(expected, torch.Tensor):
                     error = relative_error(expected, value.to(expected.device))
                     allowed = (TOLERANCE.get(dtype, 0.0) for dtype in {value.dtype, *executable.dtypes})
-                    found.append((error, max(rounding, *allowed), index))
+                    found.append((error, max(rounding, apart_by_rounding(expected, rounded), *allowed), index))
         return sorted(found, reverse=True)
 
     def _parity(self, rung: Rung, executable: Executable, oracle: Oracle) -> Skip:

@@ -258,6 +258,36 @@ def test_an_engine_that_computes_something_else_is_not_used(
         build(Broken(fault), model, Inputs((x,)))
 
 
+class Cancelling(nn.Module):
+    """Loses digits: float32 rounds what it gives by more than an engine may be off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) + 4096) - 4096
+
+
+@dataclass(frozen=True)
+class Wide(Engine):
+    """Rounds less than torch does, and adds what its option says."""
+
+    name: ClassVar[str] = "wide"
+    offset: float = 0.0
+
+    def build(self, module: Any, inputs: Any, choices: Any) -> Built:
+        return Built(lambda x: module.linear(x) + self.offset)
+
+
+def test_an_engine_may_differ_by_the_rounding_of_the_module_itself() -> None:
+    model, x = Cancelling().eval(), torch.randn(8, 4)
+    assert relative_error(model.linear(x), model(x)) > 1e-4
+    assert_agree(build(Wide(), model, Inputs((x,)))(x), model.linear(x))
+    with pytest.raises(EngineError, match="differs from that of the module"):
+        build(Wide(offset=1e-2), model, Inputs((x,)))
+
+
 class Running(nn.Module):
     """Takes away a mean that it keeps; it may return the memory that it keeps it in."""
 
