@@ -9,6 +9,7 @@ import torch.fx as fx
 from torch import nn
 
 from fxopt.graph import GraphModule, Program, Region
+from fxopt.graph.modes import back_on_error
 
 
 def bind(root: GraphModule) -> Callable[..., Any]:
@@ -44,8 +45,7 @@ def _bound(region: Region) -> Callable[..., Any]:
                 call = graph.call_function(named(_direct(region.submodule(node)), node.name), node.args, node.kwargs)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
-    forward: Callable[..., Any] = fx.GraphModule(region.module, graph).forward
-    return forward
+    return back_on_error(fx.GraphModule(region.module, graph).forward, graph)
 
 
 def _direct(module: nn.Module) -> Callable[..., Any]:

@@ -42,8 +42,10 @@ def changes_mode(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SETTERS
 
 
-def back_on_error(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, which leaves modes as its caller had them where it raises within a region, as `with` does."""
+def back_on_error(forward: Callable[..., Any], graph: fx.Graph) -> Callable[..., Any]:
+    """What runs `graph`, leaving modes as its caller had them where it raises within a region, as `with` does."""
+    if not any(map(changes_mode, graph.nodes)):
+        return forward
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

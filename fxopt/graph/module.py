@@ -16,7 +16,7 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph.modes import back_on_error, changes_mode
+from fxopt.graph.modes import back_on_error
 
 _TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _STATE_HOOKS = (
@@ -134,8 +134,7 @@ class GraphModule(fx.GraphModule):
         self.__dict__["_compiled"] = {}
         code = super().recompile()
         cls: Any = type(self)  # one of its own, as torch.fx makes for each graph module
-        if any(map(changes_mode, self._graph.nodes)):
-            cls.forward = back_on_error(cls.forward)
+        cls.forward = back_on_error(cls.forward, self._graph)
         refused = {str(node.target)[2:] for node in self._graph.find_nodes(op="placeholder") if _is_refused(node)}
         if refused:
             # Callers see by it what they may give, as transformers' Trainer does for the number of items in a batch.

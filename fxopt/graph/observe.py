@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.fx as fx
 
+from fxopt.graph.modes import back_on_error
 from fxopt.graph.module import GraphModule
 
 Visit = Callable[[GraphModule, fx.Node, Any], None]
@@ -47,7 +48,8 @@ class _Observed:
         forward = type(self.module).forward
         bound = inspect.signature(forward).bind(self.module, *args, **kwargs)
         bound.apply_defaults()
-        return _Interpreter(self.module, self.visit, bound.arguments).run()
+        run = _Interpreter(self.module, self.visit, bound.arguments).run
+        return back_on_error(run, self.module.graph)()
 
 
 class _Interpreter(fx.Interpreter):

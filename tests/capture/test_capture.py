@@ -15,7 +15,7 @@ from torch import nn
 from fxopt.capture import capture
 from fxopt.capture.independent import independent_copy
 from fxopt.errors import CaptureError, GuardError
-from fxopt.graph import GraphModule
+from fxopt.graph import GraphModule, observe
 from tests.capture import odd
 from tests.capture.agree import assert_agree, assert_same, assert_side_by_side
 from tests.capture.odd import ODD
@@ -406,7 +406,8 @@ def test_a_module_that_no_graph_holds_keeps_defaults_that_are_tensors(given, aga
     assert_same(module(x, scale=x), called(x, scale=x))
 
 
-def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller():
+@pytest.mark.parametrize("call", [GraphModule.__call__, lambda module, x: observe(module, (x,), {}, lambda *_: None)])
+def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller(call):
     class Cast(nn.Linear):
         def forward(self, x):
             with torch.autocast("cpu", dtype=torch.float16), torch.autocast("cpu", enabled=False, cache_enabled=False):
@@ -415,7 +416,7 @@ def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller():
     module, x = capture(Cast(4, 4), (torch.randn(3, 4),)).module, torch.randn(3, 4)
     before = torch.get_autocast_dtype("cpu")
     with pytest.raises(RuntimeError, match="shapes"):
-        module(torch.randn(3, 5))
+        call(module, torch.randn(3, 5))
     assert not torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is before
     assert torch.is_autocast_cache_enabled()
     torch.autocast_increment_nesting()

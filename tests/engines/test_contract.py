@@ -227,6 +227,19 @@ def test_a_guard_of_the_capture_is_an_engine_error() -> None:
         executable(torch.randn(1, 3, 5, 5))
 
 
+@pytest.mark.parametrize("engine", IN_PROCESS)
+def test_an_error_in_a_region_of_autocast_leaves_the_mode_of_the_caller(engine: str) -> None:
+    class Cast(nn.Linear):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x) + y
+
+    executable = fxopt.lower(Cast(4, 4).eval(), (torch.randn(3, 4), torch.randn(3, 4)), engine)
+    with pytest.raises(RuntimeError, match="must match"):
+        executable(torch.randn(3, 4), torch.randn(2, 4))
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @dataclass(frozen=True)
 class Broken(Engine):
     """Gives what its option says."""
