@@ -146,9 +146,11 @@ def _of_pixels(
     return found.flatten() if options["reduction"] == "none" else found
 
 
-def _conv3d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *others: Any) -> torch.Tensor:
+def _conv3d(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *others: Any, **options: Any
+) -> torch.Tensor:
     """F.conv3d without a bias  =>  with one of zeros: that which the exporter puts in its place has two axes."""
-    return F.conv3d(input, weight, weight.new_zeros(weight.shape[0]) if bias is None else bias, *others)
+    return F.conv3d(input, weight, weight.new_zeros(weight.shape[0]) if bias is None else bias, *others, **options)
 
 
 def _cumprod(input: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -314,3 +314,20 @@ def test_assignments_to_empty_slices_change_nothing(engine: str) -> None:
     fresh = torch.randn(3, 4, 6)
     for found, expected in zip(executable(fresh), model(fresh), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("engine", EXPORTING)
+def test_a_convolution_of_three_axes_without_a_bias_has_its_options_by_name(engine: str) -> None:
+    torch.manual_seed(0)
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv3d(x, self.weight, stride=2, padding=1)
+
+    model, x = Strided().eval(), torch.randn(2, 3, 6, 6, 6)
+    with torch.no_grad():
+        assert relative_error(model(x), fxopt.lower(model, x, engine)(x)) < 1e-5
