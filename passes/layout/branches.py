@@ -26,6 +26,7 @@ from fxopt.graph import (
     is_norm,
     read_affine,
     read_norm,
+    reads_sizes,
     replace_values,
     scale_by_output,
     source_of,
@@ -59,6 +60,12 @@ class Branches:
     branches: tuple[_Branch, ...]
     sums: tuple[fx.Node, ...]
 
+    @property
+    def dead(self) -> list[fx.Node]:
+        """What is left over once the largest computes all of it, from the last to the first."""
+        parts = {*self.sums[1:], *(part for branch in self.branches for part in branch.nodes)}
+        return sorted(parts - {self.largest.node}, reverse=True)
+
 
 def find_branches(node: fx.Node, region: Region) -> Branches | Skip | None:
     """The branches whose sum `node` is; a `Skip` where it is one that can't be merged."""
@@ -83,8 +90,9 @@ def find_branches(node: fx.Node, region: Region) -> Branches | Skip | None:
         return refused if refused is not None and len(convs) + 1 >= len(found) else None
     merged = tuple(branch for branch in branches if branch is not None)
     largest = max(convs, key=lambda conv: conv.weight[0, 0].numel())
-    reason = _why_not(merged, largest, node, region)
-    return Branches(node, largest, merged, tuple(sums)) if reason is None else _skip(node, reason, region)
+    result = Branches(node, largest, merged, tuple(sums))
+    reason = _why_not(result, region)
+    return result if reason is None else _skip(node, reason, region)
 
 
 def merge_branches(node: fx.Node, region: Region) -> Change | Skip | None:
@@ -108,8 +116,8 @@ def merge_branches(node: fx.Node, region: Region) -> Change | Skip | None:
     region.absorb(node, largest.node, passes_on=False)
     region.replace(node, largest.node)
     inherit(largest.node, *[branch.conv.node for branch in found.branches if branch.conv is largest])
-    dead = {*found.sums[1:], *(part for branch in found.branches for part in branch.nodes)} - {largest.node}
-    for part in sorted(dead, reverse=True):  # a batch norm that asks for its mode would not count as dead
+    for part in found.dead:  # a batch norm that asks for its mode would not count as dead
+        part.replace_all_uses_with(largest.node)  # by what asks for its sizes
         region.graph.erase_node(part)
     return change
 
@@ -147,7 +155,8 @@ def _input(branch: _Branch | Skip | None) -> fx.Node | None:
     return branch.conv.input if branch.conv is not None else branch.norm.input if branch.norm is not None else None
 
 
-def _why_not(branches: tuple[_Branch, ...], largest: Affine, root: fx.Node, region: Region) -> str | None:
+def _why_not(found: Branches, region: Region) -> str | None:
+    branches, largest = found.branches, found.largest
     if region.training:
         return "in training mode each branch learns by itself"
     if largest.is_transposed:
@@ -159,7 +168,9 @@ def _why_not(branches: tuple[_Branch, ...], largest: Affine, root: fx.Node, regi
             reason = f"'{region.qualified(branch.norm.node)}' normalises other channels"
         if reason is not None:
             return reason
-    writer = Effects(region).written_between(largest.input, min(b.nodes[-1] for b in branches if b.nodes), root)
+    if any(user < largest.node for part in found.dead for user in part.users if reads_sizes(user)):
+        return f"a size of a branch is read before '{region.qualified(largest.node)}' runs"
+    writer = Effects(region).written_between(largest.input, min(b.nodes[-1] for b in branches if b.nodes), found.root)
     return None if writer is None else f"'{region.qualified(writer)}' writes into the input of the branches"
 
 

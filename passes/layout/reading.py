@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph import Region, why_not_plain
+from fxopt.graph import Region, reads_sizes, why_not_plain
 
 _FUNCTIONS: dict[Any, str] = {
     operator.add: "add", operator.iadd: "add", torch.add: "add", operator.sub: "sub", operator.isub: "sub",
@@ -35,8 +35,8 @@ def operands(node: fx.Node) -> tuple[Any, Any] | None:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that uses a value, not counting those that ask for its size; None where there are more."""
-    users = [user for user in node.users if user.target != "size"]
+    """The one node that uses a value, not counting those that ask for its sizes; None where there are more."""
+    users = [user for user in node.users if not reads_sizes(user)]
     return users[0] if len(users) == 1 and users[0].op != "output" else None
 
 

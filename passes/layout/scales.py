@@ -141,7 +141,8 @@ def _constant(value: Any, region: Region) -> torch.Tensor | None:
         tensor = region.attribute(value)
         plain = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
         return tensor.detach().double() if plain else None
-    inner = _constant(value.args[0], region) if value.target in _RESHAPES and not value.kwargs else None
+    reshapes = value.op in ("call_function", "call_method") and value.target in _RESHAPES and not value.kwargs
+    inner = _constant(value.args[0], region) if reshapes else None
     if inner is None or any(isinstance(item, fx.Node) for item in value.all_input_nodes[1:]):
         return None
     if value.op == "call_function":

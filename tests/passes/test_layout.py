@@ -194,6 +194,11 @@ BRANCHES: dict[str, Row] = {
         (2, 4, 7),
         ["add: 2 branches merged into 'one'"],
     ),
+    "one of which is asked for its shape": (
+        parts(lambda self, x: (lambda p, q: (p + q).reshape(q.shape[0], -1))(self.conv(x), self.point(x)), point=POINT),
+        IMAGE,
+        ["add: 2 branches merged into 'conv'"],
+    ),
     "through identities": (
         parts(lambda self, x: self.same(self.conv(x) + self.point(x)) + self.same(self.norm(x)),
               same=nn.Identity(), point=POINT, norm=NORM),
@@ -306,6 +311,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         parts(lambda self, x: (lambda y: self.wide(y) + y)(x[..., :1, :1]), wide=nn.Conv2d(4, 4, 1, padding=1)),
         "the identity is no convolution",
     ),
+    "branch whose shape is read early": (
+        parts(lambda self, x: (lambda q, n, p: (q + p).reshape(n, -1))(
+            q := self.point(x), q.shape[0], self.conv(x)), point=POINT),
+        "a size of a branch is read before 'conv' runs",
+    ),
     "branch called elsewhere": (
         parts(lambda self, x: torch.tanh(self.conv(x) + self.point(x)) + self.conv(torch.cos(x)), point=POINT),
         "is also called at",
@@ -342,12 +352,15 @@ NOTHING: dict[str, Forward] = {
     "used twice": lambda self, x: (lambda y: y * 2 + y)(torch.tanh(x)),
     "reflection": lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1), mode="reflect")),
     "ones around": lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1), value=1.0)),
+    "a layer called 'size' beside": lambda self, x: (lambda y: (y * 2, self.size(y)))(self.conv(x)),
+    "a scale by a layer called 'view'": lambda self, x: self.conv(x) * self.view(self.mean),
 }
 
 
 @pytest.mark.parametrize("name", NOTHING)
 def test_says_nothing_of_other_things(name: str) -> None:
-    outcome = run(FOLDS, Parts(NOTHING[name]).eval(), (torch.randn(*IMAGE),))
+    model = Parts(NOTHING[name], size=nn.Sigmoid(), view=nn.Sigmoid()).eval()
+    outcome = run(FOLDS, model, (torch.randn(*IMAGE),))
     assert not outcome.changes
     assert not outcome.skips
 
