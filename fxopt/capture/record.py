@@ -22,7 +22,7 @@ from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
 from fxopt.capture.signature import bind, call_as_given, record_inputs
-from fxopt.capture.state import State, memory_of
+from fxopt.capture.state import State, memory_of, modes_kept
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Met, Origin, apart
@@ -131,15 +131,13 @@ def record(
         state: of `module` as it is now, but for its mode; taken here where it is not known.
     """
     state, random = state or State(module), torch.get_rng_state()
-    modes = [(child, child.training) for child in module.modules()]
     kept = Call(args, kwargs).fresh()
     recording = _record(module, args, kwargs, opaque)
     if not recording.blocked:
         return recording
     for compiling in (False, True):
-        state.restore()
-        for child, training in modes:
-            child.training = training
+        with modes_kept(module):
+            state.restore()
         torch.set_rng_state(random)
         call = kept.fresh()
         with exporting(compiling=compiling) as answers, suppress(Exception):  # whatever expects a compiler

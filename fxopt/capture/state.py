@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx as fx
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -103,6 +104,7 @@ class State:
         """Put plain attributes back, and which hooks there are."""
         seen: set[int] = set()
         for module, attributes in zip(self._modules, self._attributes, strict=True):
+            graph = module.__dict__.get("_graph")
             for name in [name for name in _attributes(module) if name not in attributes]:
                 if name in _HOOKS:
                     module.__dict__[name].clear()
@@ -110,6 +112,8 @@ class State:
                     del module.__dict__[name]
             for name, before in attributes.items():
                 module.__dict__[name] = old(before, seen)
+            if isinstance(module, fx.GraphModule) and module.graph is not graph:
+                module.recompile()  # its class has the code of the graph of the other mode
 
     def restore_tensors(self) -> None:
         """Put the values of parameters and buffers back, and which tensor is registered as what."""

@@ -64,3 +64,41 @@ def test_to_measure_what_stays_opaque_imports_no_compiler():
     code += "case = models['early_exit']; assert capture(case.build(), case.example()).opaque; "
     code += "sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class ByMode(nn.Module):
+    """Takes another path in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) * 2 if self.training else self.fc(x)
+
+
+class ByValue(nn.Module):
+    """Code that no graph holds, around a part that was captured before."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x) if x.sum() > 0 else -self.part(x)
+
+
+class Dropping(ByValue):
+    def __init__(self, part):
+        super().__init__(ByValue(part))
+
+    def forward(self, x):
+        return nn.functional.dropout(self.part(x), 0.5, self.training)
+
+
+def test_a_part_that_was_captured_before_keeps_the_graph_of_its_mode():
+    x = torch.ones(2, 4)
+    module = Dropping(capture(ByMode().eval(), (x,)).module).eval()
+    expected = module(x)
+    assert torch.equal(capture(module, (x,)).module(x), expected)
+    assert torch.equal(module(x), expected)
