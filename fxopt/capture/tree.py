@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,14 @@ from fxopt.capture.below import calls_from, put, put_graphs_below, put_what_hold
 from fxopt.capture.blame import came_from, changed_around, is_within, paths_of
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Constant, Opaque
-from fxopt.capture.chance import RandomState
+from fxopt.capture.chance import RandomState, random_state_kept
 from fxopt.capture.found import Found
 from fxopt.capture.leaves import is_leaf
 from fxopt.capture.record import Recording
 from fxopt.capture.replay import replay
 from fxopt.capture.settle import Reason, Settled, hooked_backward, settle
 from fxopt.capture.shell import shell_module
-from fxopt.capture.state import State
+from fxopt.capture.state import State, modes_kept
 from fxopt.capture.two_modes import TwoModes, record_other_mode
 from fxopt.capture.unheard import warn_of_hooks
 from fxopt.graph import GraphModule
@@ -82,18 +81,13 @@ class Builder:
         lazy = [name for name, parameter in root.named_parameters() if is_lazy(parameter)]
         if not lazy:
             return ()
-        began, modes = RandomState(), [(child, child.training) for child in root.modules()]
-        root.eval()
-        try:
-            with torch.no_grad():
+        with random_state_kept(), modes_kept(root), torch.no_grad():
+            root.eval()
+            try:
                 call.run(root)
-        except Exception as error:
-            came_from(error, root)
-            raise
-        finally:
-            began.restore()
-            for child, training in modes:
-                child.training = training
+            except Exception as error:
+                came_from(error, root)
+                raise
         return (f"lazy parameters got the shapes that the example asks for: {', '.join(lazy)}",)
 
     def _two_modes(
@@ -108,7 +102,8 @@ class Builder:
         apart = {name for name in recording.asked_mode if root.get_submodule(name).training is not root.training}
         if not apart:
             return settled, record_other_mode(root, call, recording, opaque, state), frozenset()
-        with _one_mode(root):
+        with modes_kept(root):
+            root.train(root.training)
             uniform = settle(root, call, State(root), settled.opaque, fake=self.fake)
             if "" not in uniform.opaque and uniform.recording is not None:
                 merged = record_other_mode(root, call, uniform.recording, frozenset(uniform.opaque), State(root))
@@ -224,18 +219,6 @@ class Builder:
             found.note(f"what '{path or type(root).__name__}' calls is a graph but for {left}: as one, {problem}")
             return None
         return None if "" in settled.opaque else problem
-
-
-@contextmanager
-def _one_mode(root: nn.Module) -> Iterator[None]:
-    """All of a module in the mode of its root, for a while."""
-    modes = [(child, child.training) for child in root.modules()]
-    root.train(root.training)
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
 
 
 def _hands_on(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from fxopt.capture.guards import guard_mode
 from fxopt.capture.modes import merge_modes
 from fxopt.capture.record import Recording, record
 from fxopt.capture.second_call import second_call
-from fxopt.capture.state import State
+from fxopt.capture.state import State, modes_kept
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,26 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
     Leaves `root` as it was.
     """
     here = root.training
-    modes = {True: {}, False: {}, here: _modes(root, first)}  # type: dict[bool, dict[str, bool]]
-    began = RandomState()
-    children = [(child, child.training) for child in root.modules()]
-    root.train(not here)
+    with modes_kept(root):
+        root.train(not here)
+        other = _record_as_it_is(root, call, opaque, state)
+    if isinstance(other, str):
+        reason = f"in {'evaluation' if here else 'training'} mode {other}"
+        _guard(first.graph, {"": here}, reason)
+        return TwoModes({here: first.graph}, (first,), (f"captured for one mode only: {reason}",))
+    recording, modes = other
+    return _combine(here, first, recording, {here: _modes(root, first), not here: modes})
+
+
+def _record_as_it_is(
+    root: nn.Module, call: Call, opaque: frozenset[str], state: State
+) -> tuple[Recording, dict[str, bool]] | str:
+    """Record `root` in the mode that it is in, with the modes of what asked for them; or why no graph can be that."""
+    began, training = RandomState(), root.training
     try:
         fresh = call.fresh()
-        other = record(root, fresh.args, fresh.kwargs, opaque=opaque, state=state)
-        paths = paths_of(root)
+        recording = record(root, fresh.args, fresh.kwargs, opaque=opaque, state=state)
+        modes, paths = _modes(root, recording), paths_of(root)
         changed = [pair for pair in state.changed_tree() if not is_within(paths[id(pair[0])], opaque)]
         if not changed:
             numbers = [
@@ -55,31 +67,21 @@ def record_other_mode(root: nn.Module, call: Call, first: Recording, opaque: fro
                 if isinstance(getattr(module, name, None), (int, float)) and not is_within(paths[id(module)], opaque)
             ]
             # What is set once, such as that something has been set up, is the same for all calls after it.
-            if numbers and any(second_call(root, call, other.output, state, began)):
+            if numbers and any(second_call(root, call, recording.output, state, began)):
                 changed = numbers
-        drew = began.python_drew() and _drew_outside(root, call, state, began, opaque, not here)
         if changed:
-            why: str | None = f"its forward changes its attribute '{changed[0][1]}'"
-        elif drew:
-            why = "it draws from Python's or numpy's random numbers"
-        elif other.blocked:
-            reason, location = next(iter(other.blocked.values()))
-            why = f"{reason} ({location})"
-        else:
-            why = None
-            modes[not here] = _modes(root, other)
+            return f"its forward changes its attribute '{changed[0][1]}'"
+        if began.python_drew() and _drew_outside(root, call, state, began, opaque, training):
+            return "it draws from Python's or numpy's random numbers"
+        if recording.blocked:
+            reason, location = next(iter(recording.blocked.values()))
+            return f"{reason} ({location})"
+        return recording, modes
     except Exception as error:  # whatever the user's forward raises in that mode
-        why = f"it raises {type(error).__name__}: {error}"
+        return f"it raises {type(error).__name__}: {error}"
     finally:
         state.restore()
         began.restore()
-        for child, training in children:
-            child.training = training
-    if why is not None:
-        reason = f"in {'evaluation' if here else 'training'} mode {why}"
-        _guard(first.graph, {"": here}, reason)
-        return TwoModes({here: first.graph}, (first,), (f"captured for one mode only: {reason}",))
-    return _combine(here, first, other, modes)
 
 
 def _drew_outside(

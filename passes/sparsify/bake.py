@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from fxopt.capture.state import modes_kept
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import PassError
 from fxopt.graph import GraphModule, Program, Region
@@ -55,14 +56,8 @@ def bake(module: nn.Module) -> None:
     if not masked_weights(module):
         raise PassError("the module has no masks; put them on with the pass 'sparsify' first")
     for child in [child for child in module.modules() if isinstance(child, GraphModule)]:
-        modes = [(part, part.training) for part in child.modules()]
-        child.eval()
-        try:
-            run_pass(SparsifyBake(), child, ())
-        finally:
-            for part, training in modes:
-                if part.training is not training:
-                    part.train(training)
+        with modes_kept(child):
+            run_pass(SparsifyBake(), child.eval(), ())
 
 
 def _bake(each: Masked, program: Program) -> list[nn.Module]:
