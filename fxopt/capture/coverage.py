@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Coverage
 from fxopt.capture.chance import random_state_kept
+from fxopt.capture.leaves import is_leaf
 from fxopt.capture.state import State
 from fxopt.graph import GraphModule
 from fxopt.inputs import Inputs
@@ -92,10 +93,8 @@ class _Flops(TorchDispatchMode):
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    """A module with Python code of its own and graphs below, or without graphs and not one of torch's."""
-    if isinstance(module, GraphModule):
-        return False
-    return any(isinstance(child, GraphModule) for child in module.modules()) or bool(list(module.children()))
+    """Whether no graph shows what a module computes: one with Python code of its own, or TorchScript."""
+    return isinstance(module, torch.jit.ScriptModule) or not (isinstance(module, GraphModule) or is_leaf(module))
 
 
 def _hidden_parameters(module: GraphModule) -> list[nn.Parameter]:

@@ -102,3 +102,26 @@ def test_a_part_that_was_captured_before_keeps_the_graph_of_its_mode():
     expected = module(x)
     assert torch.equal(capture(module, (x,)).module(x), expected)
     assert torch.equal(module(x), expected)
+
+
+class Signed(nn.Module):
+    """Weights of its own, and no layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        y = x @ self.weight
+        return y if y.sum() > 0 else -y
+
+
+def test_coverage_counts_what_opaque_code_multiplies_itself_and_takes_layers_of_torch_for_shown():
+    alone = capture(Signed(), (torch.ones(2, 4),)).coverage
+    assert (alone.flops, alone.parameters) == (0, 0)
+    beside = capture(nn.Sequential(nn.Linear(4, 4, bias=False), Signed()), (torch.ones(2, 4),)).coverage
+    assert (beside.flops, beside.parameters) == (0.5, 0.5)
+    layer = nn.TransformerEncoderLayer(4, 1, 4, dropout=0.0, batch_first=True)
+    share = sum(parameter.numel() for parameter in layer.parameters())
+    deep = capture(nn.Sequential(layer, Signed()), (torch.ones(2, 3, 4),)).coverage
+    assert deep.parameters == share / (share + 16)
