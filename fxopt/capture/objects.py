@@ -204,7 +204,7 @@ class Objects(Tensors):
             changed = [n for n in attributes if n not in old_attributes or attributes[n] is not old_attributes[n]]
             for name in changed:
                 self.emit("call_function", setattr, (node, name, self.argument(attributes[name])))
-            for name in old_attributes.keys() - attributes.keys():
+            for name in [name for name in old_attributes if name not in attributes]:
                 self.emit("call_function", delattr, (node, name))
             self._track(value, node)
 

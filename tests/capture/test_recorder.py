@@ -542,3 +542,19 @@ def test_a_decision_on_a_buffer_that_an_operator_writes_is_taken_again():
     captured = capture(module, (X,)).module
     for _ in range(2):
         assert torch.equal(captured(X), module(X))
+
+
+def test_attributes_that_a_forward_deletes_are_deleted_in_their_order() -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.first, self.second, self.third, self.fourth = torch.ones(4, 2)
+
+    class Dropping(nn.Module):
+        def forward(self, x: torch.Tensor, kept: Kept) -> torch.Tensor:
+            y = x + kept.first * kept.second * kept.third * kept.fourth
+            del kept.fourth, kept.third, kept.second, kept.first
+            return y
+
+    graph = capture(Dropping(), (torch.ones(2), Kept())).module.graph
+    deleted = [node.args[1] for node in graph.nodes if node.target is delattr]
+    assert deleted == ["first", "second", "third", "fourth"]
