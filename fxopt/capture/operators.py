@@ -35,13 +35,6 @@ SHAPE_ONLY = frozenset(
 )
 """Functions whose result depends on the shape of the tensor that they are given, not on its values."""
 
-RANDOM = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ "
-    "uniform_ poisson random_ exponential_ geometric_ cauchy_ log_normal_ gumbel_softmax binomial _standard_gamma "
-    "_sample_dirichlet".split()
-)
-"""Functions that draw random numbers in either mode."""
-
 SIZED_BY_VALUES = frozenset(
     "nonzero unique unique_consecutive masked_select argwhere bincount nms _unique2 unique_dim".split()
 )

@@ -16,6 +16,7 @@ from fxopt.capture.frames import user_source
 from fxopt.capture.provenance import Depends
 from fxopt.capture.tape import Tape
 from fxopt.capture.traced import Traced
+from fxopt.graph.effects import RANDOM
 
 
 class Origin(NamedTuple):
@@ -165,7 +166,7 @@ class Tensors(Tape):
             shape = self.known(args[0]).shape if args and isinstance(args[0], torch.Tensor) else shape
         if name in operators.SHAPE_ONLY:
             depends = shape
-        if name in operators.RANDOM or _drops(name, args, kwargs):
+        if name in RANDOM or _drops(name, args, kwargs):
             depends = Depends.DATA
         return Origin(depends, shape, depends)
 

@@ -65,12 +65,12 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
 )
 _VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten, FakeQuantize)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_RANDOM = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout rand rand_like randn "
-    "randn_like randint randint_like randperm bernoulli multinomial normal poisson rrelu gumbel_softmax "
-    "scaled_dot_product_attention uniform_ normal_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ "
-    "binomial _standard_gamma _sample_dirichlet".split()
+RANDOM = frozenset(
+    "rand rand_like randn randn_like randint randint_like randperm bernoulli multinomial normal poisson gumbel_softmax "
+    "binomial _standard_gamma _sample_dirichlet uniform_ normal_ bernoulli_ random_ exponential_ geometric_ cauchy_ "
+    "log_normal_".split()
 )
+"""Functions that draw random numbers in either mode."""
 OF_SYMBOLS: frozenset[Any] = frozenset(
     {torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_sqrt, torch.sym_sum}
 )
@@ -125,7 +125,7 @@ class Effects:
             return _training_argument(node)
         if name == "scaled_dot_product_attention":
             return bool(_argument(node, 4, "dropout_p"))
-        return name in _RANDOM
+        return name in RANDOM
 
     def may_alias(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The arguments whose memory the result of `node` may share."""
