@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
 from fxopt.capture.interception import ONE_AT_A_TIME, replaced
-from fxopt.nested import tensors_in
 
 
 @contextmanager
@@ -37,14 +35,3 @@ def exporting(*, compiling: bool) -> Iterator[list[bool]]:
         stack.enter_context(replaced(torch.compiler, "is_compiling", is_compiling))
         stack.enter_context(replaced(torch.distributions.Distribution, "_validate_args", False))
         yield answers
-
-
-def same_tensors(one: Any, other: Any) -> bool:
-    """Whether two outputs hold the same tensors in the same order."""
-    left, right = list(tensors_in(one)), list(tensors_in(other))
-    return len(left) == len(right) and all(
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and bool(torch.isclose(a.detach(), b.detach(), 0.0, 0.0, equal_nan=True).all())
-        for a, b in zip(left, right, strict=True)
-    )

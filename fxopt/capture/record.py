@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from fxopt.capture.blame import is_within
 from fxopt.capture.call import Call
 from fxopt.capture.captured import Guard
-from fxopt.capture.exporting import exporting, same_tensors
+from fxopt.capture.exporting import exporting
 from fxopt.capture.interception import intercept
 from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
+from fxopt.capture.same import difference
 from fxopt.capture.signature import bind, call_as_given, record_inputs
 from fxopt.capture.state import State, memory_of, modes_kept
 from fxopt.capture.structure import without_numbers
@@ -142,7 +143,8 @@ def record(
         call = kept.fresh()
         with exporting(compiling=compiling) as answers, suppress(Exception):  # whatever expects a compiler
             exported = _record(module, call.args, call.kwargs, opaque)
-            if exported.blocked.keys() < recording.blocked.keys() and same_tensors(recording.output, exported.output):
+            is_better = exported.blocked.keys() < recording.blocked.keys()
+            if is_better and difference(recording.output, exported.output) is None:
                 reason, location = next(iter(recording.blocked.values()))
                 note = f"recorded as it runs when it is exported, since otherwise {reason} ({location})"
                 return replace(exported, notes=(*exported.notes, note))
