@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -77,12 +78,14 @@ class CudaGraph(Engine):
         # It reads memory by address: what the inner engine packed has to live on, and so has the memory of a weight,
         # which a tensor leaves when it is written while a lazy copy shares it.
         alive = (graph, built, [lazy_copy(tensor) for tensor in (*module.parameters(), *module.buffers())])
+        one_at_a_time = threading.Lock()  # calls of other threads would write into the same inputs
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            for tensor, given in zip(own, tensors_in((args, kwargs)), strict=True):
-                tensor.copy_(given)
-            alive[0].replay()
-            return with_tensors(output, torch.clone)
+            with one_at_a_time:
+                for tensor, given in zip(own, tensors_in((args, kwargs)), strict=True):
+                    tensor.copy_(given)
+                alive[0].replay()
+                return with_tensors(output, torch.clone)
 
         return Built(run, built.reasons, built.choices, holds=built.holds)
 

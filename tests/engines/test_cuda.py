@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +198,17 @@ def test_a_cuda_graph_reads_and_gives_the_tensors_of_objects(graphs: list[Record
     one, two = run(Batch(torch.zeros(3, 4))), run(Batch(torch.full((3, 4), 2.0)))
     assert torch.equal(one.x, torch.zeros(3, 3)), "a later call leaves an output as it is"
     assert torch.equal(two.x, torch.full((3, 3), 2.0))
+
+
+def test_threads_that_share_a_cuda_graph_get_what_is_their_own(
+    graphs: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recording, "replay", lambda _: time.sleep(0.01))
+    module = fxopt.capture(Cropped().eval(), (Batch(torch.ones(3, 4)),)).module
+    run = CudaGraph(around="eager").build(module, Inputs((Batch(torch.ones(3, 4)),)), {}).run
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(run, [Batch(torch.full((3, 4), float(number))) for number in range(4)]))
+    assert [each.x.unique().tolist() for each in found] == [[0.0], [1.0], [2.0], [3.0]]
 
 
 def test_a_forward_that_waits_cannot_be_recorded(graphs: list[Recording]) -> None:
