@@ -169,26 +169,15 @@ def _why_not(affine: Affine, meta: Any, supported: Supported) -> str | None:
 
 
 def _geometry(affine: Affine) -> dict[str, tuple[int, ...]]:
-    spatial = 0 if affine.kind == "linear" else affine.weight.dim() - 2
-
-    def each(name: str, default: int) -> tuple[int, ...]:
-        value = affine.options.get(name, default)
-        if value == "valid":
-            value = 0
-        if value == "same":
-            return tuple(total // 2 for total in _same_padding(affine))
-        numbers = (value,) * spatial if isinstance(value, int) else tuple(value)
-        return numbers * spatial if len(numbers) == 1 else numbers
-
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
-    return {name: each(name, default) for name, default in defaults.items()}
+    sizes = {name: affine.sizes(name, default) for name, default in defaults.items()}
+    same = tuple(total // 2 for total in _same_padding(affine))
+    return {name: same if each is None else each for name, each in sizes.items()}
 
 
 def _same_padding(affine: Affine) -> list[int]:
-    kernel = affine.weight.shape[2:]
-    dilation = affine.options.get("dilation", 1)
-    each = (dilation,) * len(kernel) if isinstance(dilation, int) else tuple(dilation)
-    return [(size - 1) * step for size, step in zip(kernel, each, strict=True)]
+    steps = affine.sizes("dilation", 1) or ()
+    return [(size - 1) * step for size, step in zip(affine.weight.shape[2:], steps, strict=True)]
 
 
 def _tail(affine: Affine) -> tuple[Activation | None, fx.Node | None]:

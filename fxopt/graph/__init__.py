@@ -1,6 +1,6 @@
 """Typed questions and edits of a captured graph: regions, call sites, aliases, effects, shapes."""
 
-from fxopt.graph.affine import Affine, read_affine, why_not_plain
+from fxopt.graph.affine import LAYERS, Affine, read_affine, why_not_plain
 from fxopt.graph.effects import Effects, eliminate_dead, is_written
 from fxopt.graph.modes import Modes, why_other_mode
 from fxopt.graph.module import GraphModule
@@ -15,6 +15,7 @@ from fxopt.graph.strides import hide_strides, why_noticed
 from fxopt.graph.values import replace_values, scale_by_input, scale_by_output, shift_behind, why_shift_stays
 
 __all__ = [
+    "LAYERS",
     "NORM_CALL",
     "Affine",
     "BatchNorm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from fxopt.graph.region import Region
 from fxopt.graph.source import source_of
 from fxopt.modules import MASKED_FORMS, FakeQuantize, Fused, fused_call
 
-_MODULES: dict[type[nn.Module], str] = {
+LAYERS: Mapping[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
@@ -27,7 +28,8 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
 }
-_FUNCTIONS: dict[Any, str] = {getattr(space, kind): kind for space in (torch, F) for kind in _MODULES.values()
+"""Convolutions and linear layers, each with the function of `torch.nn.functional` that it comes down to."""
+_FUNCTIONS: dict[Any, str] = {getattr(space, kind): kind for space in (torch, F) for kind in LAYERS.values()
                               if hasattr(space, kind)}  # fmt: skip
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -84,6 +86,14 @@ class Affine:
         """Channels of the output."""
         return int(self.weight.shape[self.channel_axis]) * (self.groups if self.is_transposed else 1)
 
+    def sizes(self, option: str, default: int) -> tuple[int, ...] | None:
+        """An option for each spatial axis; None where it is the word `same`, as padding may be."""
+        value = self.options.get(option, default)
+        if value == "same":
+            return None
+        numbers = (0,) if value == "valid" else (value,) if isinstance(value, int) else tuple(value)
+        return numbers * (self.weight.dim() - 2) if len(numbers) == 1 else numbers
+
 
 def read_affine(node: fx.Node, region: Region, *, masked: bool = False) -> Affine | Skip | None:
     """The layer that `node` calls; None where it calls none, a `Skip` where it is one that must stay as it is.
@@ -119,7 +129,7 @@ def why_not_plain(module: nn.Module, base: type[nn.Module]) -> str | None:
 
 def _read_module(node: fx.Node, region: Region) -> Affine | Skip | None:
     module = region.submodule(node)
-    base = next((plain for plain in _MODULES if isinstance(module, plain)), None)
+    base = next((plain for plain in LAYERS if isinstance(module, plain)), None)
     if base is None:
         return None
     reason = why_not_plain(module, base)
@@ -135,7 +145,7 @@ def _read_module(node: fx.Node, region: Region) -> Affine | Skip | None:
     options = {key: getattr(module, key) for key in kept if hasattr(module, key)}
     return Affine(
         node,
-        _MODULES[base],
+        LAYERS[base],
         source,
         weight,
         cast("torch.Tensor | None", module.bias),

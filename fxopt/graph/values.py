@@ -43,18 +43,14 @@ def why_shift_stays(affine: Affine, shift: torch.Tensor) -> str | None:
         return None
     point = all(size == 1 for size in affine.weight.shape[2:])
     if affine.is_transposed:
-        plain = all(_is_all(affine.options.get(key, default), default) for key, default in
-                    (("stride", 1), ("padding", 0), ("output_padding", 0)))  # fmt: skip
+        defaults = {"stride": 1, "padding": 0, "output_padding": 0}
+        plain = all({*(affine.sizes(key, default) or ())} == {default} for key, default in defaults.items())
         return None if point and plain else "each output of a transposed convolution sums other taps of its shift"
-    padding = affine.options.get("padding", 0)
-    pads = not (padding == "valid" or (padding == "same" and point) or _is_all(padding, 0))
+    padding = affine.sizes("padding", 0)
+    pads = not point if padding is None else any(padding)
     if pads and affine.options.get("padding_mode", "zeros") == "zeros":
         return "the convolution pads with zeros behind it: its shift does not reach the border"
     return None
-
-
-def _is_all(option: object, value: int) -> bool:
-    return all(item == value for item in option) if isinstance(option, (tuple, list)) else option == value
 
 
 def replace_values(affine: Affine, weight: torch.Tensor, bias: torch.Tensor | None, region: Region) -> str | None:

@@ -175,9 +175,9 @@ def _why_not(found: Branches, region: Region) -> str | None:
 
 
 def _why_no_identity(largest: Affine) -> str | None:
-    size, padding = largest.weight.shape[2:], _sizes(largest, "padding", 0)
-    middle = tuple(k // 2 * d for k, d in zip(size, _sizes(largest, "dilation", 1) or (), strict=True))
-    if padding != middle or any(k % 2 == 0 for k in size) or {*(_sizes(largest, "stride", 1) or ())} != {1}:
+    size, padding = largest.weight.shape[2:], largest.sizes("padding", 0)
+    middle = tuple(k // 2 * d for k, d in zip(size, largest.sizes("dilation", 1) or (), strict=True))
+    if padding != middle or any(k % 2 == 0 for k in size) or {*(largest.sizes("stride", 1) or ())} != {1}:
         return "the identity is no convolution of that stride, padding and dilation"
     if largest.weight.shape[1] * largest.groups != largest.out_channels:
         return "the identity is no convolution with other channels"
@@ -188,7 +188,7 @@ def _why_other(conv: Affine, largest: Affine, region: Region) -> str | None:
     name = region.qualified(conv.node)
     for option, default in (("stride", 1), ("dilation", 1)):
         size_matters = option == "stride" or conv.weight[0, 0].numel() > 1
-        if size_matters and _sizes(conv, option, default) != _sizes(largest, option, default):
+        if size_matters and conv.sizes(option, default) != largest.sizes(option, default):
             return f"'{name}' has another {option}"
     if conv.kind != largest.kind or conv.groups != largest.groups:
         return f"'{name}' has other groups"
@@ -196,24 +196,14 @@ def _why_other(conv: Affine, largest: Affine, region: Region) -> str | None:
         return f"'{name}' has other channels, or another dtype"
     if {conv.options.get("padding_mode", "zeros"), largest.options.get("padding_mode", "zeros")} != {"zeros"}:
         return f"'{name}' pads with other values than zeros"
-    padding, wider = _sizes(conv, "padding", 0), _sizes(largest, "padding", 0)
+    padding, wider = conv.sizes("padding", 0), largest.sizes("padding", 0)
     if padding is None or wider is None:
         return f"the padding of '{name}' is given by a word"
-    spread, sizes = _sizes(largest, "dilation", 1) or (), (conv.weight.shape[2:], largest.weight.shape[2:])
+    spread, sizes = largest.sizes("dilation", 1) or (), (conv.weight.shape[2:], largest.weight.shape[2:])
     for small, large, p, q, d in zip(*sizes, padding, wider, spread, strict=True):
         if large < small or (large - small) % 2 or q - p != d * (large - small) // 2:
             return f"the kernel of '{name}' does not lie in the middle of the largest"
     return None
-
-
-def _sizes(conv: Affine, option: str, default: int) -> tuple[int, ...] | None:
-    """An option for each spatial axis; None where it is a word."""
-    value, spatial = conv.options.get(option, default), conv.weight.dim() - 2
-    if value == "valid":
-        value = 0
-    if isinstance(value, str):
-        return None
-    return (value,) * spatial if isinstance(value, int) else tuple(value) * (spatial if len(value) == 1 else 1)
 
 
 def _kernel(branch: _Branch, largest: Affine) -> tuple[torch.Tensor, torch.Tensor]:

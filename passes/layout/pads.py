@@ -87,11 +87,8 @@ def _why_not(conv: Affine, pad: tuple[int, ...], region: Region) -> str | None:
 
 def _widen(conv: Affine, pad: tuple[int, ...], region: Region) -> None:
     spatial = conv.weight.dim() - 2
-    own = conv.options.get("padding", 0)
-    own = 0 if own == "valid" else own
-    each = [own] * spatial if isinstance(own, int) else list(own) * (spatial if len(own) == 1 else 1)
     more = [*pad[::2], *[0] * spatial][:spatial][::-1]
-    padding = tuple(a + b for a, b in zip(each, more, strict=True))
+    padding = tuple(a + b for a, b in zip(conv.sizes("padding", 0) or (), more, strict=True))
     if conv.module is None:
         position = 4
         if len(conv.node.args) > position:

@@ -12,22 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Skip
-from fxopt.graph import Affine, Region, read_affine, read_parameter, read_product, source_of
+from fxopt.graph import LAYERS, Affine, Region, read_affine, read_parameter, read_product, source_of
 from fxopt.modules import Fused, Mask, fused_call
 from passes.lora import inside
 from passes.lora.adapter import Adapter
 from passes.lora.forms import Conv, Form, form_of
 
-_LAYERS: dict[str, type[nn.Module]] = {
-    "linear": nn.Linear,
-    "embedding": nn.Embedding,
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "conv3d": nn.Conv3d,
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-    "conv_transpose3d": nn.ConvTranspose3d,
-}
+_LAYERS: Mapping[type[nn.Module], str] = {**LAYERS, nn.Embedding: "embedding"}
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
 
 
@@ -165,7 +156,7 @@ def read_layer(node: Any, region: Region) -> Site | Skip | None:
 def _operator(node: fx.Node, region: Region) -> str:
     if node.op == "call_module":
         module = region.submodule(node)
-        return next(kind for kind, layer in _LAYERS.items() if isinstance(module, layer))
+        return next(kind for layer, kind in _LAYERS.items() if isinstance(module, layer))
     return str(node.kwargs["kind"] if node.target is fused_call else node.target.__name__)  # type: ignore[union-attr]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxopt.contract import Skip
 from fxopt.graph import (
+    LAYERS,
     Affine,
     GraphModule,
     Program,
@@ -24,15 +25,6 @@ from fxopt.graph import (
 from fxopt.modules import MASKED_FORMS, FakeQuantize, is_quantized
 from passes.sparsify.mask import layer_name
 
-_PLAIN = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _QUANTIZED = "it is fake-quantised; put sparsify before qat"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -70,7 +62,7 @@ def layers(program: Program) -> Iterator[Site | Skip]:
         if module in inside or isinstance(module, GraphModule):
             continue
         source = next((source_of(node) for node in program.sites(module)), "")
-        base = next((base for base in (*_PLAIN, *MASKED_FORMS) if isinstance(module, base)), None)
+        base = next((base for base in (*LAYERS, *MASKED_FORMS) if isinstance(module, base)), None)
         if base is None:
             continue
         inside.update(module.modules())
@@ -91,7 +83,7 @@ def layers(program: Program) -> Iterator[Site | Skip]:
 
 
 def _why_not(module: nn.Module, base: type[nn.Module]) -> str | None:
-    if base in _PLAIN:
+    if base in LAYERS:
         return why_not_plain(module, base)
     if type(module) is not base:
         if is_quantized(module):
