@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _frozen_importlib
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -74,8 +75,10 @@ class _Replacement:
         self._owner, self._name, self._value = owner, name, value
 
     def put(self) -> None:
-        self._had = self._name in vars(self._owner)
-        self._original = vars(self._owner).get(self._name)
+        is_cell = isinstance(self._owner, types.CellType)  # what a closure holds, without a namespace
+        held = {self._name: self._owner.cell_contents} if is_cell else vars(self._owner)
+        self._had = self._name in held
+        self._original = held.get(self._name)
         setattr(self._owner, self._name, self._value)
 
     def take_back(self) -> None:

@@ -1,8 +1,9 @@
-"""Python code that makes plain numbers of traced ones: `len`, `int`, `float`, most of `math`, some of torch."""
+"""Python code that makes plain numbers of traced ones: `len`, `int`, `float`, most of `math`, some of torch, caches."""
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dis
 import functools
 import importlib.abc
@@ -81,6 +82,41 @@ def python_numbers(recorder: Recorder, is_recording: Callable[[], bool]) -> Iter
         for kind, convert in ((int, whole), (float, real)):
             if kind.__name__ in called and kind.__name__ not in vars(file):
                 yield file, kind.__name__, _Converting(kind, convert)
+        for owner in (file, *_classes(file)):
+            for name, value in list(vars(owner).items()):
+                yield from _without_cache(owner, name, value)
+
+
+def _classes(file: types.ModuleType) -> list[type]:
+    """Those that are defined in it."""
+    return [value for value in vars(file).values() if isinstance(value, type) and value.__module__ == file.__name__]
+
+
+def _without_cache(owner: Any, name: str, value: Any) -> Iterator[tuple[Any, str, Any]]:
+    """What to replace where a function, or what a decorator of a library keeps of it, is cached by `functools`."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if isinstance(function, functools._lru_cache_wrapper):
+        computed = _computed_for_traced(function)
+        yield owner, name, computed if function is value else type(value)(computed)
+    for cell in (isinstance(function, types.FunctionType) and function.__closure__) or ():
+        with contextlib.suppress(ValueError):  # it is empty yet
+            if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
+                yield cell, "cell_contents", _computed_for_traced(cell.cell_contents)
+
+
+def _computed_for_traced(cached: functools._lru_cache_wrapper[Any]) -> Callable[..., Any]:
+    """The same function, computed anew for traced numbers: to look one up needs its value, and would be a guard."""
+
+    def call(*given: Any, **options: Any) -> Any:
+        is_traced = _holds_traced((*given, *options.values()))
+        return (cached.__wrapped__ if is_traced else cached)(*given, **options)
+
+    own = ("cache_info", "cache_clear", "cache_parameters")
+    return functools.update_wrapper(call, cached, (*functools.WRAPPER_ASSIGNMENTS, *own))
+
+
+def _holds_traced(value: Any) -> bool:
+    return isinstance(value, Traced) or (isinstance(value, tuple) and any(map(_holds_traced, value)))
 
 
 class _Converting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import itertools
@@ -364,6 +365,70 @@ def test_what_python_code_of_torch_computes_of_sizes_is_recorded(name):
     for rows in (1, 2, 5):
         x = torch.randn(rows, 3)
         assert torch.equal(copy.deepcopy(captured.module)(x), module(x))
+
+
+def remembers(function):
+    """A decorator of a library, which keeps the cache where only its own function finds it."""
+    cached = functools.lru_cache(maxsize=1)(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        return cached(*args)
+
+    return call
+
+
+@functools.lru_cache
+def ramp(rows, columns):
+    return torch.arange(rows * columns).view(rows, columns)
+
+
+@remembers
+def ramp_of(shape):
+    return torch.arange(shape.numel()).view(shape)
+
+
+class Remembers(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    @functools.cache  # noqa: B019  as people write it
+    def method(self, rows):
+        return torch.arange(rows)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=2)
+    def static(rows):
+        return torch.arange(rows)
+
+    def forward(self, x):
+        if self.kind == "function":
+            return x + ramp(*x.shape)
+        if self.kind == "decorator":
+            return x + ramp_of(x.shape)
+        return x + getattr(self, self.kind)(x.shape[0])[:, None]
+
+
+@pytest.mark.parametrize("kind", ["function", "decorator", "method", "static"])
+def test_what_functools_caches_by_a_size_takes_other_sizes(kind):
+    module = Remembers(kind)
+    module(torch.randn(2, 3))
+    before = {owner: {**vars(owner)} for owner in (Remembers, sys.modules[__name__])}
+    captured = capture(module, (torch.randn(2, 3),))
+    assert {owner: {**vars(owner)} for owner in before} == before
+    assert (captured.guards, captured.opaque) == ((), ())
+    for shape in ((2, 3), (5, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(captured.module(x), module(x))
+
+
+def test_what_functools_caches_by_a_plain_number_stays_cached():
+    ramp.cache_clear()
+    module = Calls(lambda x: x + ramp(2, 3))
+    capture(module, (torch.randn(2, 3),))
+    module(torch.randn(2, 3))
+    assert ramp.cache_info().misses == 1
 
 
 def test_a_shape_is_one_of_torch_to_the_code_that_reads_it():
