@@ -70,7 +70,8 @@ def _in_float64(module: nn.Module, inputs: Inputs, index: int) -> torch.Tensor |
     try:
         wide = independent_copy(module).double()
         with torch.no_grad():
-            return once(wide, [wide], inputs.double())[0][index]
+            reference: torch.Tensor = once(wide, [wide], inputs.double())[0][index]
+            return reference
     except Exception:  # whatever a user's forward raises in it
         return None
 
