@@ -17,7 +17,7 @@ from fxopt.capture.captured import Coverage
 from fxopt.capture.chance import random_state_kept
 from fxopt.capture.leaves import is_leaf
 from fxopt.capture.state import State
-from fxopt.graph import GraphModule
+from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
 
 
@@ -99,23 +99,10 @@ def _is_opaque(module: nn.Module) -> bool:
 
 def _hidden_parameters(module: GraphModule) -> list[nn.Parameter]:
     shown: set[int] = set()
-    for child in module.modules():
-        if isinstance(child, GraphModule):
-            for graph in child.graphs.values():
-                for node in graph.nodes:
-                    if node.op == "call_module":
-                        callee = child.get_submodule(str(node.target))
-                        if not _is_opaque(callee):
-                            shown |= {id(p) for p in callee.parameters()}
-                    elif node.op == "get_attr" and isinstance(
-                        value := _attribute(child, str(node.target)), nn.Parameter
-                    ):
-                        shown.add(id(value))
+    for region in Program(module).regions:
+        for node in region.graph.nodes:
+            if node.op == "get_attr":
+                shown.add(id(region.attribute(node)))
+            elif node.op == "call_module" and not _is_opaque(callee := region.submodule(node)):
+                shown |= {id(p) for p in callee.parameters()}
     return [p for p in module.parameters() if id(p) not in shown]
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from fxopt.engines.contract import Run
+from fxopt.inputs import Inputs
+
 _ROUNDS = 15
+
+
+def caller(run: Run, inputs: Inputs) -> Callable[[], object]:
+    """What calls `run` on copies of the inputs, into which it may write."""
+    given = inputs.map(lambda tensor: tensor.detach().clone())
+    return lambda: given.call(run)
 
 
 def shortest(calls: Mapping[str, Callable[[], object]], budget_seconds: float) -> dict[str, float]:

@@ -51,7 +51,7 @@ class LowRank(WithSettings, nn.Module):
         magnitude: DoRA's length of the weight of each output (Liu et al. 2024), or None.
         bias: what PEFT calls `lora_bias`, or None.
         mask: 1 where B may differ from zero, for slices of a fused weight, or None.
-        start: the factors that were taken out of the base weight when the adapter was made, or None.
+        start_a, start_b: the factors that were taken out of the base weight when the adapter was made, or None.
         beside: what is saved with it.
     """
 

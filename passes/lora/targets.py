@@ -74,12 +74,11 @@ def first_meant(
     return next((value for key, value in patterns.items() if is_meant(key, names, operators, shape)), None)
 
 
-def nearest_names(targets: Iterable[str], names: Iterable[str], count: int = 5) -> list[str]:
-    """The names that `targets` were probably meant to match."""
-    known = list(dict.fromkeys(names))
+def nearest_names(targets: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The five names that `targets` were probably meant to match."""
     plain = [target.partition(":")[2] or target for target in targets]
     found: dict[str, float] = {}
-    for name in known:
+    for name in names:
         ends = [name, name.rpartition(".")[2]]
         found[name] = max(difflib.SequenceMatcher(None, p.strip("*."), end).ratio() for p in plain for end in ends)
-    return sorted(found, key=lambda name: -found[name])[:count]
+    return sorted(found, key=lambda name: -found[name])[:5]

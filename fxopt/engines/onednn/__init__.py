@@ -19,6 +19,7 @@ from fxopt.engines.layers import Layers
 from fxopt.engines.memory import hand_back
 from fxopt.engines.onednn.kernels import KERNELS, Kernel, places
 from fxopt.engines.onednn.tune import choose
+from fxopt.engines.shortest import caller
 from fxopt.engines.strides import hide
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule
@@ -154,12 +155,7 @@ def _time(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:
 
     Calls of one follow each other: what they leave behind in the heap does not fit the other, and is handed back.
     """
-
-    def caller(run: Run) -> Callable[[], object]:
-        given = inputs.map(lambda tensor: tensor.detach().clone())
-        return lambda: given.call(run)
-
-    calls, best = {name: caller(run) for name, run in runs.items()}, dict[str, float]()
+    calls, best = {name: caller(run, inputs) for name, run in runs.items()}, dict[str, float]()
     until = time.perf_counter() + _WHOLE_SECONDS
     for name, call in (*calls.items(), *reversed(calls.items())):
         for _ in range(_CALLS):

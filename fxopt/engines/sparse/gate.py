@@ -10,7 +10,7 @@ import torch
 
 from fxopt.engines.contract import Run
 from fxopt.engines.layer import Layer
-from fxopt.engines.shortest import shortest
+from fxopt.engines.shortest import caller, shortest
 from fxopt.engines.sparse.found import Found, zeros
 from fxopt.engines.sparse.kernels import FIRST, Make, tables
 from fxopt.engines.sparse.layout import to_features_first, to_features_last
@@ -69,12 +69,7 @@ def plans(times: Times) -> dict[str, Plan]:
 
 def run_times(runs: Mapping[str, Run], inputs: Inputs) -> dict[str, float]:
     """Seconds of each way to run a whole graph."""
-
-    def caller(run: Run) -> Callable[[], object]:
-        given = inputs.map(lambda tensor: tensor.detach().clone())
-        return lambda: given.call(run)
-
-    return shortest({name: caller(run) for name, run in runs.items()}, _WHOLE_SECONDS)
+    return shortest({name: caller(run, inputs) for name, run in runs.items()}, _WHOLE_SECONDS)
 
 
 def _times(layer: Layer, using: Sequence[Mapping[str, Make]], without: Sequence[str]) -> dict[str, float]:
