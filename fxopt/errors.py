@@ -44,7 +44,13 @@ class CaptureError(FxoptError):
 
 
 class GuardError(FxoptError):
-    """A captured module was called with inputs outside of what its capture assumed."""
+    """A captured module was called with inputs outside of what its capture assumed.
+
+    Its first argument says what was assumed and what is there, the second what to do next.
+    """
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
 
 
 class SpecError(FxoptError):

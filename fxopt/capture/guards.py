@@ -180,6 +180,6 @@ def _traced(check: Callable[..., None], *args: Any) -> bool:
 def _broken(assumption: str, location: str, found: str) -> GuardError:
     where = f" ({location})" if location else ""
     return GuardError(
-        f"the captured graph holds for {assumption}{where}, but it is {found}; "
-        "capture again with such inputs, or pass on_guard_failure='recapture'"
+        f"the captured graph holds for {assumption}{where}, but it is {found}",
+        "capture again with such inputs, or pass on_guard_failure='recapture'",
     )

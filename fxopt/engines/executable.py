@@ -179,7 +179,7 @@ class Executable(nn.Module):
             return self.run(*args, **kwargs)
         except GuardError as error:
             raise EngineError(
-                f"engine '{self.engine.name}': {error}; lower the module again with such inputs"
+                f"engine '{self.engine.name}': {error.args[0]}; lower the module again with such inputs"
             ) from error
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
