@@ -25,7 +25,12 @@ def is_users(file: str) -> bool:
     """Whether a source file belongs neither to torch nor to fxopt, nor is generated."""
     if file.startswith("<"):
         return file.startswith(_TYPED)
-    return not file.startswith((_TORCH, _FXOPT)) and not file.endswith(("/contextlib.py", "/functools.py"))
+    return not (file.startswith(_TORCH) or is_fxopts(file)) and not file.endswith(("/contextlib.py", "/functools.py"))
+
+
+def is_fxopts(file: str) -> bool:
+    """Whether a source file is one of fxopt's."""
+    return file.startswith(_FXOPT)
 
 
 def user_source() -> Source | None:

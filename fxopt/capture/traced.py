@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.fx as fx
 
+from fxopt.capture.messages import is_message
 from fxopt.capture.provenance import Depends
 
 
@@ -176,6 +177,16 @@ def _concretion(base: type, name: str) -> Callable[..., Any]:
     return method
 
 
+def _text(base: type, name: str) -> Callable[..., Any]:
+    compute = getattr(base, name)
+
+    def method(self: Any, *rest: Any) -> Any:
+        # Text may be a key or an attribute's name.
+        return compute(plain(self) if self.trace is None or is_message() else concrete(self), *rest)
+
+    return method
+
+
 def _truth(self: Any) -> bool:
     answer = bool(plain(self))
     if self.trace is not None:
@@ -212,8 +223,9 @@ def _install(cls: Any, base: Any) -> None:
     setattr(cls, "__divmod__", _divmod)  # noqa: B010  mypy takes the assignment for a call of divmod
     setattr(cls, "__rdivmod__", _rdivmod)  # noqa: B010
     cls.__array__ = _array
-    # Text may be a key or an attribute's name.
-    for name in ("__repr__", "__str__", "__format__", *_READS):
+    for name in ("__repr__", "__str__", "__format__"):
+        setattr(cls, name, _text(base, name))
+    for name in _READS:
         if hasattr(base, name):
             setattr(cls, name, _concretion(base, name))
     for name in ("real", "numerator") if base is int else ("real",):

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import logging
 import math
 import pickle
 import subprocess
@@ -252,6 +253,52 @@ def test_what_python_reads_of_sizes_is_guarded(name):
     assert torch.equal(captured(x), module(x))
     with pytest.raises(GuardError, match=r"test_sizes\.py"):
         captured(torch.randn(1, 3))
+
+
+class Table(dict):
+    check = dict.get
+
+
+def debug_print(*texts):
+    """Tells nothing, by a name that says it does."""
+
+
+KEYS = {
+    "a name that tells of no message": lambda x: x * Table(n2=5).check(f"n{x.shape[0]}", 7),
+    "what is looked up within a message": lambda x: x * (debug_print({"n2": 5}[f"n{x.shape[0]}"]) or 2),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_text_that_may_be_a_key_is_guarded(name):
+    captured = capture(Calls(KEYS[name]), (torch.randn(2, 3),)).module
+    with pytest.raises(GuardError, match=r"x\.shape\[0\] == 2 \(test_sizes\.py"):
+        captured(torch.randn(1, 3))
+
+
+MESSAGES = {
+    "an assertion of torch": lambda x: torch._assert(x.dim() == 2, f"expected rows, got {x.shape}"),
+    "its message by name": lambda x: torch._assert(condition=x.dim() == 2, message=f"got {x.shape[0]}"),
+    "several lines": lambda x: torch._assert(
+        x.dim() == 2,
+        "expected rows of numbers, one for each, "
+        f"but there are {x.shape[0]} of {len(x)}",
+    ),
+    "a sum": lambda x: torch._assert(x.dim() == 2, "got " + str(x.shape[0]) + " rows"),
+    "a print": lambda x: debug_print(f"{x.shape[0]:3d}", " ".join(["of", str(x.shape[0])])),
+    "a log": lambda x: logging.getLogger("test").info("rows: %d", x.shape[0]),
+    "a log that is written": lambda x: logging.getLogger("test").error("rows: %s of %s", x.shape[0], x.shape),
+    "a number of its values": lambda x: debug_print(f"{x.abs().max().item():.3f}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_what_a_message_tells_of_a_size_is_no_guard(name):
+    module = Calls(lambda x: (MESSAGES[name](x), x * 2)[1])
+    captured = capture(module, (torch.randn(2, 3),))
+    assert captured.guards == () and captured.opaque == ()
+    x = torch.randn(1, 4)
+    assert torch.equal(captured.module(x), module(x))
 
 
 class WithLengths(nn.Module):
