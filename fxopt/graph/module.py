@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import operator
 import pickle
 import pkgutil
 import sys
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import nn
 
@@ -265,13 +267,15 @@ def _freeze(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 class _GraphPickler(pickle.Pickler):
-    """Knows functions by the name under which their module offers them.
+    """Knows functions by the name under which their module offers them, and operators by that in `torch.ops`.
 
     `torch.nn.functional.max_pool2d` and its kin are closures, which pickle would look for inside of the function
-    that made them.
+    that made them; `torch.ops.torchvision.nms` holds what can't be pickled.
     """
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return _torch_operator, (str(value),)
         if not isinstance(value, types.FunctionType) or "<locals>" not in value.__qualname__:
             return NotImplemented
         module = sys.modules.get(value.__module__)
@@ -279,6 +283,10 @@ class _GraphPickler(pickle.Pickler):
         if getattr(module, name, None) is not value:
             return NotImplemented
         return pkgutil.resolve_name, (f"{value.__module__}:{name}",)
+
+
+def _torch_operator(path: str) -> Any:
+    return operator.attrgetter(path)(torch.ops)
 
 
 class _Reference(str):

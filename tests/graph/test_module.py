@@ -58,6 +58,16 @@ def test_pickles_functions_that_torch_made_by_dispatch() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
 
 
+def test_pickles_operators_of_torch() -> None:
+    class Operators(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.relu(x) + torch.ops.aten.add.Tensor(x, 1)
+
+    x = torch.randn(3)
+    module = capture(Operators(), (x,)).module
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), Operators()(x))
+
+
 def test_copies_and_pickles_with_metadata() -> None:
     module = program()
     node = next(iter(module.graph.nodes))
