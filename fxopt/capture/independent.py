@@ -64,12 +64,17 @@ def copy_over(module: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 
 
 def _copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    modules = [child for child in all_modules(module) if _is_plain(child)]
-    for child in modules:
+    modules = list(all_modules(module))
+    plain = [child for child in modules if _is_plain(child)]
+    for child in plain:
         memo[id(child)] = type(child).__new__(type(child))
-    for child in reversed(modules):  # what is not plain may look into those within it when it is copied
+    for child in reversed(plain):  # what is not plain may look into those within it when it is copied
         _fill(memo[id(child)], child, memo)
     result: nn.Module = copy.deepcopy(module, memo)
+    for child in modules:  # torchvision's feature extractors are in training mode once they are copied
+        copied = memo.get(id(child), child)
+        if copied.training is not child.training:
+            copied.train(child.training)
     rebind_within(module, memo)
     return result
 

@@ -174,6 +174,20 @@ def test_editing_an_expert_shows_in_the_shell():
     assert torch.equal(captured(*case.example()), torch.full_like(module(*case.example()), 3.0))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_part_that_copies_itself_into_another_mode_is_copied_in_its_own(training):
+    class BuiltAnew(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return BuiltAnew(*copy.deepcopy([*self], memo)).train(not training)
+
+    module = nn.Sequential(BuiltAnew(nn.Dropout(), nn.Sequential(nn.Dropout())), nn.Dropout()).train(training)
+    module[0][1].train(not training)
+    copied = independent_copy(module)
+    assert {name: part.training for name, part in copied.named_modules()} == {
+        name: part.training for name, part in module.named_modules()
+    }
+
+
 def test_a_compiled_part_is_copied_with_its_weights():
     module = nn.Sequential(torch.compile(nn.Linear(3, 3), backend="eager"))
     duplicate = independent_copy(module)
