@@ -19,8 +19,8 @@ _TELLERS = ("logging", "warnings")
 """Modules that put messages together themselves."""
 _MAKES_TEXT = ("str", "repr", "format", "join")
 
-Place = tuple[int, int]
-"""A line, and a byte in it."""
+Span = tuple[tuple[int, int], tuple[int, int]]
+"""Where it begins and ends, each by line and byte."""
 
 
 def is_message() -> bool:
@@ -39,22 +39,21 @@ def is_message() -> bool:
     if line is None or end_line is None or byte is None or end_byte is None:
         return False
     source = "".join(linecache.getlines(code.co_filename, frame.f_globals))
-    return any(first <= (line, byte) and (end_line, end_byte) <= last for first, last in _messages(source))
+    at = (line, byte), (end_line, end_byte)
+    texts, prints = _messages(source)
+    return at in prints or any(first <= at[0] and at[1] <= last for first, last in texts)
 
 
 @functools.lru_cache(maxsize=16)
-def _messages(source: str) -> list[tuple[Place, Place]]:
-    """Where messages begin and end."""
+def _messages(source: str) -> tuple[list[Span], set[Span]]:
+    """Where messages stand, and the calls of `print`, which makes texts of what it is given by itself."""
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a cell of a notebook, with commands of its own
-        return []
+        return [], set()
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [
-        ((node.lineno, node.col_offset), (node.end_lineno or node.lineno, node.end_col_offset or node.col_offset))
-        for node in itertools.chain.from_iterable(map(_told, calls))
-        if _is_text(node)
-    ]
+    told = itertools.chain.from_iterable(map(_told, calls))
+    return [_span(node) for node in told if _is_text(node)], {_span(c) for c in calls if _name(c.func) == "print"}
 
 
 def _told(call: ast.Call) -> list[ast.expr]:
@@ -63,6 +62,11 @@ def _told(call: ast.Call) -> list[ast.expr]:
     if not checks and not _TELLS.search(_name(call.func)):
         return []
     return [*call.args[1 if checks else 0 :], *(keyword.value for keyword in call.keywords)]
+
+
+def _span(node: ast.expr) -> Span:
+    end = node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+    return (node.lineno, node.col_offset), end
 
 
 def _is_text(node: ast.expr) -> bool:

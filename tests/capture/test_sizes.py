@@ -286,6 +286,7 @@ MESSAGES = {
     ),
     "a sum": lambda x: torch._assert(x.dim() == 2, "got " + str(x.shape[0]) + " rows"),
     "a print": lambda x: debug_print(f"{x.shape[0]:3d}", " ".join(["of", str(x.shape[0])])),
+    "a print of the sizes themselves": lambda x: print("rows:", x.shape[0], x.shape),  # noqa: T201
     "a log": lambda x: logging.getLogger("test").info("rows: %d", x.shape[0]),
     "a log that is written": lambda x: logging.getLogger("test").error("rows: %s of %s", x.shape[0], x.shape),
     "a number of its values": lambda x: debug_print(f"{x.abs().max().item():.3f}"),
