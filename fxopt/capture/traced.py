@@ -181,8 +181,10 @@ def _text(base: type, name: str) -> Callable[..., Any]:
     compute = getattr(base, name)
 
     def method(self: Any, *rest: Any) -> Any:
-        # Text may be a key or an attribute's name.
-        return compute(plain(self) if self.trace is None or is_message() else concrete(self), *rest)
+        # Text may be a key or an attribute's name. A message of a value of the input is another one at each call, so
+        # the code that tells it stays as it is.
+        unread = self.trace is None or (self.depends is not Depends.DATA and is_message())
+        return compute(plain(self) if unread else concrete(self), *rest)
 
     return method
 

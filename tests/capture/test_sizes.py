@@ -289,7 +289,6 @@ MESSAGES = {
     "a print of the sizes themselves": lambda x: print("rows:", x.shape[0], x.shape),  # noqa: T201
     "a log": lambda x: logging.getLogger("test").info("rows: %d", x.shape[0]),
     "a log that is written": lambda x: logging.getLogger("test").error("rows: %s of %s", x.shape[0], x.shape),
-    "a number of its values": lambda x: debug_print(f"{x.abs().max().item():.3f}"),
 }  # fmt: skip
 
 
@@ -413,6 +412,14 @@ def test_what_python_code_of_torch_computes_of_sizes_is_recorded(name):
     for rows in (1, 2, 5):
         x = torch.randn(rows, 3)
         assert torch.equal(copy.deepcopy(captured.module)(x), module(x))
+
+
+def test_what_a_message_tells_of_a_value_is_told_at_each_call(capsys):
+    module = Calls(lambda x: (print(f"{x.max().item():.1f}"), x * 2)[1])  # noqa: T201
+    captured = capture(module, (torch.ones(2),)).module
+    capsys.readouterr()
+    captured(torch.full((2,), 3.0))
+    assert capsys.readouterr().out == "3.0\n"
 
 
 def remembers(function):

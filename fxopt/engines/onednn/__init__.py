@@ -33,6 +33,7 @@ _DTYPES: Mapping[torch.dtype, Callable[[], bool]] = {
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
 }
 _CALLS = 3
+"""Of one layout in a row, twice."""
 _WHOLE_SECONDS = 0.3
 """Time for holding the whole graph against torch's; one call of each is made even if it takes longer."""
 _MANY_PRODUCTS = 10**11
