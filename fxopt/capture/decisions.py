@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.fx as fx
@@ -12,14 +12,17 @@ import torch.fx as fx
 from fxopt.capture.captured import Guard
 from fxopt.capture.describe import describe
 from fxopt.capture.frames import user_source
-from fxopt.capture.guards import guard, guard_dtype, guard_parts, guard_tensor, structure
+from fxopt.capture.guards import guard, guard_dtype, guard_parts, guard_tensor, refuse, structure
 from fxopt.capture.objects import Objects
 from fxopt.capture.provenance import Depends
+from fxopt.capture.refusals import Refusal, question
 from fxopt.capture.sums import Sum, result_of, sum_of
 from fxopt.capture.tensors import Value
 from fxopt.capture.traced import Traced, traced
 
 _NEGATION = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
+_Comparison: TypeAlias = tuple[fx.Node, str, Any, bool]
+"""What is compared, how, with what, and the answer."""
 
 
 class Decisions(Objects):
@@ -30,6 +33,7 @@ class Decisions(Objects):
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._sums: dict[fx.Node, Sum] = {}
         self._compared: set[Any] = set()
+        self._open: dict[Any, list[tuple[int, _Comparison]]] = {}
         self._decided: list[tuple[fx.Node, str, Guard]] = []
 
     def size(self, known: Value, dim: int, size: int) -> Any:
@@ -70,17 +74,33 @@ class Decisions(Objects):
         depends = max(left.depends, right.depends) if isinstance(right, Traced) else left.depends
         negated = relation if answer else _NEGATION[relation]
         assumption = f"{describe(left.node)} {negated} {describe(self.argument(right))}"
-        if depends is Depends.DATA:
-            self.block(f"it decides on a number that depends on the values of the input ({assumption})")
-        else:
-            self._guard(left.node, relation, self.argument(right), answer, assumption)
+        reason = f"it decides on a number that depends on the values of the input ({assumption})"
+        self._answered((left.node, relation, right, answer), depends, assumption, reason)
 
     def decided(self, node: fx.Node, answer: bool, depends: Depends, what: str) -> None:
         """Guard the answer of a question to a tensor, unless it depends on the values of the input."""
-        if depends is Depends.DATA:
-            self.block(f"it decides on the value of a tensor ({what}), which depends on the input")
+        reason = f"it decides on the value of a tensor ({what}), which depends on the input"
+        self._answered((node, "==", True, answer), depends, f"{describe(node)} is {answer}", reason)
+
+    def _answered(self, comparison: _Comparison, depends: Depends, assumption: str, reason: str) -> None:
+        """Guard an answer, or record the check that asked; block what would go another way for other values."""
+        *compared, answer = comparison
+        asked = question(answer)
+        before = [] if asked is None else [each for each in self._open.get(asked.key, ()) if each[0] < asked.index]
+        if asked is not None and asked.is_open:
+            self._open[asked.key] = [*before, (asked.index, comparison)]
+        elif asked is not None and asked.is_last and (asked.is_whole if before else depends is Depends.DATA):
+            self._open.pop(asked.key, None)
+            self._check([*(each for _, each in before), (*compared, not answer)], asked.refusal)
+        elif depends is Depends.DATA:
+            self.block(reason)
         else:
-            self._guard(node, "==", answer, True, f"{describe(node)} is {answer}")
+            self._guard(*comparison, assumption)
+
+    def _check(self, comparisons: list[_Comparison], refusal: Refusal) -> None:
+        """Record a check of the user's that refuses the input where all `comparisons` have these answers."""
+        given = [(_followed(node, to), *how, self.argument(to), answer) for node, *how, to, answer in comparisons]
+        self.emit("call_function", refuse, (given, refusal.error, refusal.text, refusal.location))
 
     def read_whole(self, tensor: torch.Tensor) -> None:
         """Guard all values of a tensor."""
@@ -130,7 +150,8 @@ class Decisions(Objects):
         self.guards[Guard(assumption, location)] = None
         self.emit("call_function", guard_parts, (node, expected, assumption, location))
 
-    def _guard(self, node: fx.Node, relation: str, expected: Any, answer: bool, assumption: str) -> None:
+    def _guard(self, node: fx.Node, relation: str, right: Any, answer: bool, assumption: str) -> None:
+        expected = self.argument(right)
         key = (node, relation, expected, answer)
         if key in self._compared:
             return
@@ -148,6 +169,16 @@ class Decisions(Objects):
             if names:
                 reason = f"it decides on '{min(names)}', which the forward writes ({made.assumption})"
                 self.blocked.setdefault(path, (reason, made.location))
+
+
+def _followed(node: fx.Node, compared: Any) -> fx.Node:
+    """The tensor of which `node` reads a number, where it compares alike: compilers can follow it."""
+    if node.target not in (operator.truth, "item"):
+        return node
+    read = node.all_input_nodes[0]
+    dtype = read.meta["tensor_meta"].dtype
+    is_whole = isinstance(compared, int) and not (dtype.is_floating_point or dtype.is_complex)
+    return read if dtype is torch.bool or is_whole else node
 
 
 def _read_by(node: fx.Node) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from fxopt.graph import Source
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _FXOPT = str(Path(__file__).parents[1]) + os.sep
+_DISPATCHING = (_TORCH + "overrides.py", _TORCH + "_tensor.py")
 _RECORDING = str(Path(__file__).with_name("record.py"))
 
 
@@ -33,6 +35,16 @@ def is_fxopts(file: str) -> bool:
     return file.startswith(_FXOPT)
 
 
+def is_dispatching(file: str) -> bool:
+    """Whether its code stands between a call that is written anywhere and what torch does for it."""
+    return is_fxopts(file) or file in _DISPATCHING
+
+
+def is_recording(frame: types.FrameType) -> bool:
+    """Whether a frame is the recording itself: what stands below is not the forward."""
+    return frame.f_code.co_filename == _RECORDING and frame.f_code.co_name == "record"
+
+
 def user_source() -> Source | None:
     """The innermost frame of the recorded forward that belongs neither to torch nor to fxopt.
 
@@ -43,8 +55,7 @@ def user_source() -> Source | None:
         code = frame.f_code
         if is_users(code.co_filename):
             return Source(code.co_filename, frame.f_lineno, getattr(code, "co_qualname", code.co_name))
-        # Module calls pass through the recording; what stands below `record` itself is not the forward.
-        if code.co_filename == _RECORDING and code.co_name == "record":
+        if is_recording(frame):  # module calls pass through other code of its file
             return None
         frame = frame.f_back  # type: ignore[assignment]
     return None

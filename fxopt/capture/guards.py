@@ -5,7 +5,8 @@ They are nodes of the graph, at the place where the decision was made, and so su
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import builtins
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,32 @@ def guard(actual: Any, relation: str, expected: Any, answer: bool, assumption: s
         return
     if bool(RELATIONS[relation](actual, expected)) is not answer:
         raise _broken(assumption, location, f"{actual} here")
+
+
+def refuse(comparisons: Sequence[tuple[Any, str, Any, bool]], error: str, text: str, location: str) -> None:
+    """Refuse what the user's code refuses itself: here stands a check that raises an error.
+
+    A compiler that reads the code takes a check of one tensor along as one of torch's own, a `RuntimeError`.
+
+    Args:
+        comparisons: a number or a tensor of one, how it is compared, as `<`, with what, and the answer that refuses
+            the input, together with those of all others.
+        error: the name of a builtin exception, raised by the user's code or a base of what it raises.
+        text: the user's check.
+        location: where it stands.
+
+    Raises:
+        Exception: the one that is named.
+    """
+    if _traced(refuse, *[each[0] for each in comparisons], given=(comparisons, error, text, location)):
+        return
+    message = f"the module refuses this input ({location}): {text}"
+    answers = [answer for *_, answer in comparisons]
+    found = [RELATIONS[relation](actual, expected) for actual, relation, expected, _ in comparisons]
+    if torch.compiler.is_compiling() and len(found) == 1 and isinstance(found[0], torch.Tensor):
+        torch._assert_async(found[0] != answers[0], message.replace('"', "'"))  # which C++ is generated of
+    elif all(bool(one) is answer for one, answer in zip(found, answers, strict=True)):
+        raise getattr(builtins, error)(message)
 
 
 def guard_tensor(actual: torch.Tensor, expected: torch.Tensor, assumption: str, location: str) -> None:
@@ -168,12 +195,18 @@ def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
 _MODES = {True: "training", False: "evaluation"}
 
 
-def _traced(check: Callable[..., None], *args: Any) -> bool:
-    """Whether `torch.fx.symbolic_trace` is at work: then the guard goes on into its graph."""
+def _traced(check: Callable[..., None], *args: Any, given: tuple[Any, ...] | None = None) -> bool:
+    """Whether `torch.fx.symbolic_trace` is at work: then the guard goes on into its graph.
+
+    Args:
+        check: the guard.
+        args: what may be a value of that graph.
+        given: the arguments of the guard; `args` by default.
+    """
     proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
     if proxy is None:
         return False
-    proxy.tracer.create_proxy("call_function", check, args, {})
+    proxy.tracer.create_proxy("call_function", check, args if given is None else given, {})
     return True
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-import linecache
 import re
 import sys
 
 from fxopt.capture.frames import is_fxopts
+from fxopt.capture.source import Span, is_within, name_of, parsed, source_of, span_in, span_of
 
 _TELLS = re.compile(r"(^|_)(print|warn|warning|debug|info|error|exception|critical|log)$")
 """The names of what takes a message: `logger.info`, `print`."""
@@ -18,9 +18,6 @@ _CHECKS = re.compile(r"(^|_)(assert|check)$")
 _TELLERS = ("logging", "warnings")
 """Modules that put messages together themselves."""
 _MAKES_TEXT = ("str", "repr", "format", "join")
-
-Span = tuple[tuple[int, int], tuple[int, int]]
-"""Where it begins and ends, each by line and byte."""
 
 
 def is_message() -> bool:
@@ -34,48 +31,35 @@ def is_message() -> bool:
         frame = frame.f_back
     if str(frame.f_globals.get("__name__")).partition(".")[0] in _TELLERS:
         return True
-    code = frame.f_code
-    line, end_line, byte, end_byte = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
-    if line is None or end_line is None or byte is None or end_byte is None:
+    at = span_in(frame.f_code, frame.f_lasti)
+    if at is None:
         return False
-    source = "".join(linecache.getlines(code.co_filename, frame.f_globals))
-    at = (line, byte), (end_line, end_byte)
-    texts, prints = _messages(source)
-    return at in prints or any(first <= at[0] and at[1] <= last for first, last in texts)
+    texts, prints = _messages(source_of(frame.f_code))
+    return at in prints or any(is_within(at, text) for text in texts)
 
 
 @functools.lru_cache(maxsize=16)
 def _messages(source: str) -> tuple[list[Span], set[Span]]:
     """Where messages stand, and the calls of `print`, which makes texts of what it is given by itself."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:  # a cell of a notebook, with commands of its own
+    tree = parsed(source)
+    if tree is None:
         return [], set()
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     told = itertools.chain.from_iterable(map(_told, calls))
-    return [_span(node) for node in told if _is_text(node)], {_span(c) for c in calls if _name(c.func) == "print"}
+    return [span_of(node) for node in told if _is_text(node)], {span_of(c) for c in calls if name_of(c.func) == "print"}
 
 
 def _told(call: ast.Call) -> list[ast.expr]:
     """The arguments by which something is told."""
-    checks = _CHECKS.search(_name(call.func))
-    if not checks and not _TELLS.search(_name(call.func)):
+    checks = _CHECKS.search(name_of(call.func))
+    if not checks and not _TELLS.search(name_of(call.func)):
         return []
     return [*call.args[1 if checks else 0 :], *(keyword.value for keyword in call.keywords)]
-
-
-def _span(node: ast.expr) -> Span:
-    end = node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
-    return (node.lineno, node.col_offset), end
 
 
 def _is_text(node: ast.expr) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, (ast.Add, ast.Mod)) and (_is_text(node.left) or _is_text(node.right))
     if isinstance(node, ast.Call):
-        return _name(node.func) in _MAKES_TEXT
+        return name_of(node.func) in _MAKES_TEXT
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-
-
-def _name(function: ast.expr) -> str:
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

@@ -27,7 +27,7 @@ from fxopt.graph.effects import OF_NUMBERS
 
 _FREE = (
     OF_NUMBERS
-    | {getattr, operator.getitem, operator.pos, operator.neg, operator.abs}
+    | {getattr, operator.getitem, operator.truth, operator.pos, operator.neg, operator.abs}
     | {
         getattr(operator, name)
         for name in "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift eq ne lt le gt ge".split()
@@ -231,9 +231,10 @@ class Recorder(Decisions, TorchFunctionMode):
     # The end
 
     def drop_unused(self) -> None:
-        """Erase sizes, items and arithmetic that nothing came to use."""
+        """Erase sizes, items, values and arithmetic that nothing came to use."""
+        reads = operators.SHAPE_READS | operators.VALUE_READS
         for node in reversed(self.graph.nodes):
-            is_read = node.op == "get_attr" or (node.op == "call_method" and node.target in operators.SHAPE_READS)
+            is_read = node.op == "get_attr" or (node.op == "call_method" and node.target in reads)
             is_sum = node.op == "call_function" and node.target in _FREE and not is_tensor(node)
             if not node.users and (is_read or is_sum or node.target is operator.getitem or node.target is getattr):
                 self.graph.erase_node(node)

@@ -24,12 +24,14 @@ class Exported:
     Attributes:
         path: of the file; what lies beside it belongs to it.
         reasons: see `Export`.
+        fixed: see `Export`.
         asks: see `Export`.
         free: which sizes were to be free.
     """
 
     path: Path
     reasons: tuple[Skip, ...]
+    fixed: bool
     asks: bool
     free: Free
 
@@ -38,7 +40,7 @@ class Exported:
         """Which sizes of the inputs may differ from those of the example."""
         if self.free == "all":
             return Sizes.FREE
-        return Sizes.FIXED if self.reasons else Sizes.BATCH
+        return Sizes.FIXED if self.fixed else Sizes.BATCH
 
 
 class Exports:
@@ -76,7 +78,7 @@ class Exports:
             try:
                 found = export(module, inputs, outputs, free)
                 found.program.save(directory / "model.onnx")
-                self._made[key] = Exported(directory / "model.onnx", found.reasons, found.asks, free)
+                self._made[key] = Exported(directory / "model.onnx", found.reasons, found.fixed, found.asks, free)
             except EngineError as error:
                 self._made[key] = error
         made = self._made[key]

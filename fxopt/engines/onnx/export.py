@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from fxopt.contract import Skip
 from fxopt.engines.onnx.decided import without_decided_guards
 from fxopt.engines.onnx.outputs import Outputs
 from fxopt.engines.onnx.program import program_of
+from fxopt.engines.onnx.unchecked import without_checks
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
 from fxopt.inputs import Inputs
@@ -34,13 +35,15 @@ class Export:
 
     Attributes:
         program: the model.
-        reasons: what is fixed of the sizes that were to be free, and why; empty where nothing is.
+        reasons: what it lacks: sizes that are fixed and were to be free, and why, and checks of the module.
+        fixed: whether there are such sizes.
         asks: whether it may hold for some sizes only: guards of the module decide by them, which it has not, or code
             may that no graph holds, or the exporter did.
     """
 
     program: torch.onnx.ONNXProgram
     reasons: tuple[Skip, ...] = ()
+    fixed: bool = False
     asks: bool = False
 
 
@@ -51,7 +54,9 @@ def export(module: GraphModule, inputs: Inputs, outputs: Outputs, free: Free = "
         EngineError: where torch cannot export it, with its reason; where all sizes are to be free, also where numbers
             among the outputs follow them.
     """
-    return _with_free_sizes(module, inputs, outputs) if free == "all" else _with_free_batch(module, inputs, outputs)
+    module, unchecked = without_checks(module)
+    found = (_with_free_sizes if free == "all" else _with_free_batch)(module, inputs, outputs)
+    return replace(found, reasons=(*found.reasons, *unchecked))
 
 
 def _with_free_sizes(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
@@ -65,8 +70,9 @@ def _with_free_sizes(module: GraphModule, inputs: Inputs, outputs: Outputs) -> E
     except Exception as error:  # the exporter raises anything
         raise EngineError(f"torch cannot export one with free sizes: {_first_line(error)}{_opaque(module)}") from error
     fixed = ", ".join(_fixed(program))
+    told = (Skip("", f"in the model with free sizes {fixed}"),) if fixed else ()
     # The exporter drops what it assumes of sizes, as that all windows of a pool are of one size.
-    return Export(program, (Skip("", f"in the model with free sizes {fixed}"),) if fixed else (), asks=True)
+    return Export(program, told, fixed=bool(fixed), asks=True)
 
 
 def _fixed(program: torch.onnx.ONNXProgram) -> Iterator[str]:
@@ -105,7 +111,7 @@ def _with_free_batch(module: GraphModule, inputs: Inputs, outputs: Outputs) -> E
             reason = f"the exporter says: {_first_line(error)}"
     try:
         program = program_of(without_decided_guards(module, [inputs])[0], inputs, outputs, None)
-        return Export(program, (Skip("", f"the batch size is fixed: {reason}"),))
+        return Export(program, (Skip("", f"the batch size is fixed: {reason}"),), fixed=True)
     except Exception as error:
         raise EngineError(f"torch cannot export one: {_first_line(error)}{_opaque(module)}") from error
 
