@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import textwrap
 import warnings
 from typing import Any
@@ -200,12 +201,10 @@ def test_an_exported_model_says_which_checks_it_lacks():
     pytest.importorskip("onnxruntime")
     module, given_ = Embeds().eval(), (torch.randint(10, (4, 6)), torch.ones(4, 6))
     lowered = fxopt.lower(module, given_, engine="onnxruntime")
-    told = [skip.reason for skip in lowered.reasons]
-    assert told[:2] == [
-        'the exported model does not check: if ids.max() >= 10: raise IndexError("no such word")',
-        'the exported model does not check: if not torch.isfinite(mask).all(): raise ValueError("mask")',
-    ]
-    assert [skip.source.partition(":")[0] for skip in lowered.reasons[:2]] == ["test_refusals.py"] * 2
+    (told,) = (skip.reason for skip in lowered.reasons)
+    assert re.fullmatch(
+        r"the exported model takes inputs that the module refuses at test_refusals.py:\d+, test_refusals.py:\d+", told
+    )
     for batch in (1, 4, 6):
         again = torch.randint(10, (batch, 6)), torch.ones(batch, 6)
         torch.testing.assert_close(lowered(*again), module(*again))

@@ -13,18 +13,17 @@ from fxopt.graph import GraphModule, Program, eliminate_dead
 
 
 def without_checks(module: GraphModule) -> tuple[GraphModule, tuple[Skip, ...]]:
-    """`module`, or a copy that refuses no values, and the checks that it lacks."""
+    """`module`, or a copy that refuses no values, and where the checks stand that it lacks."""
     if not any(node.target is refuse for region in Program(module).regions for node in region.graph.nodes):
         return module, ()
     module = copy.deepcopy(module)
-    left: dict[Skip, None] = {}
+    places: dict[str, None] = {}
     for region in Program(module).regions:
         checks = [node for node in region.graph.nodes if node.target is refuse]
         for node in checks:
-            text, location = node.args[2:]
-            left[Skip("", f"the exported model does not check: {text}", str(location))] = None
+            places[str(node.args[3])] = None
             region.graph.erase_node(node)
         if checks:
             eliminate_dead(region)
             region.module.recompile()
-    return module, tuple(left)
+    return module, (Skip("", f"the exported model takes inputs that the module refuses at {', '.join(places)}"),)
