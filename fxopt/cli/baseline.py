@@ -114,7 +114,8 @@ def history(
     if not found:
         from fxopt.errors import BaselineError
 
-        raise BaselineError(f"'{target}' has no baseline on {device}: `fxopt baseline save` makes one")
+        where = f"in {file}" if branch is None else f"on the branch '{branch}'"
+        raise BaselineError(f"'{target}' has no baseline on {device} {where}: `fxopt baseline save` makes one")
     comparable = [one for one in found if not baseline.differences(one, found[-1])]
     shown = [one | {"differs": baseline.differences(one, found[-1])} for one in found]
     record = baseline.record(target, shown, band=baseline.noise_band(comparable))

@@ -141,6 +141,8 @@ def test_save_compare_and_history(repo: Repo):
     jsonschema.validate(json.loads(shown.stdout), schema("baseline"), cls=jsonschema.Draft202012Validator)
     done = run("history", "model.py")
     assert done.returncode == 0 and "another machine" in done.stdout and "-99.0 %" in done.stdout
+    done = run("history", "model.py", "--branch", "baselnes")
+    assert done.returncode == 5 and "has no baseline on cpu on the branch 'baselnes'" in done.stderr
     path.unlink()
     for _ in range(2):
         done = run("save", *quick, "--file", "new/folder.jsonl")

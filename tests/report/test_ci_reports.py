@@ -95,9 +95,9 @@ def test_annotations_are_one_line_each_at_the_file():
 
 
 def test_what_the_page_needs_is_known_before_there_is_a_record(monkeypatch):
-    for url in ("https://example.com/{path}", "https://example.com/{file.name}", "https://example.com/{line:d}"):
+    for url in ("{path}", "{file.name}", "{line:d}", "", "blob/main"):
         with pytest.raises(SpecError, match="--source-url"):
-            check_page(url)
+            check_page(f"https://example.com/{url}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="--html needs 'jinja2'"):
         check_page()

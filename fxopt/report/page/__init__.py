@@ -23,10 +23,15 @@ def check(source_url: str | None = None) -> None:
     for name in ("jinja2", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise EngineError(f"--html needs '{name}': `pip install 'fxopt[html]'`")
+    if source_url is None:
+        return
+    wrong = SpecError(f"--source-url: '{source_url}' is none: expected {{file}} and {{line}} to fill in")
     try:
-        (source_url or "").format(file="model.py", line="1")
+        first, second = (source_url.format(file=file, line=line) for file, line in (("model.py", "1"), ("net.py", "2")))
     except (LookupError, ValueError, AttributeError) as error:
-        raise SpecError(f"--source-url: '{source_url}' is none: expected {{file}} and {{line}} to fill in") from error
+        raise wrong from error
+    if first == second:
+        raise wrong
 
 
 def page(
