@@ -37,6 +37,8 @@ _ANSWERS = ("bool", "item", "equal", "allclose", "is_nonzero")
 _BRANCHES = ("POP_JUMP", "JUMP_IF", "UNARY_NOT", "TO_BOOL")
 """Instructions that ask whether what was just evaluated holds, by how they begin."""
 _COMPARES = ("COMPARE_OP", "CONTAINS_OP")
+_CAUGHT_BY_PYTHON = ("__next__", "__getitem__", "__getattr__", "__missing__")
+"""Methods whose errors Python itself takes for the end of a loop, or for something that is not there."""
 _LONGEST = 160
 
 
@@ -226,6 +228,8 @@ def _text(check: _Check, source: str) -> str:
 def _is_caught(error: type[Exception], frame: types.FrameType | None) -> bool:
     """Whether the forward that is recorded goes on after an error that is raised in a frame."""
     while frame is not None and not is_recording(frame):
+        if frame.f_code.co_name in _CAUGHT_BY_PYTHON:
+            return True
         at = span_in(frame.f_code, frame.f_lasti)
         tries = [] if at is None else [part for part in _tries(source_of(frame.f_code)) if is_within(at, part[0])]
         if any(_catches(handler, error, frame) for _, handlers in tries for handler in handlers):

@@ -77,6 +77,9 @@ GOES_ON = {
     "where it is caught": "try:\n    assert x.min() > 0\nexcept AssertionError:\n    return -x\nreturn x",
     "where a caller catches it": "def check():\n    if x.min() <= 0:\n        raise ValueError\n"
     "try:\n    check()\nexcept (KeyError, ValueError):\n    return -x\nreturn x",
+    "out of what a loop asks for": "class Parts:\n    def __getitem__(self, i):\n"
+    "        if x.min() <= 0 or i > 2:\n            raise IndexError\n        return x\n"
+    "return x + len([part for part in Parts()])",
     "by one of several": "if x.min() <= 0 and x.max() > 5:\n    raise ValueError\nreturn x",
     "by a function of several": "assert any([x.min() <= 0, x.max() > 2])\nreturn x",
     "out of a range": "if 0 < x.min().item() < 1:\n    raise ValueError\nreturn x",
