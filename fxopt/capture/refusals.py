@@ -232,25 +232,33 @@ def _is_caught(error: type[Exception], frame: types.FrameType | None) -> bool:
             return True
         at = span_in(frame.f_code, frame.f_lasti)
         tries = [] if at is None else [part for part in _tries(source_of(frame.f_code)) if is_within(at, part[0])]
-        if any(_catches(handler, error, frame) for _, handlers in tries for handler in handlers):
+        if any(_catches(kind, error, frame) for _, kinds in tries for kind in kinds):
             return True
         frame = frame.f_back
     return False
 
 
 @functools.lru_cache(maxsize=64)
-def _tries(source: str) -> list[tuple[Span, list[ast.ExceptHandler]]]:
-    tree = parsed(source) if "except" in source else None
-    tries = [] if tree is None else [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
-    return [((span_of(node.body[0])[0], span_of(node.body[-1])[1]), node.handlers) for node in tries]
+def _tries(source: str) -> list[tuple[Span, list[ast.expr | None]]]:
+    """What is tried, and which errors do not get out of it; None for any."""
+    tree = parsed(source) if "except" in source or "suppress" in source else None
+    found: list[tuple[Span, list[ast.expr | None]]] = []
+    for node in () if tree is None else ast.walk(tree):
+        if isinstance(node, ast.Try):
+            kinds = [each.type for each in node.handlers if not isinstance(each.body[-1], ast.Raise)]
+        elif isinstance(node, ast.With):
+            calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+            kinds = [kind for call in calls if name_of(call.func) == "suppress" for kind in call.args]
+        else:
+            continue
+        found.append(((span_of(node.body[0])[0], span_of(node.body[-1])[1]), kinds))
+    return found
 
 
-def _catches(handler: ast.ExceptHandler, error: type[Exception], frame: types.FrameType) -> bool:
-    if isinstance(handler.body[-1], ast.Raise):
-        return False
-    kinds = None if handler.type is None else _value(handler.type, frame)
+def _catches(kind: ast.expr | None, error: type[Exception], frame: types.FrameType) -> bool:
+    kinds = None if kind is None else _value(kind, frame)
     given = kinds if isinstance(kinds, tuple) else (kinds,)
-    return not all(isinstance(kind, type) for kind in given) or issubclass(error, given)
+    return not all(isinstance(each, type) for each in given) or issubclass(error, given)
 
 
 def _value(expression: ast.expr, frame: types.FrameType) -> Any:

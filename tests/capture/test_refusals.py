@@ -75,6 +75,8 @@ GOES_ON = {
     "without raising": "if x.min() <= 0:\n    x = -x\nreturn x",
     "out of a loop": "for _ in range(2):\n    if x.min() <= 0:\n        break\n        raise ValueError\nreturn x",
     "where it is caught": "try:\n    assert x.min() > 0\nexcept AssertionError:\n    return -x\nreturn x",
+    "where it is suppressed": "from contextlib import suppress\nwith suppress(KeyError, AssertionError):\n"
+    "    assert x.min() > 0\n    return x\nreturn -x",
     "where a caller catches it": "def check():\n    if x.min() <= 0:\n        raise ValueError\n"
     "try:\n    check()\nexcept (KeyError, ValueError):\n    return -x\nreturn x",
     "out of what a loop asks for": "class Parts:\n    def __getitem__(self, i):\n"
