@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import os
+import re
 import sys
 import types
 from pathlib import Path
 
 import torch
 
+from fxopt.capture.source import span_in
 from fxopt.graph import Source
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -35,9 +38,21 @@ def is_fxopts(file: str) -> bool:
     return file.startswith(_FXOPT)
 
 
-def is_dispatching(file: str) -> bool:
-    """Whether its code stands between a call that is written anywhere and what torch does for it."""
-    return is_fxopts(file) or file in _DISPATCHING
+def asking() -> types.FrameType:
+    """The frame whose code asks what fxopt answers, with nothing between but what torch passes a call through."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (is_fxopts(file := frame.f_code.co_filename) or file in _DISPATCHING):
+        frame = frame.f_back
+    return frame
+
+
+def called() -> str:
+    """The name of the function that is called where fxopt is asked; "" where it isn't called by one."""
+    frame = asking()
+    at = span_in(frame.f_code, frame.f_lasti)
+    line = "" if at is None else linecache.getline(frame.f_code.co_filename, at[0][0])
+    name = re.match(rb"\w+(?=\()", line.encode()[at[0][1] :]) if at is not None else None
+    return name.group().decode() if name else ""
 
 
 def is_recording(frame: types.FrameType) -> bool:

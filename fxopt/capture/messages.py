@@ -6,9 +6,8 @@ import ast
 import functools
 import itertools
 import re
-import sys
 
-from fxopt.capture.frames import is_fxopts
+from fxopt.capture.frames import asking
 from fxopt.capture.source import Span, is_within, name_of, parsed, source_of, span_in, span_of
 
 _TELLS = re.compile(r"(^|_)(print|warn|warning|debug|info|error|exception|critical|log)$")
@@ -26,9 +25,7 @@ def is_message() -> bool:
     Such texts stand in many forwards, `torch._assert(x.dim() == 3, f"got {x.shape}")`; a text may also be the key of a
     table, though, and is taken for one where the source does not show that it isn't.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and is_fxopts(frame.f_code.co_filename):
-        frame = frame.f_back
+    frame = asking()
     if str(frame.f_globals.get("__name__")).partition(".")[0] in _TELLERS:
         return True
     at = span_in(frame.f_code, frame.f_lasti)

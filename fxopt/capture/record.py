@@ -21,6 +21,7 @@ from fxopt.capture.interception import intercept
 from fxopt.capture.leaves import is_leaf, switches_by_mode
 from fxopt.capture.provenance import Depends
 from fxopt.capture.recorder import Recorder
+from fxopt.capture.rejoined import rejoin
 from fxopt.capture.same import difference
 from fxopt.capture.signature import bind, call_as_given, record_inputs
 from fxopt.capture.state import State, memory_of, modes_kept
@@ -176,6 +177,8 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     except Unrecordable as reason:
         recorder.block(f"it returns or keeps {reason}", path="")
         recorder.graph.output(None)
+    for gone in rejoin(recorder.graph):
+        del recorder.guards[gone]
     recorder.drop_unused()
     recorder.done = True
     return Recording(

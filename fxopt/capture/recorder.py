@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxopt.capture import operators
 from fxopt.capture.decisions import Decisions
+from fxopt.capture.frames import called
 from fxopt.capture.provenance import Depends
 from fxopt.capture.sizes import TracedSize
 from fxopt.capture.tape import Unrecordable
@@ -187,7 +188,8 @@ class Recorder(Decisions, TorchFunctionMode):
             return self.size(known, dims[0] % tensor.dim(), value)
         if name == "__len__":
             # The interpreter makes a plain int of what __len__ returns; `len` itself is replaced while recording.
-            self.compared("==", self.size(known, 0, value), value, True)
+            if called() not in ("list", "tuple"):  # which only make room, and then count the parts
+                self.compared("==", self.size(known, 0, value), value, True)
             return value
         node = self.emit("call_method", name, (known.node, *real_args[1:]))
         return self.adopt(node, value, Origin(known.shape, known.shape, known.shape))

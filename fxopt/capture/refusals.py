@@ -12,13 +12,12 @@ import builtins
 import dis
 import functools
 import re
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fxopt.capture.frames import is_dispatching, is_recording, is_users, user_source
+from fxopt.capture.frames import asking, is_recording, is_users, user_source
 from fxopt.capture.source import Span, is_within, name_of, parsed, source_of, span_in, span_of
 from fxopt.graph import Source
 
@@ -109,9 +108,7 @@ class Question:
 
 def question(answer: bool) -> Question | None:
     """What asks the question that is answered now; None where the module may go on after another answer."""
-    frame = sys._getframe(1)
-    while is_dispatching(frame.f_code.co_filename) and frame.f_back is not None:
-        frame = frame.f_back
+    frame = asking()
     part = _part(frame.f_code, frame.f_lasti)
     error = None if part is None else _value(part.check.error, frame)
     if part is None or not (isinstance(error, type) and issubclass(error, Exception)) or _is_caught(error, frame):

@@ -663,3 +663,49 @@ print(capture(Half(), (torch.zeros(4),)).module(torch.zeros(8)).shape)
 def test_int_of_a_size_is_followed_in_what_is_typed_into_an_interpreter():
     done = subprocess.run([sys.executable], input=TYPED, capture_output=True, text=True, check=True)
     assert done.stdout == "torch.Size([4])\n"
+
+
+class Joins(nn.Module):
+    def __init__(self, join):
+        super().__init__()
+        self.join = join
+
+    def forward(self, x):
+        return self.join(x * 2)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x: torch.cat(list(x)),
+        lambda x: torch.cat(tuple(x), dim=0) + 1,
+        lambda x: torch.stack(x.unbind()),
+        lambda x: torch.stack(list(x), 0).add_(x),
+    ],
+)
+def test_parts_that_are_only_joined_again_may_be_any_number(join):
+    captured = capture(Joins(join), (torch.randn(3, 2, 4),))
+    assert not captured.guards
+    for rows in (3, 1, 5):
+        x = torch.randn(rows, 2, 4)
+        assert_same(captured.module(x), join(x * 2))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x: torch.cat(list(x)[::-1]),
+        lambda x: torch.cat(list(x)[:2]),
+        lambda x: torch.cat(list(x), 1),
+        lambda x: torch.cat([*x.unbind(1)]),
+        lambda x: torch.stack([part + 1 for part in x]),
+        lambda x: torch.stack(parts := list(x)) + parts[0],
+    ],
+)
+def test_parts_that_are_used_otherwise_are_counted(join):
+    captured = capture(Joins(join), (torch.randn(3, 3, 4),))
+    assert captured.guards
+    x = torch.randn(3, 3, 4)
+    assert_same(captured.module(x), join(x * 2))
+    with pytest.raises(GuardError, match="3 parts by iteration or 'unbind'"):
+        captured.module(torch.randn(5, 5, 4))
