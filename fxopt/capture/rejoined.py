@@ -34,7 +34,7 @@ def rejoin(graph: fx.Graph) -> list[Guard]:
         if not any(part.users for part in taken.users):
             for user in list(taken.users):
                 if user.target is guard_parts:
-                    gone.append(Guard(*user.args[2:]))
+                    gone.append(Guard(*map(str, user.args[2:])))
                 graph.erase_node(user)
             graph.erase_node(taken)
     return gone
