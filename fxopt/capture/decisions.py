@@ -86,10 +86,10 @@ class Decisions(Objects):
         """Guard an answer, or record the check that asked; block what would go another way for other values."""
         *compared, answer = comparison
         asked = question(answer)
-        before = [] if asked is None else [each for each in self._open.get(asked.key, ()) if each[0] < asked.index]
+        before = [] if asked is None else [each for each in self._open.get(asked.key, ()) if each[0] < asked.part.index]
         if asked is not None and asked.is_open:
-            self._open[asked.key] = [*before, (asked.index, comparison)]
-        elif asked is not None and asked.is_last and (asked.is_whole if before else depends is Depends.DATA):
+            self._open[asked.key] = [*before, (asked.part.index, comparison)]
+        elif asked is not None and asked.part.is_last and (asked.part.is_whole if before else depends is Depends.DATA):
             self._open.pop(asked.key, None)
             self._check([*(each for _, each in before), (*compared, not answer)], asked.refusal)
         elif depends is Depends.DATA:
