@@ -42,6 +42,11 @@ def is_object(leaf: Any) -> bool:
     return not isinstance(leaf, torch.Size) and (bool(attributes_of(leaf)) or items_of(leaf) is not None)
 
 
+def is_shape(value: Any) -> bool:
+    """Whether it is a `torch.Size`, of which pytree makes a tuple unless it is told that it is a leaf."""
+    return isinstance(value, torch.Size)
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """All tensors in order, those within objects too."""
     for leaf in pytree.tree_leaves(value):
@@ -109,4 +114,4 @@ def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         except Exception:  # locks and handles
             return leaf
 
-    return pytree.tree_map(changed, value)
+    return pytree.tree_map(changed, value, is_leaf=is_shape)

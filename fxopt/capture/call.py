@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
-from fxopt.nested import tensors_in
+from fxopt.nested import is_shape, tensors_in
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Call:
             with suppress(Exception):
                 return Call(*_apart(copy.deepcopy(both)))
         memo: dict[int, Any] = {}
-        return Call(*_apart(pytree.tree_map(lambda leaf: _copied(leaf, memo), both)))
+        return Call(*_apart(pytree.tree_map(lambda leaf: _copied(leaf, memo), both, is_leaf=is_shape)))
 
     def run(self, module: nn.Module) -> Any:
         """Call `module` with fresh arguments."""
@@ -72,7 +72,9 @@ def _apart(value: Any) -> Any:
         return tensor if is_first else _copied(tensor, {})
 
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return value if len({*map(id, tensors)}) == len(tensors) else pytree.tree_map_only(torch.Tensor, own, value)
+    if len({*map(id, tensors)}) == len(tensors):
+        return value
+    return pytree.tree_map_only(torch.Tensor, own, value, is_leaf=is_shape)
 
 
 def _copied(leaf: Any, memo: dict[int, Any]) -> Any:

@@ -62,8 +62,11 @@ class Objects(Tensors):
 
     # From values to nodes
 
-    def argument(self, value: Any) -> Any:
+    def argument(self, value: Any, *, for_torch: bool = True) -> Any:
         """What stands for a value in the arguments of a node.
+
+        Torch takes any tuple for a shape. What a module returns or keeps is read by Python code: there it is a
+        `torch.Size`.
 
         Raises:
             Unrecordable: nothing can.
@@ -87,12 +90,14 @@ class Objects(Tensors):
             return self._objects[id(value)][1]
         kind = type(value)
         if kind in (list, tuple, torch.Size, TracedSize):
-            items = [self.argument(item) for item in value]
+            items = [self.argument(item, for_torch=for_torch) for item in value]
+            if kind in (torch.Size, TracedSize) and not for_torch:
+                return self.emit("call_function", Build(torch.Size), ({}, items))
             return items if kind is list else tuple(items)
         if kind is slice:
             return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
         if kind is dict:
-            return {key: self.argument(item) for key, item in value.items()}
+            return {key: self.argument(item, for_torch=for_torch) for key, item in value.items()}
         return self._built(value)
 
     def _built(self, value: Any) -> fx.Node:
@@ -101,7 +106,7 @@ class Objects(Tensors):
             raise Unrecordable(f"a {type(value).__name__} among the arguments")
         placeholder = self.graph.create_node("placeholder", "cycle")
         self._objects[id(value)] = (value, placeholder)
-        parts = (self.argument(attributes), self.argument(items))
+        parts = (self.argument(attributes, for_torch=False), self.argument(items, for_torch=False))
         del self._objects[id(value)]
         if placeholder.users:
             raise Unrecordable(f"a {type(value).__name__} that contains itself")
@@ -200,10 +205,10 @@ class Objects(Tensors):
                 if id(part) in self._contents:
                     self._catch_up(part)
             if isinstance(value, (dict, list)) and _differs(old_items, items):
-                self.emit("call_function", replace_items, (node, self.argument(items)))
+                self.emit("call_function", replace_items, (node, self.argument(items, for_torch=False)))
             changed = [n for n in attributes if n not in old_attributes or attributes[n] is not old_attributes[n]]
             for name in changed:
-                self.emit("call_function", setattr, (node, name, self.argument(attributes[name])))
+                self.emit("call_function", setattr, (node, name, self.argument(attributes[name], for_torch=False)))
             for name in [name for name in old_attributes if name not in attributes]:
                 self.emit("call_function", delattr, (node, name))
             self._track(value, node)

@@ -28,7 +28,7 @@ from fxopt.capture.state import State, memory_of, modes_kept
 from fxopt.capture.structure import without_numbers
 from fxopt.capture.tape import Unrecordable
 from fxopt.capture.tensors import Met, Origin, apart
-from fxopt.nested import tensors_in
+from fxopt.nested import is_shape, tensors_in
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     recorder.block_decisions_on(recorder.written_state() | reassigned)
     try:
         recorder.record_changed_objects()
-        recorder.graph.output(recorder.argument(output))
+        recorder.graph.output(recorder.argument(output, for_torch=False))
     except Unrecordable as reason:
         recorder.block(f"it returns or keeps {reason}", path="")
         recorder.graph.output(None)
@@ -244,4 +244,4 @@ def _without_history(output: Any, written: set[int]) -> Any:
         value = leaf.detach()
         return (value if written.isdisjoint(memory_of(leaf)) else value.clone()).requires_grad_(leaf.requires_grad)
 
-    return pytree.tree_map_only(torch.Tensor, kept, output)
+    return pytree.tree_map_only(torch.Tensor, kept, output, is_leaf=is_shape)

@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.capture.independent import independent_copy
+from fxopt.nested import flatten
 from tests.models import Case
 
 
 def assert_same(left: Any, right: Any) -> None:
     """Equal structure, types and values, to the bit."""
-    (lefts, left_spec), (rights, right_spec) = pytree.tree_flatten(left), pytree.tree_flatten(right)
+    (lefts, left_spec), (rights, right_spec) = flatten(left), flatten(right)
     assert left_spec == right_spec
     for one, other in zip(lefts, rights, strict=True):
         assert type(one) is type(other)

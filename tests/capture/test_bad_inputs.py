@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
 
 from fxopt.capture import capture
 from fxopt.errors import GuardError
@@ -117,6 +118,15 @@ def _numbers_out(fc, x):
     return fc(x), x.shape[0], 3, "text", x.dtype, tuple(x.shape)
 
 
+def _shapes_out(fc, x):
+    out = fc(x)
+    return out.shape, [out, {"rows": (out.size(), torch.Size([3]), out.shape[:1])}]
+
+
+def _distributions_out(fc, x):
+    return Normal(fc(x), 1.0), Independent(Normal(fc(x), fc(x).exp()), 1), Categorical(logits=fc(x))
+
+
 def _mixed(fc, data):
     return {key: fc(value) if isinstance(value, torch.Tensor) else value for key, value in data.items()}
 
@@ -138,6 +148,8 @@ UNUSUAL = {
     "itself": (_itself, lambda: (X,), {}),
     "itself_and_more": (_itself_and_more, lambda: (X, {"a": [X]}), {}),
     "numbers_out": (_numbers_out, lambda: (X,), {}),
+    "shapes_out": (_shapes_out, lambda: (X,), {}),
+    "distributions_out": (_distributions_out, lambda: (X,), {}),
     "mixed": (_mixed, lambda: ({"a": X, "b": 3, "c": "text", "d": None},), {}),
 }
 
