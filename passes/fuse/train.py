@@ -98,10 +98,14 @@ def _why_not(affine: Affine, norm: BatchNorm, node: fx.Node, region: Region, cal
         return "it is in evaluation mode while the model trains; call .eval() on the model to fold it"
     if (reason := also_used(affine.node, region)) is not None:
         return reason
-    others = {*region.program.sites(norm)} - {follower for _, _, follower in calls}
+    followers = {follower for _, _, follower in calls}
+    others = {*region.program.sites(norm)} - followers
     is_repeated = len({site.graph for _, site, _ in calls}) < len(calls)
     if others or is_repeated or region.program.inside_opaque(norm):
         return "it is called at more than one place"
+    for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        for reader in {*region.program.readers(tensor)} - followers:
+            return f"its {name} is also read by itself, at {source_of(reader) or reader.name!r}"
     wanted, rank = affine.weight.dim(), rank_of(affine.node)
     if affine.kind in ("linear", "conv1d", "conv_transpose1d") and rank != wanted:
         known = "not known" if rank is None else str(rank)

@@ -737,6 +737,22 @@ def test_frozen_stays_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in outcome.module.parameters())
 
 
+class MovingAverage(nn.Module):
+    """Keeps a slow copy of a block, as momentum encoders do: its forward reads and writes parameters of batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quick = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+        self.slow = copy.deepcopy(self.quick).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for quick, slow in zip(self.quick.parameters(), self.slow.parameters(), strict=True):
+                slow.mul_(0.9).add_(quick, alpha=0.1)
+            aim = self.slow(x)
+        return (self.quick(x) - aim).square().mean()
+
+
 class TestTraining:
     def test_joins_and_trains_alike(self) -> None:
         torch.manual_seed(0)
@@ -773,6 +789,7 @@ class TestTraining:
             (ConvTwice(), "'conv' is also called at"),
             (Functional(), "in training mode only modules are joined"),
             (nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)), "keeps no running"),
+            (MovingAverage(), "its weight is also read by itself, at "),
         ],
     )
     def test_refuses(self, model: nn.Module, reason: str) -> None:
