@@ -626,13 +626,18 @@ class TestPTQ:
         assert found.dtype is dtype
         assert sqnr(found, wanted) > 20
 
-    def test_biases_are_corrected_without_a_batch_too(self) -> None:
-        torch.manual_seed(0)
-        x, model = torch.randn(3, 9, 9), nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    @pytest.mark.parametrize(
+        ("layer", "x"), [(nn.Conv2d(3, 4, 3), torch.randn(3, 9, 9)), (nn.Linear(16, 4), torch.randn(16))]
+    )
+    def test_biases_are_corrected_without_a_batch_too(self, layer: nn.Module, x: torch.Tensor) -> None:
+        model = nn.Sequential(layer).eval()
         with torch.no_grad():
             wanted = model(x)
         off = {"equalize": False, "smooth": 0.0, "weights": "int3"}
-        errors = [(self.quantised(model, x, correct=each, **off) - wanted).mean((1, 2)) for each in (False, True)]
+        errors = [
+            (self.quantised(model, x, correct=each, **off) - wanted).unsqueeze(-1).flatten(1).mean(1)
+            for each in (False, True)
+        ]
         assert errors[1].abs().max() < errors[0].abs().max() / 5
 
     def test_correcting_leaves_no_trace_of_itself(self) -> None:
