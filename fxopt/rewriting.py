@@ -107,7 +107,7 @@ def _registered(owner: nn.Module, name: str) -> nn.Module | None:
 
 
 def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
-    """Run `module` once and write shape and dtype of each value into the metadata of its node.
+    """Run `module` once and write shape, dtype and the like of each value into the metadata of its node.
 
     Not again, also of a copy, while graphs, modules and inputs are what they were: a call may take seconds.
     """
@@ -129,8 +129,8 @@ def propagate_shapes(module: GraphModule, inputs: Inputs) -> None:
 
 
 def _described(module: GraphModule, inputs: Inputs) -> str:
-    """All that shapes and strides follow from but the values of tensors, and which nodes have them, as a digest."""
-    parts: list[object] = [inputs.describe(), *map(repr, inputs.objects)]
+    """All that the metadata follows from but the values of tensors, and which nodes have it, as a digest."""
+    parts: list[object] = [module.training, inputs.describe(), *map(repr, inputs.objects)]
     parts += [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs.tensors]
     for child in module.modules():
         parts.append(type(child))

@@ -149,6 +149,8 @@ def _why_not(affine: Affine, meta: Any, supported: Supported) -> str | None:
     made = affine.node.meta.get("tensor_meta")
     if made is not None and made.dtype is not weight.dtype:  # by autocast, which kernels know nothing of
         return f"its output is {made.dtype}, its weight {weight.dtype}"
+    if made is not None and made.requires_grad:  # within `torch.enable_grad()`; kernels have no backward
+        return "the forward computes gradients through it"
     if isinstance(affine.module, Fused) and (affine.module.bn or affine.module.weight_fake_quant):
         return "it holds a batch norm or a fake quantiser"
     if weight.numel() == 0 or weight.layout is not torch.strided:

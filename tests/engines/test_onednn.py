@@ -480,6 +480,19 @@ class Narrowed(nn.Module):
             return self.linear(x)
 
 
+class Force(nn.Module):
+    """The slope of an energy that a layer computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).square().sum(), x)[0]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {
     "double": (lambda: nn.Linear(3, 2).double(), torch.randn(2, 3).double(), "no kernels for torch.float64"),
     "circular": (
@@ -496,6 +509,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, str]] = {
         "one-dimensional transposed",
     ),
     "within autocast": (Narrowed, torch.randn(2, 16), "its output is torch.bfloat16, its weight torch.float32"),
+    "a gradient": (Force, torch.randn(2, 3), "the forward computes gradients through it"),
     "a batch norm": (lambda: nn.BatchNorm2d(3), torch.randn(1, 3, 5, 5), "the pass 'fuse' folds it"),
 }
 
@@ -614,7 +628,8 @@ def test_choices_of_another_module_are_refused() -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_bias_that_is_added_to_a_product_is_a_part_of_it(in_place: bool) -> None:
     model, x = ByHand(in_place).eval(), torch.randn(3, 12)
-    found = Layers(fxopt.capture(model, (x,)).module, lambda _: None).layers
+    with torch.no_grad():
+        found = Layers(fxopt.capture(model, (x,)).module, lambda _: None).layers
     assert [layer.bias is not None and layer.last is not layer.node for layer in found] == [True]
 
 
