@@ -734,3 +734,21 @@ class TestIntegers:
         with torch.no_grad():
             assert_agree(executable(x), module(x))
         assert executable.reasons
+
+
+class Slopes(nn.Module):
+    """What a layer computes and its slopes for each row, which torch's exporter can't follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x), torch.vmap(torch.func.jacrev(lambda row: self.layer(row)))(x)
+
+
+def test_an_export_that_fails_leaves_no_transform_of_torch_open() -> None:
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    with pytest.raises(EngineError, match="torch cannot export one"):
+        fxopt.lower(Slopes().eval(), torch.randn(2, 3), engine="onnxruntime")
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == depth

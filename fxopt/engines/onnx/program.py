@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
     given = inputs.map(lambda tensor: tensor.detach().clone())
     # Where nothing is named, it would read a dict that comes last as the named arguments.
     args = given.args if given.kwargs else (*given.args, {})
-    with quiet(), ExportedOtherwise(), masks_unasked():
+    with quiet(), _transforms_ended(), ExportedOtherwise(), masks_unasked():
         program = torch.onnx.export(
             prepared,
             args,
@@ -62,6 +64,16 @@ def program_of(module: GraphModule, inputs: Inputs, outputs: Outputs, shapes: An
     for rewrite in _REWRITES:
         rewrite(program.model)
     return program
+
+
+@contextmanager
+def _transforms_ended() -> Iterator[None]:
+    """End the transforms of torch.func that an export which fails leaves open: all that follows would run in them."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def _without_training(module: GraphModule) -> GraphModule:
