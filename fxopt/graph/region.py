@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ class Program:
         self.absorbed: list[Absorbed] = []
         self._sites: dict[nn.Module, list[fx.Node]] = defaultdict(list)
         self._readers: dict[int, list[fx.Node]] = defaultdict(list)
-        self._names: dict[int, list[str]] = defaultdict(list)
+        # Where modules and memory are registered, by owner and name there; places that were given up stay listed.
+        self._owners: dict[nn.Module, dict[tuple[nn.Module, str], None]] = defaultdict(dict)
+        self._holders: dict[int, dict[tuple[nn.Module, str], None]] = defaultdict(dict)
         self._inside_opaque: set[nn.Module] = set()
         self._index()
 
@@ -51,7 +53,7 @@ class Program:
 
     def names(self, tensor: torch.Tensor) -> list[str]:
         """All qualified names under which `tensor`, or memory shared with it, is registered."""
-        return list(self._names[memory_of(tensor)])
+        return [name for owner, leaf, _ in self._held(tensor) for name in self._qualified(owner, leaf)]
 
     def inside_opaque(self, module: nn.Module) -> bool:
         """Whether the Python code of an opaque part may call or read `module` unseen by any graph."""
@@ -74,9 +76,9 @@ class Program:
     def replace_module(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new` in the place of `old` under all of its names: all sites, in any graph, call it then."""
         sites = self.sites(old)
-        for path in self.paths(old):
-            owner, _, leaf = path.rpartition(".")
-            self.root.get_submodule(owner)._modules[leaf] = new
+        for owner, leaf in self._places(old):
+            owner._modules[leaf] = new
+            self.note_place(owner, leaf)
         for node in sites:
             self._forget(node, old)
             self._note_call(node, new)
@@ -84,30 +86,56 @@ class Program:
     def replace_parameter(self, old: nn.Parameter, value: torch.Tensor) -> None:
         """Put a new parameter in the place of `old` under all of its names; it trains if the old one did."""
         new = nn.Parameter(value, requires_grad=old.requires_grad)
-        for module in self.root.modules():
-            for name in [name for name, parameter in module._parameters.items() if parameter is old]:
-                module._parameters[name] = new
+        self._readers[memory_of(new)] = self.readers(old)
+        for owner, leaf, tensor in self._held(old):
+            if tensor is old:
+                owner._parameters[leaf] = new
+                self.note_place(owner, leaf)
 
     def paths(self, module: nn.Module) -> list[str]:
         """All qualified names under which `module` is registered."""
-        found = [""] if module is self.root else []
-
-        def search(owner: nn.Module, prefix: str) -> None:
-            for name, child in owner._modules.items():
-                if child is module:
-                    found.append(prefix + name)
-                if child is not None and child._modules:
-                    search(child, f"{prefix}{name}.")
-
-        # Each module that a pass replaces is looked for, and `named_modules` would name all leaves each time.
-        search(self.root, "")
-        return found
+        if module is self.root:
+            return [""]
+        return [path for owner, leaf in self._places(module) for path in self._qualified(owner, leaf)]
 
     def remove_module(self, module: nn.Module) -> None:
         """Take `module` out of the tree, under all of its names."""
-        for path in self.paths(module):
-            owner, _, leaf = path.rpartition(".")
-            self.root.get_submodule(owner)._modules.pop(leaf, None)  # gone already from an owner of two names
+        for owner, leaf in self._places(module):
+            del owner._modules[leaf]
+
+    def note_place(self, owner: nn.Module, leaf: str) -> None:
+        """Take up what is registered in `owner` by this name."""
+        held: Any = owner._parameters.get(leaf, owner._buffers.get(leaf, owner._modules.get(leaf)))
+        if isinstance(held, nn.Module):
+            self._owners[held][owner, leaf] = None
+            self._note_held(held)
+        elif held is not None:
+            self._holders[memory_of(held)][owner, leaf] = None
+
+    def _note_held(self, module: nn.Module) -> None:
+        for leaf in (*module._parameters, *module._buffers, *module._modules):
+            self.note_place(module, leaf)
+
+    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """The owners of `module` in the tree, each with its name there."""
+        if module not in self._owners:  # a pass registered it by itself
+            self._note_held(self.root)
+        places = self._owners[module]
+        return [(owner, leaf) for owner, leaf in places if owner._modules.get(leaf) is module and self._is_there(owner)]
+
+    def _is_there(self, module: nn.Module) -> bool:
+        return module is self.root or bool(self._places(module))
+
+    def _held(self, tensor: torch.Tensor) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+        """Where `tensor`, or memory shared with it, is registered: the owner, the name there, and what has it."""
+        memory = memory_of(tensor)
+        for owner, leaf in list(self._holders[memory]):
+            held = owner._parameters.get(leaf, owner._buffers.get(leaf))
+            if held is not None and memory_of(held) == memory and self._is_there(owner):
+                yield owner, leaf, held
+
+    def _qualified(self, owner: nn.Module, leaf: str) -> list[str]:
+        return [f"{path}.{leaf}" if path else leaf for path in self.paths(owner)]
 
     def _forget(self, node: fx.Node, module: nn.Module) -> None:
         """`node` calls `module` no longer."""
@@ -120,8 +148,7 @@ class Program:
             if isinstance(module, GraphModule):
                 for mode, graph in module.graphs.items():
                     self.regions.append(Region(self, module, path, graph, mode))
-        for name, tensor in _named_tensors(self.root):
-            self._names[memory_of(tensor)].append(name)
+        self._note_held(self.root)
         for region in self.regions:
             for node in region.graph.nodes:
                 self.note(node, region)
@@ -234,24 +261,16 @@ class Region:
     def add_module(self, hint: str, module: nn.Module) -> str:
         """Register `module` under `hint`, or the first free name like it, in the mode at hand; return that name."""
         module.train(self.module.training)
-        name = self._free(hint)
-        owner, _, leaf = name.rpartition(".")
-        self._owner(owner).add_module(leaf, module)
-        return name
+        return self._register(hint, lambda owner, leaf: owner.add_module(leaf, module))
 
     def add_parameter(self, hint: str, value: torch.Tensor, *, trainable: bool = True) -> str:
         """Register a parameter under `hint`, or the first free name like it, and return that name."""
-        name = self._free(hint)
-        owner, _, leaf = name.rpartition(".")
-        self._owner(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=trainable))
-        return name
+        made = nn.Parameter(value, requires_grad=trainable)
+        return self._register(hint, lambda owner, leaf: owner.register_parameter(leaf, made))
 
     def add_buffer(self, hint: str, value: torch.Tensor, *, persistent: bool = True) -> str:
         """Register a buffer under `hint`, or the first free name like it, and return that name."""
-        name = self._free(hint)
-        owner, _, leaf = name.rpartition(".")
-        self._owner(owner).register_buffer(leaf, value, persistent=persistent)
-        return name
+        return self._register(hint, lambda owner, leaf: owner.register_buffer(leaf, value, persistent=persistent))
 
     def swap(self, node: fx.Node, module: nn.Module) -> str:
         """Let `node` call `module` in place of the one that it calls now, and return its name.
@@ -277,7 +296,6 @@ class Region:
         Whatever reads the old one reads the new one then; it trains if the old one did.
         """
         self.program.replace_parameter(self.attribute(node), value)
-        self.program.note(node, self)
 
     def insert_module(self, before: fx.Node, hint: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         """Register `module`, insert a call of it before a node, and return the call."""
@@ -319,6 +337,14 @@ class Region:
         """
         self.program.absorbed.append(Absorbed.of(node, layer, self, passes_on, repeatable))
 
+    def _register(self, hint: str, add: Callable[[nn.Module, str], None]) -> str:
+        name = self._free(hint)
+        path, _, leaf = name.rpartition(".")
+        owner = self._owner(path)
+        add(owner, leaf)
+        self.program.note_place(owner, leaf)
+        return name
+
     def _free(self, hint: str) -> str:
         name, count = hint, 0
         while self._taken(name):
@@ -339,6 +365,7 @@ class Region:
         for part in path.split(".") if path else ():
             if part not in owner._modules:
                 owner.add_module(part, nn.Module().train(self.module.training))
+                self.program.note_place(owner, part)
             owner = owner.get_submodule(part)
         return owner
 
@@ -353,11 +380,6 @@ def memory_of(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return id(tensor)
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _read_by_call(module: nn.Module) -> set[int]:

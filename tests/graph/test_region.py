@@ -120,6 +120,28 @@ class TestSwap:
         assert not new.requires_grad
         assert read in program.readers(new)
 
+    def test_edits_keep_names_and_readers_current(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = nn.Sequential(nn.Linear(4, 4))
+                self.weight = self.body[0].weight
+
+            def forward(self, x):
+                return torch.nn.functional.linear(self.body(x), self.weight)
+
+        program = program_of(Tied(), torch.randn(2, 4))
+        (region,) = program.regions
+        (call,) = program.sites(program.root.get_submodule("body.0"))
+        read = next(node for node in region.graph.nodes if node.op == "get_attr")
+        region.swap_parameter(read, torch.zeros(4, 4))
+        program.replace_module(program.root.get_submodule("body.0"), Fused.of(program.root.get_submodule("body.0")))
+        new = program.root.get_parameter("weight")
+        assert {*program.readers(new)} == {call, read}
+        assert {*program.names(new)} == {"weight", "body.0.weight"}
+        added = program.root.get_buffer(region.add_buffer("made.zeros", torch.zeros(1)))
+        assert program.names(added) == ["made.zeros"]
+
     def test_new_names_are_free(self) -> None:
         program = program_of(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4))
         (region,) = program.regions
