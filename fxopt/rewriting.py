@@ -14,6 +14,7 @@ from fxopt.capture.state import State, random_state_kept
 from fxopt.contract import Change, Pass, Skip
 from fxopt.errors import FxoptError, PassError
 from fxopt.graph import GraphModule, Program, Region, eliminate_dead, observe
+from fxopt.graph.absorbed import run_through
 from fxopt.inputs import Inputs
 
 _SHAPES_OF = "shapes_of"
@@ -53,8 +54,9 @@ def run_pass(
         raise PassError(
             f"{each.name}: failed with {type(error).__name__}: {error}; this is a bug of the pass: nothing was saved"
         ) from error
+    through = run_through(program.regions) if program.absorbed else {}
     for absorbed in program.absorbed:
-        absorbed.settle()
+        absorbed.settle(through[absorbed.region.module])
     _remove_dead_state(program, called, read)
     for region in program.regions:
         region.module.recompile()

@@ -6,7 +6,8 @@ then compute what it always did, or say that it can't.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,16 @@ class Absorbed:
         target = str(node.target) if node.op == "call_module" else ""
         return Absorbed(region, target, _caller(node), _caller(layer), passes_on, repeatable)
 
-    def settle(self) -> None:
-        """Let the module that was all of the node pass on its input; where there is none, its callers refuse to run."""
+    def settle(self, run_through: Set[str]) -> None:
+        """Let the module that was all of the node pass on its input; where there is none, its callers refuse to run.
+
+        Args:
+            run_through: what `run_through` says of the graphs that had the node.
+        """
         common = _common(self.caller, self.into)
         own = [path for path in _prefixes(self.caller) if len(path) > len(common)]
-        gone = next(filter(self._is_gone, [*own, *filter(None, [self.target])]), None) if self.passes_on else None
+        candidates = [path for path in (*own, self.target) if path and path not in run_through]
+        gone = next(filter(self._is_gone, candidates), None) if self.passes_on else None
         if gone is not None:
             own = [path for path in own if len(path) < len(gone)]
             module = self.region.module.get_submodule(gone)
@@ -61,13 +67,10 @@ class Absorbed:
             self._refuse(path)
 
     def _is_gone(self, path: str) -> bool:
-        """Whether a module is still there, and no graph calls it, runs through it or reads what it holds."""
-        program, owner = self.region.program, self.region.module
-        module = _find(owner, path)
+        """Whether a module is still there, and no graph calls it or reads what it holds."""
+        program = self.region.program
+        module = _find(self.region.module, path)
         if module is None or program.inside_opaque(module) or any(map(program.sites, module.modules())):
-            return False
-        through = (_caller(node) for region in program.regions if region.module is owner for node in region.graph.nodes)
-        if any(each == path or each.startswith(f"{path}.") for each in through):
             return False
         return not any(program.readers(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
@@ -95,6 +98,14 @@ class Refusal:
             "layer, and only the graph of the whole knows. Call the whole module, or optimize this part of the "
             "original on its own"
         )
+
+
+def run_through(regions: Iterable[Region]) -> Mapping[GraphModule, Set[str]]:
+    """For each module with a graph the paths in it of the modules whose code made a node, or ran what made one."""
+    callers: dict[GraphModule, set[str]] = defaultdict(set)
+    for region in regions:
+        callers[region.module].update(map(_caller, region.graph.nodes))
+    return {module: {path for caller in paths for path in _prefixes(caller)} for module, paths in callers.items()}
 
 
 def _caller(node: fx.Node) -> str:
