@@ -36,14 +36,15 @@ class SparsifyBake(Pass):
         """Bake the whole program with its first region."""
         if region is not region.program.regions[0]:
             return
-        program, layers = region.program, list[nn.Module]()
+        program = region.program
+        layers = [layer for layer in program.root.modules() if _has_form(layer) and _holds_masks(layer)]
         for each in masked_weights(program.root):
             if region.module.training:
                 yield Skip(each.name, "the module trains, and its zeros would not stay; call eval() first")
             else:
-                layers += _bake(each, program)
+                _bake(each, program)
                 yield Change(f"{each.mask.sparsity:.1%} zeros baked", each.name)
-        for layer in dict.fromkeys(layers):
+        for layer in layers:
             _to_plain(layer, program)
 
 
@@ -60,29 +61,27 @@ def bake(module: nn.Module) -> None:
             run_pass(SparsifyBake(), child.eval(), ())
 
 
-def _bake(each: Masked, program: Program) -> list[nn.Module]:
-    """Take one mask out, and return the layers that held it."""
+def _bake(each: Masked, program: Program) -> None:
+    """Take one mask out."""
     mask = each.mask
     program.replace_parameter(each.weight, torch.where(mask.mask, each.weight.detach(), 0))
-    for region in program.regions:
-        for node in list(region.graph.nodes):
-            if node.op == "call_module" and region.submodule(node) is mask:
-                node.replace_all_uses_with(node.all_input_nodes[0])
-                region.graph.erase_node(node)
-    held = [layer for layer in program.root.modules() if mask in layer.modules() and _has_form(layer)]
-    for owner in list(program.root.modules()):
-        for name in [name for name, child in owner._modules.items() if child is mask]:
-            del owner._modules[name]
-    return held
+    for node in program.sites(mask):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        node.graph.erase_node(node)
+    program.remove_module(mask)
 
 
 def _has_form(layer: nn.Module) -> bool:
     return isinstance(layer, Fused) or type(layer) in MASKED_FORMS.values()
 
 
+def _holds_masks(layer: nn.Module) -> bool:
+    return any(isinstance(child, Mask) for child in layer.modules())
+
+
 def _to_plain(layer: nn.Module, program: Program) -> None:
     """Give a layer the class that it had, where nothing needs the other one."""
-    if any(isinstance(child, Mask) for child in layer.modules()):
+    if _holds_masks(layer):
         return
     if not isinstance(layer, Fused):
         program.replace_module(layer, unmasked_form(layer))
