@@ -91,11 +91,14 @@ def name_of_other_mode(hint: str, region: Region) -> str | None:
     """The quantiser that the other mode's graph has at this site: what one observes is what the other rounds by."""
     if region.mode is None:
         return None
-    used = {str(node.target) for node in region.graph.nodes if node.op == "call_module"}
     container, _, leaf = hint.rpartition(".")
-    known = dict(region.module.named_modules()).get(container)
-    names = [] if known is None else [n for n in known._modules if n == leaf or n.startswith(f"{leaf}_")]
-    return next((f"{container}.{name}" for name in names if f"{container}.{name}" not in used), None)
+    known = region.module._modules.get(container)
+    for name, fake in known.named_children() if known is not None else ():
+        if (name == leaf or name.startswith(f"{leaf}_")) and all(
+            site.graph is not region.graph for site in region.program.sites(fake)
+        ):
+            return f"{container}.{name}"
+    return None
 
 
 def calls_fake_quantize(node: fx.Node, region: Region) -> bool:
