@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.graph.region import Program, Region, memory_of
@@ -28,24 +29,40 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.modules.pooling._MaxUnpoolNd,
     nn.LayerNorm,
     nn.RMSNorm,
     nn.GroupNorm,
     nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.modules.loss._Loss,
+    nn.LocalResponseNorm,
     nn.GELU,
+    nn.GLU,
     nn.Tanh,
     nn.Sigmoid,
     nn.LogSigmoid,
     nn.Softmax,
+    nn.Softmax2d,
     nn.LogSoftmax,
+    nn.Softmin,
     nn.Softplus,
     nn.Softsign,
+    nn.Softshrink,
+    nn.Hardshrink,
+    nn.Tanhshrink,
     nn.PReLU,
     nn.Upsample,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
+    nn.Fold,
+    nn.Unfold,
+    nn.CosineSimilarity,
+    nn.PairwiseDistance,
     nn.ReLU,
-    nn.ReLU6,
     nn.LeakyReLU,
     nn.ELU,
     nn.SELU,
@@ -56,14 +73,14 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Hardsigmoid,
     nn.Hardtanh,
     nn.Threshold,
-    nn.ConstantPad1d,
-    nn.ConstantPad2d,
-    nn.ConstantPad3d,
-    nn.ZeroPad2d,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+    nn.modules.padding._CircularPadNd,
     nn.MultiheadAttention,
     Mask,
 )
-_VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten, FakeQuantize)
+_VIEW_MODULES: tuple[type[nn.Module], ...] = (nn.Identity, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, FakeQuantize)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 RANDOM = frozenset(
     "rand rand_like randn randn_like randint randint_like randperm bernoulli multinomial normal poisson gumbel_softmax "
@@ -84,7 +101,11 @@ _PURE_FUNCTIONS: frozenset[Any] = OF_NUMBERS | frozenset(
         "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "matmul", "and_", "or_",
         "xor", "invert", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge", "index", "truth",
     ))}
-)  # fmt: skip
+) | frozenset(getattr(F, name) for name in (
+    "interpolate", "upsample", "grid_sample", "affine_grid", "fold", "normalize", "local_response_norm", "softmin",
+    "softsign", "tanhshrink", "lp_pool1d", "lp_pool2d", "lp_pool3d", "cross_entropy",
+))  # fmt: skip
+"""Functions that write into nothing and draw nothing, and have no schema of their own to say so."""
 
 ADDS_INTO: frozenset[Any] = frozenset({operator.iadd, "add_"})
 ADDS: frozenset[Any] = ADDS_INTO | {operator.add, torch.add, "add"}
@@ -117,7 +138,8 @@ class Effects:
         """Whether `node` draws from the random stream (in training mode, for what draws only there)."""
         if node.op == "call_module":
             module = self._region.submodule(node)
-            return module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+            drops = isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
+            return module.training and (drops or isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)))
         if node.op not in ("call_function", "call_method"):
             return False
         name = _operator_name(node)
@@ -315,7 +337,7 @@ def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
 
 
 # Methods that are another operator by a shorter name.
-_SHORT_FOR = dict.fromkeys("float double half bfloat16 long int short char bool type".split(), "to")
+_SHORT_FOR = dict.fromkeys("float double half bfloat16 cfloat cdouble long int short char byte bool type".split(), "to")
 
 
 @functools.cache

@@ -174,6 +174,11 @@ DEAD: dict[str, tuple[Callable[[fx.Graph, fx.Node], object], list[str]]] = {
     "random by a distribution": (lambda g, x: (call(g, torch.binomial, x, x), x)[1], []),
     "dropout in evaluation": (lambda g, x: (call(g, F.dropout, x, 0.5, False), x)[1], ["dropout"]),
     "dropout in training": (lambda g, x: (call(g, F.dropout, x, 0.5, True), x)[1], []),
+    "of Python alone": (
+        lambda g, x: (call(g, F.interpolate, call(g, F.normalize, x), 8), x)[1],
+        ["normalize", "interpolate"],
+    ),
+    "byte": (lambda g, x: (call(g, "byte", x), x)[1], ["byte"]),
     "unknown": (lambda g, x: (call(g, see, x), x)[1], []),
     "statistics": (lambda g, x: (call(g, F.batch_norm, x, x, x, training=True), x)[1], []),
 }
@@ -195,6 +200,11 @@ MODULES: dict[str, tuple[nn.Module, bool]] = {
     "relu": (nn.ReLU(), True),
     "relu in place": (nn.ReLU(inplace=True), False),
     "batch norm in evaluation": (nn.BatchNorm1d(4).eval(), True),
+    "reflection pad": (nn.ReflectionPad1d(1), True),
+    "circular pad": (nn.CircularPad1d(1), True),
+    "gated": (nn.GLU(), True),
+    "recurrent": (nn.GRU(4, 4), True),
+    "loss": (nn.MSELoss(), True),
     "fused": (Fused.of(nn.Linear(4, 4)), True),
     "fake quantiser": (FakeQuantize(), True),
     "unknown": (nn.Module(), False),
@@ -208,7 +218,16 @@ def test_dead_modules(name: str) -> None:
     assert bool(eliminate_dead(region)) is dies
 
 
-@pytest.mark.parametrize("module", [nn.BatchNorm1d(4), nn.Dropout(), Fused.of(nn.Linear(4, 4), bn=nn.BatchNorm1d(4))])
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm1d(4),
+        nn.Dropout(),
+        Fused.of(nn.Linear(4, 4), bn=nn.BatchNorm1d(4)),
+        nn.LSTM(4, 4, num_layers=2, dropout=0.1),
+        nn.MultiheadAttention(4, 1, dropout=0.1),
+    ],
+)
 def test_modules_that_live_in_training(module: nn.Module) -> None:
     region = region_of(lambda g, x: (g.create_node("call_module", "m", (x,)), x)[1], m=module)
     module.train()
