@@ -26,10 +26,15 @@ _OTHER_NAMES = {
     "imatmul": "matmul",
 }
 _OURS = {"torch", "_operator", "operator", "math", "builtins"}
+_MOVE_AXES = {"transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_", "unsqueeze_"}
+"""What changes the axes of the very value that it is given, which is no longer what it was before the call."""
 
 
 def name_of(node: Any) -> str:
-    """`add`, `mul`, `matmul`, ... for a function, a method or an operator, in place or not; "" for anything else."""
+    """`add`, `mul`, `matmul`, ... for a function, a method or an operator, in place or not; "" for anything else.
+
+    What moves axes in place keeps its own name: `transpose_`.
+    """
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or "out" in node.kwargs:
         return ""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -37,7 +42,7 @@ def name_of(node: Any) -> str:
         home = getattr(node.target, "__module__", None) or "torch"
         if home.partition(".")[0] not in _OURS:
             return ""
-    name = name if name.startswith("_") else name.rstrip("_")
+    name = name if name.startswith("_") or name in _MOVE_AXES else name.rstrip("_")
     return _OTHER_NAMES.get(name, name)
 
 

@@ -105,6 +105,10 @@ def scaled_in_place(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return (q @ k.mT).softmax(-1) @ v
 
 
+def transposed_in_place(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ torch.cos(k).transpose_(-2, -1)).softmax(-1) @ v
+
+
 def written_once_scaled(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     q = torch.cos(q)
     scaled = q * 8**-0.5
@@ -134,6 +138,7 @@ ATTENTION: dict[str, tuple[Forward, dict[str, Any]]] = {
     "plain": (plain, {"scale": 8**-0.5}),
     "scaled before": (before, {"scale": 8**-0.5}),
     "scaled in place": (scaled_in_place, {"scale": 1.0}),
+    "transposed in place": (transposed_in_place, {"scale": 1.0}),
     "written once it was scaled": (written_once_scaled, {"scale": 1.0}),
     "equations": (by_equation("b h i d, b h j d -> b h i j", "b h i j, b h j d -> b h i d"), {"attn_mask": ()}),
     "equations of heads behind": (by_equation("blhe,bshe->bhls", "bhls,bshd->blhd"), {"attn_mask": ()}),
