@@ -1,6 +1,7 @@
 """Typed questions and edits of a captured graph: regions, call sites, aliases, effects, shapes."""
 
 from fxopt.graph.affine import LAYERS, Affine, read_affine, why_not_plain
+from fxopt.graph.axes import order_of_axes
 from fxopt.graph.effects import Effects, eliminate_dead, is_written
 from fxopt.graph.modes import Modes, why_other_mode
 from fxopt.graph.module import GraphModule
@@ -35,6 +36,7 @@ __all__ = [
     "is_norm",
     "is_written",
     "observe",
+    "order_of_axes",
     "rank_of",
     "read_affine",
     "read_norm",

@@ -9,13 +9,12 @@ x.permute(p).permute(q)        =>  x.permute(p[q]), or x where that is the order
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.fx as fx
 
 from fxopt.contract import Change
-from fxopt.graph import Effects, Region, source_of
+from fxopt.graph import Effects, Region, order_of_axes, source_of
 
 _CASTS = {
     "float": torch.float32,
@@ -42,9 +41,7 @@ def simplify(node: fx.Node, region: Region) -> Change | None:
         return _drop(node, source, region, f"removed: '{name}' returns what it is given")
     if name in _RESHAPES and _name(source) in _KEEP_ORDER:
         return _reshape(node, source, region)
-    if name in ("permute", "transpose", "t"):
-        return _permute(node, source, region)
-    return None
+    return _permute(node, source, region)
 
 
 def _name(node: fx.Node) -> str:
@@ -109,7 +106,7 @@ def _reshape(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:
 
 def _permute(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:
     origin = inner.args[0] if inner.args else None
-    first, second = _order(inner), _order(node)
+    first, second = order_of_axes(inner), order_of_axes(node)
     if not isinstance(origin, fx.Node) or first is None or second is None or len(inner.users) != 1:
         return None
     order = [first[axis] for axis in second]
@@ -121,26 +118,3 @@ def _permute(node: fx.Node, inner: fx.Node, region: Region) -> Change | None:
     with region.graph.inserting_before(node):
         region.replace(node, region.graph.call_method("permute", (origin, *order)))
     return change
-
-
-def _order(node: fx.Node) -> list[int] | None:
-    """The order of axes that a transposition gives; None where it is none, or not known."""
-    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
-    name, given = _name(node), list(node.args[1:])
-    if shape is None or node.kwargs:
-        return None
-    rank = len(shape)
-    axes: list[Any] = list(range(rank))
-    if name == "t" and not given:
-        return axes[::-1] if rank == 2 else None
-    if len(given) == 1 and isinstance(given[0], (tuple, list)):
-        given = list(given[0])
-    if not all(isinstance(axis, int) for axis in given):
-        return None
-    if name == "permute" and len(given) == rank:
-        return [axes[axis] for axis in given]  # type: ignore[index]
-    if name == "transpose" and len(given) == 2:
-        one, two = given
-        axes[one], axes[two] = axes[two], axes[one]  # type: ignore[index]
-        return axes
-    return None

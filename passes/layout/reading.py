@@ -14,14 +14,14 @@ from fxopt.graph import Region, reads_sizes, why_not_plain
 _FUNCTIONS: dict[Any, str] = {
     operator.add: "add", operator.iadd: "add", torch.add: "add", operator.sub: "sub", operator.isub: "sub",
     torch.sub: "sub", operator.mul: "mul", operator.imul: "mul", torch.mul: "mul", operator.truediv: "div",
-    operator.itruediv: "div", torch.div: "div", torch.permute: "permute", torch.transpose: "transpose",
+    operator.itruediv: "div", torch.div: "div",
 }  # fmt: skip
 _METHODS = {f"{name}{end}": name for name in ("add", "sub", "mul", "div") for end in ("", "_")}
-_METHODS |= {name: name for name in ("permute", "transpose", "contiguous")}
+_METHODS["contiguous"] = "contiguous"
 
 
 def operator_name(node: Any) -> str:
-    """`add`, `sub`, `mul`, `div`, `permute`, `transpose` or `contiguous`, in place or not; "" for anything else."""
+    """`add`, `sub`, `mul` or `div`, in place or not, or `contiguous`; "" for anything else."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return ""
     table: dict[Any, str] = _FUNCTIONS if node.op == "call_function" else _METHODS

@@ -19,6 +19,7 @@ from fxopt.graph import (
     Effects,
     Region,
     is_written,
+    order_of_axes,
     rank_of,
     read_affine,
     replace_values,
@@ -198,21 +199,10 @@ def _layer_behind(node: fx.Node, region: Region) -> tuple[Affine | Skip | None, 
 
 
 def _order(node: fx.Node, rank: int | None) -> list[int] | None:
-    """The axes of the input in the order of the output, for what only moves them."""
-    name, axes = operator_name(node), list(node.args[1:])
-    axes = list(axes[0]) if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
-    if rank is None or node.kwargs or not all(isinstance(axis, int) for axis in axes):
-        return None
-    order = list(range(rank))
-    if name == "contiguous":
-        return order
-    if name == "permute" and len(axes) == rank:
-        return [order[axis] for axis in axes]  # type: ignore[index]
-    if name == "transpose" and len(axes) == 2:
-        a, b = axes
-        order[a], order[b] = order[b], order[a]  # type: ignore[index]
-        return order
-    return None
+    """The axes of the input in the order of the output, for what only moves them, or memory."""
+    if operator_name(node) == "contiguous" and rank is not None and len(node.args) == 1 and not node.kwargs:
+        return list(range(rank))
+    return order_of_axes(node)
 
 
 def _inputs(affine: Affine) -> int:

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import torch.fx as fx
 from torch import nn
 
-from fxopt.graph import GraphModule
+from fxopt.graph import GraphModule, order_of_axes
 from passes.lora.adapter import LayerAdapter
 
-_SWAPS = ("transpose", "swapaxes", "swapdims")
 _RESHAPE = ("reshape", "view", "flatten", "unflatten", "embedding")
 
 
@@ -50,7 +49,7 @@ def _axis_of_samples(graph: fx.Graph, owner: nn.Module) -> dict[fx.Node, int]:
     for node in graph.nodes:
         if node.op == "placeholder":
             found[node] = 0
-        elif (axes := _axes(node)) is not None:
+        elif (axes := order_of_axes(node)) is not None:
             if node.args[0] in found:
                 found[node] = axes.index(found[node.args[0]])
         else:
@@ -67,24 +66,6 @@ def _name(node: fx.Node, owner: nn.Module) -> str:
     if node.op == "call_module":
         return type(owner.get_submodule(str(node.target))).__name__.lower()
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _axes(node: fx.Node) -> list[int] | None:
-    """The order in which a transposition puts the axes of its input; None for anything else."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    shape = _shape(node)
-    if shape is None or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    axes, given = list(range(len(shape))), node.args[1:]
-    if name == "permute":
-        order = given[0] if len(given) == 1 else given
-        same = isinstance(order, (tuple, list)) and len(order) == len(axes) and all(isinstance(a, int) for a in order)
-        return [axes[a] for a in order] if same else None  # type: ignore[index, union-attr]
-    if name in _SWAPS and len(given) == 2 and all(isinstance(each, int) for each in given):
-        one, two = given
-        axes[one], axes[two] = axes[two], axes[one]  # type: ignore[index]
-        return axes
-    return None
 
 
 def _keeps(value: fx.Node, node: fx.Node, axis: int, name: str) -> bool:

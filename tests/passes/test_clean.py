@@ -58,6 +58,7 @@ REWRITES: dict[str, tuple[Callable[[torch.Tensor], object], list[str]]] = {
     "flatten, view": (lambda x: torch.flatten(x).view(2, 6).cos(), ["reshape", "cos"]),
     "unsqueeze, view": (lambda x: x.unsqueeze(0).view(2, 6).cos(), ["reshape", "cos"]),
     "transposes": (lambda x: x.transpose(0, 1).transpose(-1, -2).cos(), ["cos"]),
+    "transposes by another name": (lambda x: x.swapaxes(0, 1).transpose(0, 1).cos(), ["cos"]),
     "t": (lambda x: x.t().t().cos(), ["cos"]),
     "permutes": (
         lambda x: x.unsqueeze(0).permute(1, 2, 0).permute(1, 2, 0).cos(),

@@ -119,7 +119,7 @@ SCALES: dict[str, Row] = {
         ["mul: folded into 'fc'"],
     ),
     "behind identities": (
-        parts(lambda self, x: self.drop(self.same(self.conv(x))).transpose(1, 3).contiguous() * self.gamma,
+        parts(lambda self, x: self.drop(self.same(self.conv(x))).swapaxes(1, 3).contiguous() * self.gamma,
               same=nn.Identity(), drop=nn.Dropout()),
         IMAGE,
         ["mul: folded into 'conv'"],
