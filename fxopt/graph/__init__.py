@@ -5,6 +5,7 @@ from fxopt.graph.axes import order_of_axes
 from fxopt.graph.effects import Effects, eliminate_dead, is_written
 from fxopt.graph.modes import Modes, why_other_mode
 from fxopt.graph.module import GraphModule
+from fxopt.graph.names import name_of, operands
 from fxopt.graph.norm import NORM_CALL, BatchNorm, Norm, is_norm, rank_of, read_norm
 from fxopt.graph.observe import observe
 from fxopt.graph.product import Product, behind_mask, read_parameter, read_product
@@ -35,7 +36,9 @@ __all__ = [
     "inherit",
     "is_norm",
     "is_written",
+    "name_of",
     "observe",
+    "operands",
     "order_of_axes",
     "rank_of",
     "read_affine",

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Region, inherit, source_of, why_not_plain
+from fxopt.graph import Region, inherit, name_of, source_of, why_not_plain
 from passes.attention.algebra import Polynomial, above, below, expand, is_equal, monomial
-from passes.attention.call import is_one_real_dtype, name_of, why_written
+from passes.attention.call import is_one_real_dtype, why_written
 
 _ROOT = math.sqrt(2 / math.pi)
 _X, _XT = monomial(x=1.0), monomial(x=1.0, t=1.0)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from passes.attention.call import is_number, name_of, operands, without_casts
+from fxopt.graph import name_of, operands
+from passes.attention.call import is_number, without_casts
 
 Monomial = frozenset[tuple[Any, float]]
 """A product of values to their powers."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from fxopt.graph import Effects, Region
-from passes.attention.call import given, name_of, shape_of
+from fxopt.graph import Effects, Region, name_of
+from passes.attention.call import given, shape_of
 
 
 def transposed(node: fx.Node, before: fx.Node, region: Region) -> fx.Node:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from fxopt.graph import Effects, Region
-from passes.attention.call import dtype_of, given, name_of, shape_of
+from fxopt.graph import Effects, Region, name_of
+from passes.attention.call import dtype_of, given, shape_of
 from passes.attention.scores import Mask, Scores
 
 

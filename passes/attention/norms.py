@@ -15,7 +15,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 
 from fxopt.contract import Change, Skip
-from fxopt.graph import Region, inherit, source_of
+from fxopt.graph import Region, inherit, name_of, operands, source_of
 from passes.attention.algebra import above, expand, is_equal, monomial
 from passes.attention.call import (
     dtype_of,
@@ -23,12 +23,10 @@ from passes.attention.call import (
     is_last,
     is_number,
     is_one_real_dtype,
-    name_of,
-    operands,
     shape_of,
     why_written,
     without_casts,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

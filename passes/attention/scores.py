@@ -12,17 +12,8 @@ from typing import Any, Literal
 import torch
 import torch.fx as fx
 
-from fxopt.graph import Region
-from passes.attention.call import (
-    dtype_of,
-    given,
-    is_cast,
-    is_number,
-    name_of,
-    operands,
-    shape_of,
-    without_casts,
-)  # fmt: skip
+from fxopt.graph import Region, name_of, operands
+from passes.attention.call import dtype_of, given, is_cast, is_number, shape_of, without_casts
 
 LOST = 16.0
 """A fill this many times the rounding error of its size swallows any score that is added to it."""

@@ -18,19 +18,8 @@ from torch import nn
 
 from fxopt.capture.modes import select
 from fxopt.contract import Change, Skip
-from fxopt.graph import Effects, Region, hide_strides, inherit, source_of, why_not_plain, why_noticed
-from passes.attention.call import (
-    dtype_of,
-    given,
-    is_cast,
-    is_last,
-    is_number,
-    is_of_sizes,
-    name_of,
-    operands,
-    shape_of,
-    why_written,
-)  # fmt: skip
+from fxopt.graph import Effects, Region, hide_strides, inherit, name_of, operands, source_of, why_not_plain, why_noticed
+from passes.attention.call import dtype_of, given, is_cast, is_last, is_number, is_of_sizes, shape_of, why_written
 from passes.attention.keys import transposed, ungrouped
 from passes.attention.masks import attention_mask
 from passes.attention.scores import Scores, read_scores

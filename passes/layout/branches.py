@@ -24,6 +24,8 @@ from fxopt.graph import (
     Region,
     inherit,
     is_norm,
+    name_of,
+    operands,
     read_affine,
     read_norm,
     reads_sizes,
@@ -32,7 +34,7 @@ from fxopt.graph import (
     source_of,
     why_shared,
 )  # fmt: skip
-from passes.layout.reading import identity_of, only_user, operands, operator_name
+from passes.layout.reading import identity_of, only_user
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Branches:
 
 def find_branches(node: fx.Node, region: Region) -> Branches | Skip | None:
     """The branches whose sum `node` is; a `Skip` where it is one that can't be merged."""
-    if operator_name(node) != "add":
+    if name_of(node) != "add":
         return None
     sums: list[fx.Node] = []
     terms = list(_terms(node, region, sums))
@@ -130,7 +132,7 @@ def _terms(node: fx.Node, region: Region, sums: list[fx.Node]) -> Iterator[fx.No
     sums.append(node)
     for side in both:
         side = identity_of(side, region, sums)
-        if operator_name(side) == "add" and only_user(side) is not None:
+        if name_of(side) == "add" and only_user(side) is not None:
             yield from _terms(side, region, sums)
         else:
             yield side

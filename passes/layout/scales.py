@@ -19,6 +19,8 @@ from fxopt.graph import (
     Effects,
     Region,
     is_written,
+    name_of,
+    operands,
     order_of_axes,
     rank_of,
     read_affine,
@@ -30,7 +32,7 @@ from fxopt.graph import (
     why_shared,
     why_shift_stays,
 )  # fmt: skip
-from passes.layout.reading import identity_of, only_user, operands, operator_name
+from passes.layout.reading import identity_of, only_user
 
 _RESHAPES: frozenset[Any] = frozenset({operator.getitem, "reshape", "view", "unsqueeze", "flatten"})
 
@@ -57,7 +59,7 @@ class Scale:
 
 def find_scale(node: fx.Node, region: Region) -> Scale | Skip | None:
     """The scale or shift that `node` is, with the layer that can take it; a `Skip` where that one must not."""
-    name, both = operator_name(node), operands(node)
+    name, both = name_of(node), operands(node)
     if name not in ("add", "sub", "mul", "div") or both is None:
         return None
     swapped = _constant(both[0], region) is not None
@@ -200,7 +202,7 @@ def _layer_behind(node: fx.Node, region: Region) -> tuple[Affine | Skip | None, 
 
 def _order(node: fx.Node, rank: int | None) -> list[int] | None:
     """The axes of the input in the order of the output, for what only moves them, or memory."""
-    if operator_name(node) == "contiguous" and rank is not None and len(node.args) == 1 and not node.kwargs:
+    if name_of(node) == "contiguous" and rank is not None and len(node.args) == 1 and not node.kwargs:
         return list(range(rank))
     return order_of_axes(node)
 

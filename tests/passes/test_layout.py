@@ -112,6 +112,8 @@ SCALES: dict[str, Row] = {
         parts(lambda self, x: self.linear(x) * self.row), IMAGE, ["mul: folded into 'linear'"]),
     "function": (
         parts(lambda self, x: F.linear(x, self.linear.weight) / self.row), (3, 7), ["truediv: folded into 'linear'"]),
+    "by its other name": (
+        parts(lambda self, x: torch.multiply(self.linear(x), self.row)), IMAGE, ["multiply: folded into 'linear'"]),
     "behind a permutation": (
         parts(lambda self, x: self.gamma[:, None, None] * self.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
               fc=nn.Linear(4, 4)),
