@@ -15,7 +15,7 @@ from torch import nn
 from fxopt import bench
 from fxopt.contract import Change, Pass, Promise, Skip
 from fxopt.errors import SpecError
-from fxopt.graph import Affine, Effects, Region, inherit, read_affine, read_product, source_of
+from fxopt.graph import Affine, Effects, Region, inherit, name_of, read_affine, read_product, source_of
 from fxopt.modules import Mask, rebuild
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,13 +24,10 @@ _PRODUCTS: frozenset[Any] = frozenset({operator.matmul, torch.matmul, torch.bmm,
 _FOLLOWING_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten,
 )  # fmt: skip
-_FOLLOWING: frozenset[Any] = frozenset(
-    {
-        operator.add, torch.add, torch.relu, F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.hardswish, F.max_pool2d,
-        torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.cat, "add", "relu", "flatten", "reshape",
-        "view", "permute", "transpose", "contiguous",
-    }
-)  # fmt: skip
+_FOLLOWING = frozenset(
+    "add relu relu6 hardtanh leaky_relu hardswish max_pool1d max_pool2d max_pool3d flatten reshape view permute "
+    "transpose cat contiguous".split()
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ class _Casting:
         if node.op == "call_module":
             follows = type(self._region.submodule(node)) in _FOLLOWING_MODULES
         else:
-            follows = node.op in ("call_function", "call_method") and node.target in _FOLLOWING
+            follows = name_of(node) in _FOLLOWING
         operands = node.all_input_nodes
         tensors = [operand for operand in operands if "tensor_meta" in operand.meta]
         effects = Effects(self._region)

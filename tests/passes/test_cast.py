@@ -54,6 +54,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[torch.dty
         (2, 3, 6, 6),
         [LOW, LOW, LOW, LOW, LOW],
     ),
+    "what moves follows": (
+        lambda: ByHand(lambda x, w, b: torch.permute(F.max_pool1d(F.linear(x, w, b), 2), (0, 2, 1)).flatten(1)),
+        (2, 3, 8),
+        [LOW, LOW, LOW, LOW],
+    ),
     "what normalises stays": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Softmax(-1), nn.Linear(8, 8)),
         (3, 8),
