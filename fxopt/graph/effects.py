@@ -132,6 +132,8 @@ class Effects:
             written.append(_first(node))
         if name == "batch_norm" and _training_argument(node):
             written += [_argument(node, 1, "running_mean"), _argument(node, 2, "running_var")]
+        if name in ("embedding", "embedding_bag") and _argument(node, 3, "max_norm") is not None:
+            written.append(_argument(node, 1, "weight"))
         return tuple(_nodes(written))
 
     def is_random(self, node: fx.Node) -> bool:
@@ -176,7 +178,8 @@ class Effects:
             module = self._region.submodule(node)
             known = (*_PURE_MODULES, *_VIEW_MODULES, *_NORMS, nn.modules.dropout._DropoutNd)
             hooked = module._forward_hooks or module._forward_pre_hooks
-            return isinstance(module, known) and not hooked
+            renormalises = getattr(module, "max_norm", None) is not None  # an embedding: the rows that it reads
+            return isinstance(module, known) and not hooked and not renormalises
         if node.op in ("call_function", "call_method"):
             named = node.target in _PURE_FUNCTIONS or node.target in _INPLACE_OPERATORS
             return named or bool(_schemas(_operator_name(node)))

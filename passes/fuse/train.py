@@ -105,7 +105,7 @@ def _why_not(affine: Affine, norm: BatchNorm, node: fx.Node, region: Region, cal
         return "it is called at more than one place"
     for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
         for reader in {*region.program.readers(tensor)} - followers:
-            return f"its {name} is also read by itself, at {source_of(reader) or reader.name!r}"
+            return f"the forward also reads its {name} itself, at {source_of(reader) or reader.name!r}"
     wanted, rank = affine.weight.dim(), rank_of(affine.node)
     if affine.kind in ("linear", "conv1d", "conv_transpose1d") and rank != wanted:
         known = "not known" if rank is None else str(rank)

@@ -72,7 +72,8 @@ def _channels(out: torch.Tensor, layer: Fused) -> int:
 
 
 def _means(out: torch.Tensor, layer: Fused) -> torch.Tensor:
-    return out.float().movedim(_channels(out, layer), 0).unsqueeze(-1).flatten(1).mean(1)  # maybe of channels alone
+    # What is a vector has no values but one for each channel.
+    return out.float().movedim(_channels(out, layer), 0).unsqueeze(-1).flatten(1).mean(1)
 
 
 def _shape(out: torch.Tensor, layer: Fused) -> list[int]:

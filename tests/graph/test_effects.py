@@ -206,6 +206,8 @@ MODULES: dict[str, tuple[nn.Module, bool]] = {
     "recurrent": (nn.GRU(4, 4), True),
     "loss": (nn.MSELoss(), True),
     "fused": (Fused.of(nn.Linear(4, 4)), True),
+    "embedding": (nn.Embedding(4, 4), True),
+    "embedding that renormalises": (nn.Embedding(4, 4, max_norm=1.0), False),
     "fake quantiser": (FakeQuantize(), True),
     "unknown": (nn.Module(), False),
 }

@@ -789,7 +789,7 @@ class TestTraining:
             (ConvTwice(), "'conv' is also called at"),
             (Functional(), "in training mode only modules are joined"),
             (nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)), "keeps no running"),
-            (MovingAverage(), "its weight is also read by itself, at "),
+            (MovingAverage(), "the forward also reads its weight itself, at "),
         ],
     )
     def test_refuses(self, model: nn.Module, reason: str) -> None:

@@ -31,7 +31,6 @@ for _ in range(3):
     optimizer.step()
 first = program.get_submodule("input_fake_quant.0")
 seen = torch.cat([x[0::2], x[1::2] * 10])
-assert first.minimum == seen.min() and first.maximum == seen.max(), (first.minimum, first.maximum)
 for name, value in program.state_dict().items():
     if torch.is_floating_point(value):
         other = value.clone()
@@ -40,6 +39,8 @@ for name, value in program.state_dict().items():
 lone = FakeQuantize()
 lone(x if rank == 0 else x[:0])
 assert lone.minimum == x.min() and lone.maximum == x.max(), "a process without values joins in"
+if rank == 0:
+    print(first.minimum.item(), first.maximum.item(), seen.min().item(), seen.max().item())
 dist.destroy_process_group()
 """
 
@@ -47,4 +48,5 @@ dist.destroy_process_group()
 def test_ranges_are_joined_over_the_processes(tmp_path: Path) -> None:
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
-    torchrun(script)
+    minimum, maximum, smallest, largest = map(float, torchrun(script).split())
+    assert (minimum, maximum) == (smallest, largest)

@@ -290,8 +290,8 @@ for criterion in ("magnitude", "movement", "random"):
         mine = each.mask.mask.to(torch.uint8)
         both = [torch.zeros_like(mine) for _ in range(2)]
         dist.all_gather(both, mine)
-        assert torch.equal(both[0], both[1]), (criterion, each.name)
-        assert abs(each.mask.sparsity - 0.8) < 0.01, each.mask.sparsity
+        if rank == 0:
+            print(criterion, each.name, f"{each.mask.sparsity:.1f}", torch.equal(both[0], both[1]))
         assert not each.weight[~each.mask.mask].any()
 dist.destroy_process_group()
 """
@@ -300,7 +300,9 @@ dist.destroy_process_group()
 def test_two_processes_have_equal_masks(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    torchrun(script)
+    criteria = ("magnitude", "movement", "random")
+    expected = [f"{criterion} module.{layer} 0.8 True" for criterion in criteria for layer in (0, 2)]
+    assert torchrun(script).splitlines() == expected
 
 
 def test_the_example_prints_its_table_and_writes_it(tmp_path: Path) -> None:
