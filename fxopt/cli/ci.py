@@ -89,9 +89,6 @@ def ci(
     from fxopt import gate, report, spec
     from fxopt.engines.table import find as find_engine
     from fxopt.errors import GateError
-    from fxopt.gate import baseline
-    from fxopt.gate.lock import FILE as LOCK
-    from fxopt.gate.lock import updated
     from fxopt.gate.settings import FILE
 
     named = {"latency": ("--fail-over", fail_over), "memory": ("--max-memory-growth", memory)}
@@ -109,19 +106,9 @@ def ci(
     else:
         jobs = gate.read_jobs(Path(FILE), given)
     jobs = tuple(replace(job, limits=replace(job.limits, **limits)) for job in jobs)
-    lock = Path(LOCK)
-    files = (
-        [Output("--update-lock", lock, lambda record: updated(lock, gate.lock_counts(record)))] if update_lock else []
-    )
-    files += [Output("--json", json_file, lambda record: report.render(record, "json"))] if json_file else []
-    files += [Output("--junit", junit_file, report.junit)] if junit_file else []
+    files = _outputs(update_lock, json_file, junit_file)
     if html_file is not None:
-        from fxopt.report import page
-
-        page.check(source_url)
-        lines = [] if history is None else baseline.read(history)
-        url = source_url or _github_url()
-        files.append(Output("--html", html_file, lambda record: page.page(record, lines, url)))
+        files.append(_page(html_file, history, source_url))
     for file in files:
         file.check()
     # A fork saves the import of torch, but its threads spin for long. The launcher forks this process, so it comes
@@ -151,6 +138,32 @@ def ci(
             record
         )
     raise typer.Exit(gate.exit_code(record, strict) or (0 if all(written) else 2))
+
+
+def _outputs(update_lock: bool, json_file: Path | None, junit_file: Path | None) -> list[Output]:
+    """What is written of the record to files that a program reads."""
+    from fxopt import gate, report
+    from fxopt.gate.lock import FILE, updated
+
+    lock, files = Path(FILE), list[Output]()
+    if update_lock:
+        files.append(Output("--update-lock", lock, lambda record: updated(lock, gate.lock_counts(record))))
+    if json_file is not None:
+        files.append(Output("--json", json_file, lambda record: report.render(record, "json")))
+    if junit_file is not None:
+        files.append(Output("--junit", junit_file, report.junit))
+    return files
+
+
+def _page(path: Path, history: Path | None, source_url: str | None) -> Output:
+    """The page, with the libraries, the history and the URL that it needs."""
+    from fxopt.gate import baseline
+    from fxopt.report import page
+
+    page.check(source_url)
+    lines = [] if history is None else baseline.read(history)
+    url = source_url or _github_url()
+    return Output("--html", path, lambda record: page.page(record, lines, url))
 
 
 def _github_url() -> str | None:
