@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,22 @@ class Inputs:
     Attributes:
         args: positional arguments; tensors may sit anywhere in nested lists, tuples, dicts and objects.
         kwargs: keyword arguments, likewise.
+        static: names of keyword arguments, and positions of others, by whose values Python code may decide, as it may
+            by sizes: capture guards what it decides, and `fresh` and `with_batch` leave them as they are.
+
+    Raises:
+        LoadError: `static` names an argument that is not there.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    static: Collection[str | int] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [key for key in self.static if key not in self.kwargs and key not in range(len(self.args))]
+        if unknown:
+            known = ", ".join(map(repr, (*range(len(self.args)), *self.kwargs))) or "none"
+            raise LoadError(f"inputs: static names {unknown[0]!r}, which is no argument: there are {known}")
 
     @classmethod
     def of(cls, value: Any) -> Inputs:
@@ -56,20 +68,31 @@ class Inputs:
         return list(tensors_in((self.args, dict(self.kwargs))))
 
     @property
+    def static_tensors(self) -> list[torch.Tensor]:
+        """Those of `static` arguments."""
+        return list(tensors_in([self.kwargs[key] if isinstance(key, str) else self.args[key] for key in self.static]))
+
+    @property
     def objects(self) -> list[Any]:
         """The objects among them that a call may change, such as a cache."""
         return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if is_object(leaf)]
 
     @property
     def batch_size(self) -> int | None:
-        """The length of dimension 0 where all tensors that have dimensions agree on it, else None."""
-        sizes = {tensor.shape[0] for tensor in self.tensors if tensor.dim() > 0}
+        """The length of dimension 0 where all tensors that have dimensions, and may change, agree on it, else None."""
+        fixed = {id(tensor) for tensor in self.static_tensors}
+        sizes = {tensor.shape[0] for tensor in self.tensors if tensor.dim() > 0 and id(tensor) not in fixed}
         return sizes.pop() if len(sizes) == 1 else None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """The same structure with each tensor changed, and a copy of each object."""
         args, kwargs = with_tensors((self.args, dict(self.kwargs)), change)
-        return Inputs(args, kwargs)
+        return Inputs(args, kwargs, self.static)
+
+    def _vary(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """The same with each tensor changed that is in no static argument."""
+        fixed = {id(tensor) for tensor in self.static_tensors}
+        return self.map(lambda tensor: tensor if id(tensor) in fixed else change(tensor))
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call a function with them, with a copy of each object, since a call may change it."""
@@ -96,7 +119,7 @@ class Inputs:
         since they mostly index something; booleans keep the share of True.
         """
         generator = torch.Generator().manual_seed(seed)
-        return self.map(lambda tensor: _fresh(tensor, generator))
+        return self._vary(lambda tensor: _fresh(tensor, generator))
 
     def with_batch(self, size: int) -> Inputs | None:
         """The same inputs at another batch size, rows repeated; None where there is no common batch."""
@@ -104,15 +127,18 @@ class Inputs:
         if not batch:
             return None
         rows = torch.arange(size) % batch
-        return self.map(lambda t: _rows(t, rows.to(t.device)) if t.dim() > 0 else t)
+        return self._vary(lambda t: _rows(t, rows.to(t.device)) if t.dim() > 0 else t)
 
     def describe(self) -> str:
-        """`1x3x224x224 float32`, joined by commas; keyword inputs carry their names, objects what tensors they hold.
+        """`1x3x224x224 float32`, joined by commas; with names of keyword inputs, what objects hold, and `static`.
 
         It is the same in another process.
         """
-        parts = [_describe(value) for value in self.args]
-        parts += [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
+        given: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        parts = [
+            f"{f'{key}=' if isinstance(key, str) else ''}{_describe(value)}{' static' if key in self.static else ''}"
+            for key, value in given
+        ]
         return ", ".join(parts)
 
 

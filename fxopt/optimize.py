@@ -123,7 +123,7 @@ def optimize(
     tell("run the original")
     oracle = Oracle(module, example, seed)
     tell("capture")
-    captured = capture(module, example.args, example.kwargs)
+    captured = capture(module, example)
     captured = dataclasses.replace(captured, notes=(*notes, *captured.notes))
     revisions = list[Revision]()
     if prove is not None:

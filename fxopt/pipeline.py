@@ -153,7 +153,7 @@ def replay(
         ranged: the quantisers that have a range, which is to be restored, whichever `calibration` reaches; None leaves
             that to it.
     """
-    captured = capture(module, inputs.args, inputs.kwargs)
+    captured = capture(module, inputs)
     check_order(passes)
     # A copy, since a model may write into its inputs.
     batches = [inputs.map(lambda tensor: tensor.detach().clone())] if calibration is None else calibration

@@ -65,3 +65,14 @@ def test_integers_of_every_width_are_drawn_within_the_example_and_repeated_by_ro
 def test_the_largest_integer_may_stand_for_something(low: int) -> None:
     (fresh,) = Inputs.of(torch.tensor([low, 2**63 - 1])).fresh(0).args
     assert fresh.dtype is torch.int64 and bool((fresh >= low).all())
+
+
+def test_static_inputs_stay_as_they_are() -> None:
+    lengths = torch.tensor([3, 1])
+    example = Inputs((torch.randn(4, 2),), {"lengths": [lengths]}, static=["lengths"])
+    assert example.batch_size == 4
+    batch = example.with_batch(7)
+    assert batch is not None and batch.args[0].shape == (7, 2)
+    for other in (example.fresh(0), batch, example.fresh(1).double().to("cpu")):
+        assert torch.equal(other.kwargs["lengths"][0], lengths) and other.static == example.static
+    assert example.describe() == "4x2 float32, lengths=[2 int64] static"

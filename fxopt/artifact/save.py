@@ -147,6 +147,7 @@ def _inputs(inputs: Inputs, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             **described,
             "args": encode(inputs.args, "args", tensors),
             "kwargs": encode(dict(inputs.kwargs), "kwargs", tensors),
+            "static": list(inputs.static),
         }
     except ArtifactError as error:
         tensors.clear()

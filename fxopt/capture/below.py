@@ -46,10 +46,15 @@ def calls_from(root: nn.Module, call: Call, inside: frozenset[str], islands: fro
     stack: list[str] = [""]
     counter = _Counter(lambda: stack[-1] in inside)
 
+    call = call.fresh()
+    static = {id(tensor) for tensor in call.static_tensors}
+
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if (path in islands or (stack[-1] in inside and path not in inside)) and path not in found:
-                found[path] = Call(args, kwargs).fresh()
+                given: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
+                handed_on = [key for key, value in given if id(value) in static]
+                found[path] = Call(args, kwargs, handed_on).fresh()
             stack.append(path)
 
         return hook
@@ -63,7 +68,7 @@ def calls_from(root: nn.Module, call: Call, inside: frozenset[str], islands: fro
                 hooks.enter_context(module.register_forward_pre_hook(enter(path), prepend=True, with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         with suppress(Exception), counter:  # the caller knows already whether it runs
-            call.run(root)
+            root(*call.args, **call.kwargs)
     return Seen(found, counter.calls)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +15,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.inputs import Inputs
 from fxopt.nested import is_shape, tensors_in
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one call of a module."""
+    """Arguments of one call of a module; `static` as in `Inputs`."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    static: Collection[str | int] = ()
+
+    @property
+    def static_tensors(self) -> list[torch.Tensor]:
+        """Those of `static` arguments."""
+        return Inputs(self.args, self.kwargs, self.static).static_tensors
 
     def fresh(self) -> Call:
         """Copies that a forward may write into; what can't be copied is shared.
@@ -34,9 +41,13 @@ class Call:
         if not any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(both)):
             # Not a tensor with a history, nor whatever an object of the user's raises.
             with suppress(Exception):
-                return Call(*_apart(copy.deepcopy(both)))
+                return self._with(copy.deepcopy(both))
         memo: dict[int, Any] = {}
-        return Call(*_apart(pytree.tree_map(lambda leaf: _copied(leaf, memo), both, is_leaf=is_shape)))
+        return self._with(pytree.tree_map(lambda leaf: _copied(leaf, memo), both, is_leaf=is_shape))
+
+    def _with(self, both: Any) -> Call:
+        args, kwargs = _apart(both)
+        return Call(args, kwargs, self.static)
 
     def run(self, module: nn.Module) -> Any:
         """Call `module` with fresh arguments."""

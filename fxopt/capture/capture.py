@@ -25,7 +25,7 @@ from fxopt.inputs import Inputs
 @with_versions()
 def capture(
     module: nn.Module,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | torch.Tensor | Inputs = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     check: bool = True,
@@ -43,7 +43,7 @@ def capture(
 
     Args:
         module: any module, in the mode that is to be captured first; the other mode comes along.
-        args: positional arguments of an example call; a single tensor stands for itself.
+        args: positional arguments of an example call; a single tensor stands for itself, `Inputs` for the whole call.
         kwargs: keyword arguments of it.
         check: run what came out on the example, and keep as opaque what gives other outputs than the module.
         fake: capture on tensors that have shapes but no values, so that a model too large to run, or one built on
@@ -57,8 +57,8 @@ def capture(
     """
     began = time.perf_counter()
     inputs = Inputs.of(args) if not isinstance(args, tuple) else Inputs(args)
-    inputs = Inputs(inputs.args, {**inputs.kwargs, **(kwargs or {})})
-    call = Call(inputs.args, inputs.kwargs)
+    inputs = Inputs(inputs.args, {**inputs.kwargs, **(kwargs or {})}, inputs.static)
+    call = Call(inputs.args, inputs.kwargs, inputs.static)
     call.check(module)
     if fake:
         return _capture_fake(module, inputs, call, began)
@@ -84,7 +84,7 @@ def _built(
     duplicate, builder = independent_copy(module), Builder(check=check)
     notes = builder.materialize(duplicate, call)
     if on_guard_failure == "recapture":
-        result = Recapturing(duplicate, builder)
+        result = Recapturing(duplicate, builder, call.static)
         return cast(GraphModule, result), *result.add(call), notes
     graph_module, found = builder.build(duplicate, call, "")
     return graph_module, graph_module, found, notes

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from typing import Any, TypeAlias
 
 import torch
 import torch.fx as fx
 
+from fxopt.capture.blamed_inputs import not_static
 from fxopt.capture.captured import Guard
 from fxopt.capture.describe import describe
 from fxopt.capture.frames import user_source
@@ -28,8 +29,8 @@ _Comparison: TypeAlias = tuple[fx.Node, str, Any, bool]
 class Decisions(Objects):
     """What traced numbers report: arithmetic becomes nodes, comparisons become guards."""
 
-    def __init__(self, tensors: Mapping[int, str]) -> None:
-        super().__init__(tensors)
+    def __init__(self, tensors: Mapping[int, str], static: Collection[torch.Tensor]) -> None:
+        super().__init__(tensors, static)
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._sums: dict[fx.Node, Sum] = {}
         self._compared: set[Any] = set()
@@ -74,15 +75,15 @@ class Decisions(Objects):
         depends = max(left.depends, right.depends) if isinstance(right, Traced) else left.depends
         negated = relation if answer else _NEGATION[relation]
         assumption = f"{describe(left.node)} {negated} {describe(self.argument(right))}"
-        reason = f"it decides on a number that depends on the values of the input ({assumption})"
+        reason = "it decides on a number that depends on the values of the input", f" ({assumption})"
         self._answered((left.node, relation, right, answer), depends, assumption, reason)
 
     def decided(self, node: fx.Node, answer: bool, depends: Depends, what: str) -> None:
         """Guard the answer of a question to a tensor, unless it depends on the values of the input."""
-        reason = f"it decides on the value of a tensor ({what}), which depends on the input"
+        reason = f"it decides on the value of a tensor ({what}), which depends on the input", ""
         self._answered((node, "==", True, answer), depends, f"{describe(node)} is {answer}", reason)
 
-    def _answered(self, comparison: _Comparison, depends: Depends, assumption: str, reason: str) -> None:
+    def _answered(self, comparison: _Comparison, depends: Depends, assumption: str, reason: tuple[str, str]) -> None:
         """Guard an answer, or record the check that asked; block what would go another way for other values."""
         *compared, answer = comparison
         asked = question(answer)
@@ -93,7 +94,8 @@ class Decisions(Objects):
             self._open.pop(asked.key, None)
             self._check([*(each for _, each in before), (*compared, not answer)], asked.refusal)
         elif depends is Depends.DATA:
-            self.block(reason)
+            node, _, other, _ = comparison
+            self.block(not_static(node, *([other.node] if isinstance(other, Traced) else [])).join(reason))
         else:
             self._guard(*comparison, assumption)
 

@@ -192,6 +192,11 @@ def guard_mode(training: bool, expected: bool, path: str, reason: str) -> None:
         raise _broken(f"{path} in {_MODES[expected]} mode", reason, f"in {_MODES[training]} mode here")
 
 
+GUARDS = frozenset(
+    {guard, guard_tensor, guard_input, guard_items, guard_class, guard_parts, guard_rank, guard_dtype, refuse}
+)
+"""What a graph calls for the sake of its errors alone."""
+
 _MODES = {True: "training", False: "evaluation"}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -52,8 +52,9 @@ _GUARDED = (enum.Enum, *_FIXED, complex, bytes, range, slice, torch.dtype, torch
 class Objects(Tensors):
     """Containers and objects, and their nodes."""
 
-    def __init__(self, tensors: Mapping[int, str]) -> None:
+    def __init__(self, tensors: Mapping[int, str], static: Collection[torch.Tensor]) -> None:
         super().__init__(tensors)
+        self._static = {id(tensor) for tensor in static}
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._contents: dict[int, tuple[dict[str, Any], Any]] = {}
         self._given: list[Any] = []
@@ -125,6 +126,8 @@ class Objects(Tensors):
         if isinstance(value, torch.Tensor):
             if origin.given:
                 self.emit("call_function", guard_rank, (node, value.dim(), describe(node)))
+            if id(value) in self._static:
+                origin = origin._replace(values=Depends.SHAPE)
             return self.adopt_tensor(node, value, origin)
         if isinstance(value, _GUARDED if origin.given else _FIXED):
             if origin.given:

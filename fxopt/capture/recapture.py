@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from fxopt.capture.call import Call
 from fxopt.capture.chance import RandomState, random_state_kept
 from fxopt.capture.found import Found
 from fxopt.capture.independent import same_tensors_copy
+from fxopt.capture.signature import static_in
 from fxopt.capture.state import State
 from fxopt.capture.tree import Builder
 from fxopt.errors import GuardError
@@ -31,20 +33,23 @@ class Recapturing(nn.Module):
     Args:
         original: the module, whose tree is taken over.
         builder: captures it.
+        static: as in `Inputs`, of the first call.
     """
 
-    def __init__(self, original: nn.Module, builder: Builder):
+    def __init__(self, original: nn.Module, builder: Builder, static: Collection[str | int]):
         super().__init__()
         for part in _TREE:
             self.__dict__[part] = original.__dict__[part]
         self.training = original.training
         self.__dict__["_original"] = original
         self.__dict__["_builder"] = builder
+        self.__dict__["_static"] = tuple(static)
         self.__dict__["captures"] = []
 
     captures: list[GraphModule]
     _original: nn.Module
     _builder: Builder
+    _static: tuple[str | int, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run a capture that holds for these arguments."""
@@ -58,7 +63,7 @@ class Recapturing(nn.Module):
                 state.restore()
                 began.restore()
         with random_state_kept():
-            captured, _ = self.add(Call(args, kwargs))
+            captured, _ = self.add(Call(args, kwargs, static_in(self._original, self._static, args, kwargs)))
         return captured(*args, **kwargs)
 
     def add(self, call: Call) -> tuple[GraphModule, Found]:

@@ -117,33 +117,27 @@ class _Run:
 
 
 def record(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    opaque: frozenset[str] = frozenset(),
-    state: State | None = None,
+    module: nn.Module, call: Call, opaque: frozenset[str] = frozenset(), state: State | None = None
 ) -> Recording:
     """Run `module` on its arguments and record it; again if it must be told that it is exported.
 
     Args:
         module: run as it is, in its mode; its state changes as its forward changes it.
-        args: positional arguments.
-        kwargs: keyword arguments.
+        call: its arguments, which the forward may write into.
         opaque: paths of modules to keep as one call each.
         state: of `module` as it is now, but for its mode; taken here where it is not known.
     """
     state, random = state or State(module), torch.get_rng_state()
-    kept = Call(args, kwargs).fresh()
-    recording = _record(module, args, kwargs, opaque)
+    kept = call.fresh()
+    recording = _record(module, call, opaque)
     if not recording.blocked:
         return recording
     for compiling in (False, True):
         with modes_kept(module):
             state.restore()
         torch.set_rng_state(random)
-        call = kept.fresh()
         with exporting(compiling=compiling) as answers, suppress(Exception):  # whatever expects a compiler
-            exported = _record(module, call.args, call.kwargs, opaque)
+            exported = _record(module, kept.fresh(), opaque)
             is_better = exported.blocked.keys() < recording.blocked.keys()
             if is_better and difference(recording.output, exported.output) is None:
                 reason, location = next(iter(recording.blocked.values()))
@@ -154,22 +148,22 @@ def record(
     return recording
 
 
-def _record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: frozenset[str]) -> Recording:
+def _record(module: nn.Module, call: Call, opaque: frozenset[str]) -> Recording:
     paths = {id(child): path for path, child in reversed(list(module.named_modules(remove_duplicate=False)))}
     tensors = {id(t): n for n, t in reversed(list(module.named_parameters(remove_duplicate=False)))}
     tensors |= {id(t): n for n, t in reversed(list(module.named_buffers(remove_duplicate=False)))}
-    recorder = Recorder(module, paths, tensors)
-    bound = bind(module, args, kwargs)
+    recorder = Recorder(module, paths, tensors, call.static_tensors)
+    bound = bind(module, call.args, call.kwargs)
     record_inputs(recorder, bound)
     buffers = _buffers(module)
     run = _Run(recorder, paths, opaque)
     began = time.perf_counter()
     with intercept(recorder, run.on_module):
         recorder.active = True
-        output = call_as_given(module, bound, len(args))
+        output = call_as_given(module, bound, len(call.args))
         recorder.active = False
     seconds = time.perf_counter() - began
-    reassigned = _record_reassigned(recorder, module, buffers, opaque, (output, args, kwargs))
+    reassigned = _record_reassigned(recorder, module, buffers, opaque, (output, call.args, call.kwargs))
     recorder.block_decisions_on(recorder.written_state() | reassigned)
     try:
         recorder.record_changed_objects()

@@ -7,7 +7,7 @@ values made of others, and decisions on numbers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxopt.capture import operators
+from fxopt.capture.blamed_inputs import not_static
 from fxopt.capture.decisions import Decisions
 from fxopt.capture.frames import called
 from fxopt.capture.provenance import Depends
@@ -26,6 +27,8 @@ from fxopt.capture.tensors import Origin, apart, holds_tensor, is_tensor, leaves
 from fxopt.capture.traced import Traced, plain, traced
 from fxopt.graph.effects import OF_NUMBERS
 
+_MOST_TRACED = 64
+"""Numbers of one list that are followed each by itself; a longer one is guarded as a whole."""
 _FREE = (
     OF_NUMBERS
     | {getattr, operator.getitem, operator.truth, operator.pos, operator.neg, operator.abs}
@@ -43,14 +46,21 @@ class Recorder(Decisions, TorchFunctionMode):
         root: the module that is recorded.
         modules: path of each module, by identity.
         tensors: qualified name of each parameter and buffer, by identity.
+        static: tensors among the inputs by whose values Python code may decide.
 
     Attributes:
         asked_mode: paths of modules that read their `training` flag.
         calls: torch calls in the graph.
     """
 
-    def __init__(self, root: nn.Module, modules: Mapping[int, str], tensors: Mapping[int, str]):
-        super().__init__(tensors)
+    def __init__(
+        self,
+        root: nn.Module,
+        modules: Mapping[int, str],
+        tensors: Mapping[int, str],
+        static: Collection[torch.Tensor] = (),
+    ):
+        super().__init__(tensors, static)
         self.root = root
         self.modules = modules
         self.asked_mode: set[str] = set()
@@ -206,7 +216,11 @@ class Recorder(Decisions, TorchFunctionMode):
         if name in operators.VALUE_READS:
             shape = self.known(tensor).shape
             if isinstance(result, list) and (shape is Depends.DATA or _may_count(depends, tensor)):
-                self.block(f"it makes a list of a tensor ('{name}()') that depends on the values of the input")
+                named = not_static(self.known(tensor).node)
+                self.block(f"it makes a list of a tensor ('{name}()') that depends on the values of the input{named}")
+                return result
+            if isinstance(result, list) and depends is Depends.SHAPE and tensor.numel() > _MOST_TRACED:
+                self.read_whole(tensor)
                 return result
             node = self.emit("call_method", name, (self.known(tensor).node,))
             if isinstance(result, bool):
@@ -225,7 +239,8 @@ class Recorder(Decisions, TorchFunctionMode):
             node = self.emit("call_method", "item", (self.known(tensor).node,))
             self.compared("==", traced(result, node, depends, self), result, True)
         elif depends is Depends.DATA:
-            self.block(f"it reads the values of a tensor ('{name.strip('_')}'), which depend on the input")
+            named = not_static(self.known(tensor).node)
+            self.block(f"it reads the values of a tensor ('{name.strip('_')}'), which depend on the input{named}")
         else:
             self.read_whole(tensor)
         return result

@@ -78,8 +78,7 @@ def hooked_backward(root: nn.Module) -> dict[str, Reason]:
 def _attempt(root: nn.Module, call: Call, state: State, opaque: Mapping[str, Reason], fake: bool) -> _Attempt:
     began = RandomState()
     try:
-        fresh = call.fresh()
-        recording = record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque), state=state)
+        recording = record(root, call.fresh(), opaque=frozenset(opaque), state=state)
         attempt = _Attempt(recording, dict(recording.blocked))
         if not fake:
             _find_what_stays(attempt, root, call, state, began, opaque)
@@ -123,8 +122,7 @@ def _find_made_unseen(
         return
     state.restore()
     began.restore()
-    fresh = call.fresh()
-    again = {id(met.tensor) for met in record(root, fresh.args, fresh.kwargs, opaque=frozenset(opaque)).met}
+    again = {id(met.tensor) for met in record(root, call.fresh(), opaque=frozenset(opaque)).met}
     for met in unknown:
         if id(met.tensor) not in again:
             reason = "it uses a tensor that was made where torch does not let calls be recorded, such as an extension"

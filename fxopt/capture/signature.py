@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,19 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         TypeError: as a call would.
     """
     return inspect.signature(module.forward).bind(*args, **kwargs)
+
+
+def static_in(
+    module: nn.Module, static: Collection[str | int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str | int]:
+    """The `static` arguments of one call as those of another, which may give by name what that gave by position."""
+    names = [name for name, each in inspect.signature(module.forward).parameters.items() if each.kind not in STARS]
+
+    def name(key: str | int) -> str | int:
+        return names[key] if isinstance(key, int) and key < len(names) else key
+
+    wanted = {name(key) for key in static}
+    return [key for key in (*range(len(args)), *kwargs) if name(key) in wanted]
 
 
 def call_as_given(module: nn.Module, bound: inspect.BoundArguments, positional: int) -> Any:

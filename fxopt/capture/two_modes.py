@@ -56,8 +56,7 @@ def _record_as_it_is(
     """Record `root` in the mode that it is in, with the modes of what asked for them; or why no graph can be that."""
     began, training = RandomState(), root.training
     try:
-        fresh = call.fresh()
-        recording = record(root, fresh.args, fresh.kwargs, opaque=opaque, state=state)
+        recording = record(root, call.fresh(), opaque=opaque, state=state)
         modes, paths = _modes(root, recording), paths_of(root)
         changed = [pair for pair in state.changed_tree() if not is_within(paths[id(pair[0])], opaque)]
         if not changed:

@@ -41,6 +41,6 @@ def explain(
         from fxopt.target import load
 
         loaded = load(target, inputs=inputs or (), weights=weights, train=train)
-        captured = capture(loaded.module, loaded.inputs.args, loaded.inputs.kwargs, fake=fake)
+        captured = capture(loaded.module, loaded.inputs, fake=fake)
         text = render(explained(captured, loaded.name, loaded.module, loaded.notes), form.value)
     typer.echo(text, nl=False)

@@ -70,7 +70,7 @@ def merge(
         from fxopt.target import load
 
         loaded = load(target, inputs=inputs or (), weights=weights)
-        module = capture(loaded.module, loaded.inputs.args, loaded.inputs.kwargs).module
+        module = capture(loaded.module, loaded.inputs).module
         _lora().load(module, directory)
         _lora().merge(module, loaded.inputs)
         save_file(_lora().merged_weights(module, loaded.module), out)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.capture.signature import static_in
 from fxopt.capture.state import random_state_kept, state_kept, with_versions
 from fxopt.contract import Skip
 from fxopt.engines.checked import checked
@@ -76,7 +77,8 @@ class Executable(nn.Module):
         # A copy: the caller's may be written, need a gradient, or be a row of all the data, which a file would hold.
         inputs = inputs.map(lambda tensor: tensor.detach().clone())
         # One form for all ways to write a call; torch's exporter takes named arguments for positional ones.
-        self._inputs = Inputs(*OneForm(module.forward)(inputs.args, inputs.kwargs))
+        form = OneForm(module.forward)(inputs.args, inputs.kwargs)
+        self._inputs = Inputs(*form, static_in(module, inputs.static, *form))
         self._choices = dict(choices or {})
         self._built: Built | None = None
         self._freed: Executable | EngineError | None = None

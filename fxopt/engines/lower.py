@@ -90,7 +90,7 @@ def prepare(engine: Engine, module: nn.Module, inputs: Inputs) -> GraphModule:
         )
     if isinstance(module, GraphModule):
         return cast(GraphModule, independent_copy(module))
-    return capture(module, inputs.args, inputs.kwargs).module
+    return capture(module, inputs).module
 
 
 def _finished(engine: Engine, prepared: GraphModule, inputs: Inputs, choices: Any = None) -> Executable:

@@ -41,7 +41,11 @@ class Signature:
         self.shapes: Shapes = tuple([tensor.shape for tensor in inputs.tensors])
         self.devices = {tensor.device.type for tensor in inputs.tensors}
         leaves, self._structure = flatten((inputs.args, dict(inputs.kwargs)))
-        self._leaves = [leaf if not isinstance(leaf, torch.Tensor) else _Tensor(leaf) for leaf in leaves]
+        # Where sizes may be any, the module's own guards stand in what is run.
+        static = {id(tensor) for tensor in inputs.static_tensors} if sizes is not Sizes.ANY else set()
+        self._leaves = [
+            _Tensor(leaf, is_static=id(leaf) in static) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+        ]
         self._flat = (
             not inputs.kwargs and len(leaves) == len(inputs.args) and all(map(operator.is_, leaves, inputs.args))
         )
@@ -74,8 +78,10 @@ class Signature:
                 raise self._refused(f"input {index} is a {type(value).__name__}, it was built for {expected}")
             elif value.dtype is not expected.dtype or value.device != expected.device:
                 raise self._refused(f"input {index} is {_Tensor(value)}, it was built for {expected}")
-            else:
+            elif expected.values is None:
                 batch = self._check_shape(index, value, expected, batch)
+            elif not torch.equal(value, expected.values):
+                raise self._refused(f"input {index} is static, and holds other values than it was built for")
             if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
                 raise EngineError(
                     f"engine '{self._engine}': input {index} requires a gradient, and this engine has none: call it "
@@ -113,13 +119,15 @@ def _is_alike(value: Any, expected: Any) -> bool:
         and value.dtype is expected.dtype
         and value.device == expected.device
         and not value.requires_grad
+        and (expected.values is None or torch.equal(value, expected.values))
     )
 
 
 class _Tensor:
-    """What counts of a tensor."""
+    """What counts of a tensor; of a static one the values too."""
 
-    def __init__(self, tensor: torch.Tensor):
+    def __init__(self, tensor: torch.Tensor, *, is_static: bool = False):
+        self.values = tensor if is_static else None
         self.dtype = tensor.dtype
         self.device = tensor.device
         self.shape = tensor.shape

@@ -157,7 +157,7 @@ class Side:
         facts: dict[str, Any] = {"inputs": self._inputs.describe(), "passes": [], "coverage": None}
         if self._passes:
             oracle = Oracle(target.module, self._inputs, self._order["seed"])
-            captured = capture(target.module, self._inputs.args, self._inputs.kwargs)
+            captured = capture(target.module, self._inputs)
             ledger = run_passes(captured, self._passes, oracle, self._batches)
             result = captured.module
             facts["coverage"] = asdict(captured.coverage)
@@ -212,7 +212,7 @@ class Side:
         """A module after passes; of the last one so many changes, None for all."""
         if not passes:
             return module
-        captured, batches = capture(module, self._inputs.args, self._inputs.kwargs), self._batches
+        captured, batches = capture(module, self._inputs), self._batches
         run_passes(captured, passes if changes is None else passes[:-1], None, batches)
         if changes:
             run_pass(passes[-1], captured.module, (), limit=changes)

@@ -339,8 +339,11 @@ def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:
     return bool(node.all_input_nodes) and numbers.issuperset(node.all_input_nodes)
 
 
-# Methods that are another operator by a shorter name.
-_SHORT_FOR = dict.fromkeys("float double half bfloat16 cfloat cdouble long int short char byte bool type".split(), "to")
+# Methods that are, or read of a tensor as, another operator.
+_SHORT_FOR = {
+    **dict.fromkeys("float double half bfloat16 cfloat cdouble long int short char byte bool type".split(), "to"),
+    "tolist": "item",
+}
 
 
 @functools.cache

@@ -76,6 +76,7 @@ def _candidates(module: GraphModule) -> dict[fx.Node, list[fx.Node]]:
 def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
     """The guards on values of tensors that come of sizes alone, each with the nodes that read these sizes."""
     effects = Effects(region)
+    written = effects.written()
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in region.graph.nodes:
         if node.op != "call_function" or node.target not in (guard, guard_tensor):
@@ -89,6 +90,9 @@ def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
             reached.add(value)
             if reads_sizes(value):
                 sizes.append(value)
+            elif value.op == "get_attr":
+                if value in written:
+                    break
             elif value.op not in ("call_function", "call_method") or not effects.is_pure(value):
                 break
             else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
@@ -16,6 +16,7 @@ from fxopt.contract import Skip
 from fxopt.engines.onnx.decided import without_decided_guards
 from fxopt.engines.onnx.outputs import Outputs
 from fxopt.engines.onnx.program import program_of
+from fxopt.engines.onnx.static import with_static_values
 from fxopt.engines.onnx.unchecked import without_checks
 from fxopt.errors import EngineError
 from fxopt.graph import GraphModule, Program
@@ -55,8 +56,9 @@ def export(module: GraphModule, inputs: Inputs, outputs: Outputs, free: Free = "
             among the outputs follow them.
     """
     module, unchecked = without_checks(module)
+    module, told = with_static_values(module, inputs)
     found = (_with_free_sizes if free == "all" else _with_free_batch)(module, inputs, outputs)
-    return replace(found, reasons=(*found.reasons, *unchecked))
+    return replace(found, reasons=(*found.reasons, *unchecked, *told))
 
 
 def _with_free_sizes(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
@@ -64,7 +66,7 @@ def _with_free_sizes(module: GraphModule, inputs: Inputs, outputs: Outputs) -> E
         raise EngineError("a number among the outputs follows the sizes")
     several = inputs.with_batch(2) if inputs.batch_size == 1 else inputs
     assert several is not None
-    shapes = pytree.tree_map(_all_free, (several.args, several.kwargs))
+    shapes = _shapes(several, lambda tensor: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO))
     try:
         program = program_of(without_decided_guards(module, [several])[0], several, outputs, shapes)
     except Exception as error:  # the exporter raises anything
@@ -86,8 +88,14 @@ def _fixed(program: torch.onnx.ONNXProgram) -> Iterator[str]:
                 yield f"dimension {dim} of input {index} stays {size if values is None else values.lower}"
 
 
-def _all_free(leaf: object) -> object:
-    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+def _shapes(inputs: Inputs, free: Callable[[torch.Tensor], object]) -> Any:
+    """What is free of each tensor, nested as `inputs` are."""
+    fixed = {id(tensor) for tensor in inputs.static_tensors}
+
+    def shape(leaf: object) -> object:
+        return free(leaf) if isinstance(leaf, torch.Tensor) and id(leaf) not in fixed else None
+
+    return pytree.tree_map(shape, (inputs.args, dict(inputs.kwargs)))
 
 
 def _with_free_batch(module: GraphModule, inputs: Inputs, outputs: Outputs) -> Export:
@@ -98,12 +106,12 @@ def _with_free_batch(module: GraphModule, inputs: Inputs, outputs: Outputs) -> E
         several = inputs if batch > 1 else inputs.with_batch(2)
         assert several is not None
         shape = torch.export.Dim(_BATCH, min=1)
-        shapes = pytree.tree_map(lambda leaf: {0: shape} if _has_rows(leaf) else None, (several.args, several.kwargs))
+        shapes = _shapes(several, lambda tensor: {0: shape} if tensor.dim() > 0 else None)
         try:
             decided, asks = without_decided_guards(module, _of_two_batches(several))
             program = program_of(decided, several, outputs, shapes)
             # The exporter fixes what it can't follow, or what the module holds for only, and says so nowhere.
-            if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
+            if any(isinstance(size, int) for size in _first_sizes(program, several)):
                 reason = f"the exporter takes that of the example, {batch}, for the only one that the module holds for"
             else:
                 return Export(program, asks=asks or _runs_unseen(module))
@@ -122,8 +130,11 @@ def _of_two_batches(inputs: Inputs) -> list[Inputs]:
     return [inputs, other]
 
 
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+def _first_sizes(program: torch.onnx.ONNXProgram, inputs: Inputs) -> Iterator[object]:
+    fixed = {id(tensor) for tensor in inputs.static_tensors}
+    for value, tensor in zip(program.model.graph.inputs, inputs.tensors, strict=True):
+        if value.shape and id(tensor) not in fixed:
+            yield value.shape[0]
 
 
 def _runs_unseen(module: GraphModule) -> bool:

@@ -64,7 +64,7 @@ def look_at_graph(subject: Subject) -> Graph:
         CaptureError: the inputs can't be captured.
     """
     assert subject.inputs is not None
-    captured = fxopt.capture(copied(subject, training=False), subject.inputs.args, subject.inputs.kwargs, check=False)
+    captured = fxopt.capture(copied(subject, training=False), subject.inputs, check=False)
     idle: list[Spot] = []
     repeated: list[Spot] = []
     guards: list[Spot] = []
