@@ -84,19 +84,21 @@ def _read_as(region: Region, node: fx.Node, value: Any, users: set[fx.Node]) -> 
         return
     other = _held(region, node, value) if isinstance(value, torch.Tensor) else value
     for user in users:
-        if user.target in _INDEXING and _is_mask(value):
+        if user.target in _INDEXING and isinstance(value, torch.Tensor):
             owner, index, *rest = user.args
             index = index if isinstance(index, tuple) else (index,)
-            user.args = (owner, tuple(_by_places(region, node, value, index)), *rest)
+            user.args = (owner, tuple(_with_sizes(region, node, value, index)), *rest)
         user.args = fx.map_arg(user.args, lambda each: other if each is node else each)
         user.kwargs = fx.map_arg(user.kwargs, lambda each: other if each is node else each)
 
 
-def _by_places(region: Region, node: fx.Node, mask: torch.Tensor, index: tuple[Any, ...]) -> Iterator[Any]:
-    """An index with the places of a mask in the place of `node`: how many there are is known, unlike of a mask."""
+def _with_sizes(region: Region, node: fx.Node, value: torch.Tensor, index: tuple[Any, ...]) -> Iterator[Any]:
+    """An index of which the size of what it picks is known: numbers as ends of slices, and the places of a mask."""
     for each in index:
-        if each is node:
-            yield from (_held(region, node, places) for places in mask.nonzero(as_tuple=True))
+        if isinstance(each, slice):
+            yield slice(*(int(value) if end is node else end for end in (each.start, each.stop, each.step)))
+        elif each is node and value.dtype is torch.bool and value.dim() > 0:
+            yield from (_held(region, node, places) for places in value.nonzero(as_tuple=True))
         else:
             yield each
 
@@ -104,7 +106,3 @@ def _by_places(region: Region, node: fx.Node, mask: torch.Tensor, index: tuple[A
 def _held(region: Region, node: fx.Node, value: torch.Tensor) -> fx.Node:
     name = region.add_buffer(f"static_{node.name}", value.detach().clone(), persistent=False)
     return region.insert_attribute(node.next, name)
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype is torch.bool and value.dim() > 0

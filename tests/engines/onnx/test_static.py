@@ -39,9 +39,15 @@ class Rows(nn.Module):
         return kept
 
 
+class Ends(nn.Module):
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[: ends[0]].mean(0), x[ends[0] : ends[1]].mean(0)])
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str, torch.Tensor, torch.Tensor]] = {
     "parts": (Parts, "lengths", torch.tensor([3, 5, 2]), torch.tensor([4, 4, 2])),
     "rows": (Rows, "mask", torch.arange(10) > 3, torch.arange(10) > 4),
+    "ends": (Ends, "ends", torch.tensor([3, 7]), torch.tensor([4, 7])),
 }
 
 
