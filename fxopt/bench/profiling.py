@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from fxopt.bench.surroundings import quiet, visible_operators
 from fxopt.inputs import Inputs
 
 _CALLS = 20
+_LEVEL = "KINETO_LOG_LEVEL"
 _CALL = "fxopt.call"
 _MODULE = "fxopt.module:"
 
@@ -104,7 +106,7 @@ def profile(
             listed = arm.watched(operators_of)
             # Keeping events is what one cycle does anyway; not asked for it, torch 2.11 warns that the next loses them.
             profiling = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
-            with _named(arm.module), profiling as profiler:
+            with _unheard(), _named(arm.module), profiling as profiler:
                 for _ in range(_CALLS):
                     arm.under(_recorded)
         if gpu:
@@ -136,6 +138,18 @@ def profile(
 def _recorded(call: Callable[[], object]) -> None:
     with record_function(_CALL):
         call()
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep the profiler's library from telling on stderr that it starts and stops; it reads the level only once."""
+    before = os.environ.get(_LEVEL)
+    os.environ.setdefault(_LEVEL, "6")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LEVEL]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,15 @@ def test_operators_that_differ_between_two_looks_have_times_only() -> None:
     found = profile(Restless(), X, roofline=CEILINGS)
     assert [cost.bytes for cost in found.operators] == [None]
     assert "are not those" in found.notes[0]
+
+
+def test_the_profiler_tells_nothing_on_the_terminal() -> None:
+    code = (
+        "import torch; from fxopt.bench import Roofline, profile; "
+        "profile(torch.nn.Linear(2, 2).eval(), torch.ones(1, 2), roofline=Roofline(1e9, 1e9, 'float32'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_the_profiled_module_keeps_no_hooks() -> None:

@@ -59,7 +59,7 @@ def _computed_of_static(region: Region, inputs: Inputs) -> set[fx.Node]:
     """The static inputs, and what is computed of them, of constants and parameters, and of nothing else."""
     effects = Effects(region)
     written = effects.written()
-    known = {*_placeholders(region.graph, inputs)}
+    known = {*_placeholders(region.graph, inputs)} - written
     constant: set[fx.Node] = set()
     for node in region.graph.nodes:
         if node.op in ("placeholder", "output") or node in written or not effects.is_pure(node):
