@@ -73,9 +73,15 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All changes and skips of a run, pass by pass."""
+    """All changes and skips of a run, pass by pass.
+
+    Attributes:
+        entries: of the passes, in order.
+        uncompared: inputs on which nothing could be held to the original, and why.
+    """
 
     entries: tuple[LedgerEntry, ...]
+    uncompared: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[LedgerEntry]:
         return iter(self.entries)

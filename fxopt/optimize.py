@@ -162,7 +162,7 @@ def optimize(
         inputs=example,
         machine=bench.fingerprint(),
         captured=captured,
-        ledger=ledger.entries,
+        ledger=ledger,
         verified=True,
         latency=latency,
         memory=bench.BeforeAfter(bench.measure_size(module, example), bench.measure_size(result, example)),

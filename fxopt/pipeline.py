@@ -89,8 +89,10 @@ def run_passes(
     module = captured.module
     batches = list(calibration)
     outcomes = oracle.outcomes(module) if oracle else []
+    uncompared: tuple[str, ...] = ()
     if oracle:
         _check_capture(oracle, outcomes)
+        uncompared = oracle.uncompared(outcomes)
     entries = []
     resizes = oracle is not None and _resizes(captured)
     loosest = Promise.EXACT
@@ -131,7 +133,7 @@ def run_passes(
                 spared=done.spared,
             )
         )
-    return Ledger(tuple(entries))
+    return Ledger(tuple(entries), uncompared)
 
 
 def replay(

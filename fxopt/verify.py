@@ -33,8 +33,9 @@ _AFFORDABLE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Trial:
-    """One input and what the original gives for it."""
+    """One input, in words too, and what the original gives for it."""
 
+    what: str
     inputs: Inputs
     expected: Outcome
     reference: Outcome
@@ -49,6 +50,9 @@ class Oracle:
         seed: of the random inputs and of the random stream that each run starts from.
         fresh: how many random inputs to try beside the example.
 
+    Attributes:
+        trials: the inputs that the original takes, the example first.
+
     Raises:
         LoadError: the module raises, or gives NaN, on the example.
     """
@@ -62,13 +66,18 @@ class Oracle:
         seconds = time.perf_counter() - began
         wide = _in_float64(module) if seconds < _AFFORDABLE_SECONDS else None
         self.trials: list[Trial] = []
-        for candidate in _candidates(inputs, seed, fresh):
-            expected = example if candidate is inputs else self._try(oracle, candidate)
-            if expected is not None:
+        self._raised: dict[str, None] = {}
+        for what, candidate in _candidates(inputs, seed, fresh):
+            expected = example if candidate is inputs else self._attempt(oracle, candidate)
+            if isinstance(expected, Exception):
+                _, location = raised_in(expected, oracle)
+                at = f" at {location}" if location else ""
+                self._raised[f"{what}: there the model itself raises {type(expected).__name__}{at}"] = None
+            else:
                 reference = self._try(wide, candidate.double()) if wide is not None else None
                 if reference is None or not _is_rounded(reference, expected):
                     reference = expected
-                self.trials.append(Trial(candidate, expected, reference))
+                self.trials.append(Trial(what, candidate, expected, reference))
 
     def outcomes(self, module: GraphModule) -> list[Outcome | None]:
         """What `module` gives for each trial; None where a guard of its capture refuses the input.
@@ -78,6 +87,12 @@ class Oracle:
         """
         found = [(trial, self._run_guarded(module, trial.inputs)) for trial in self.trials]
         return [outcome and outcome.with_nan_of(trial.expected) for trial, outcome in found]
+
+    def uncompared(self, outcomes: Sequence[Outcome | None]) -> tuple[str, ...]:
+        """Which inputs a captured module could not be held to the original on, and why; `outcomes` are its own."""
+        pairs = zip(self.trials, outcomes, strict=True)
+        refused = [f"{trial.what}: there a guard of the capture does not hold" for trial, found in pairs if not found]
+        return tuple(dict.fromkeys([*self._raised, *refused]))
 
     def error(self, outcomes: Sequence[Outcome | None], promise: Promise) -> float:
         """Relative error of outputs against the original's, in float64 where that was affordable.
@@ -134,11 +149,16 @@ class Oracle:
 
     def _try(self, module: nn.Module, inputs: Inputs) -> Outcome | None:
         """None where the original can't take such an input: then nothing is asked of the others."""
+        outcome = self._attempt(module, inputs)
+        return None if isinstance(outcome, Exception) else outcome
+
+    def _attempt(self, module: nn.Module, inputs: Inputs) -> Outcome | Exception:
+        """What a module gives, or whatever a user's forward raises."""
         try:
             with redirect_stderr(io.StringIO()):  # torch.fx prints an error before it raises it
                 return self._run(module, inputs)
-        except Exception:  # whatever a user's forward raises
-            return None
+        except Exception as error:
+            return error
 
     def _run_guarded(self, module: nn.Module, inputs: Inputs) -> Outcome | None:
         try:
@@ -163,15 +183,15 @@ class Oracle:
         return Outcome(found, structure, gradients, trainable, _computed_in(module))
 
 
-def _candidates(inputs: Inputs, seed: int, fresh: int) -> Iterator[Inputs]:
-    yield inputs
+def _candidates(inputs: Inputs, seed: int, fresh: int) -> Iterator[tuple[str, Inputs]]:
+    yield "the example", inputs
     for number in range(fresh):
-        yield inputs.fresh(seed + number)
+        yield "random inputs like the example", inputs.fresh(seed + number)
     batch = inputs.batch_size
     if batch:
         other = inputs.fresh(seed + fresh).with_batch(batch + 1)
         if other is not None:
-            yield other
+            yield "another batch size", other
 
 
 def _in_float64(module: nn.Module) -> nn.Module | None:

@@ -129,6 +129,7 @@ def test_the_record_follows_the_schema_and_tells_of_each_change_with_its_line() 
             "capture",
             "passes",
             "verified",
+            "uncompared",
             "latency",
             "memory",
             "metrics",

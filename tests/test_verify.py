@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -18,8 +19,10 @@ from fxopt.contract import Promise
 from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
 from fxopt.outcome import Outcome, compare_outcomes, difference_of
+from fxopt.pipeline import run_passes
 from fxopt.relative_error import TOLERANCE, relative_error
 from fxopt.verify import Oracle
+from passes import Clean
 
 NAN, INF = float("nan"), float("inf")
 
@@ -173,6 +176,18 @@ def test_an_input_that_the_original_refuses_is_not_asked_of_others() -> None:
 
     oracle = Oracle(One(), Inputs((torch.ones(4, 3),)))
     assert [trial.inputs.tensors[0].shape[0] for trial in oracle.trials] == [4, 4, 4]
+    (told,) = oracle.uncompared(oracle.expected())
+    assert re.fullmatch(r"another batch size: there the model itself raises RuntimeError at test_verify\.py:\d+", told)
+
+
+def test_an_input_that_a_guard_refuses_is_told() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.shape[0] == 2 else x
+
+    module, inputs = Two().eval(), Inputs((torch.ones(2, 3),))
+    ledger = run_passes(capture(module, inputs), [Clean()], Oracle(module, inputs))
+    assert ledger.uncompared == ("another batch size: there a guard of the capture does not hold",)
 
 
 def test_a_model_that_gives_nan_is_refused_by_name() -> None:

@@ -39,7 +39,7 @@ def check(specimen: Specimen) -> dict[str, Any]:
     begin_peak()
     began = time.process_time()
     try:
-        captured = capture(module, arguments.args, arguments.kwargs)
+        captured = capture(module, arguments)
     except Exception:  # the model's own or capture's
         try:
             _run(module, example)

@@ -182,6 +182,8 @@ _MAKERS: dict[str, Callable[[Maker], Any]] = {
     "returns_to_go": lambda maker: maker.noise(maker.sizes.batch, maker.sizes.length, 1),
     "timesteps": lambda maker: torch.arange(maker.sizes.length).repeat(maker.sizes.batch, 1),
 }
+_DESCRIBING = frozenset({"grid_thw", "spatial_shapes"})
+"""Parameters that hold the sizes of what others hold."""
 _MAIN = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
@@ -220,4 +222,4 @@ def wanted(module: nn.Module, config: Any) -> tuple[frozenset[str], bool]:
 def inputs(config: Any, names: frozenset[str], sizes: Sizes) -> Inputs:
     """A call with these parameters."""
     maker = Maker(config, sizes)
-    return Inputs((), {name: maker.make(name) for name in sorted(names)})
+    return Inputs((), {name: maker.make(name) for name in sorted(names)}, static=sorted(names & _DESCRIBING))

@@ -12,7 +12,7 @@ from fxopt.bench.size import Size
 from fxopt.capture.captured import Captured
 from fxopt.engines.ladder import Ladder
 from fxopt.inputs import Inputs
-from fxopt.ledger import LedgerEntry
+from fxopt.ledger import Ledger, LedgerEntry
 from fxopt.record.plain import number, plain
 from fxopt.record.shape import (
     CaptureRecord,
@@ -37,7 +37,7 @@ def build(
     inputs: Inputs,
     machine: Fingerprint,
     captured: Captured,
-    ledger: Iterable[LedgerEntry],
+    ledger: Ledger,
     verified: bool,
     latency: Mapping[str, Comparison | str] | None = None,
     memory: BeforeAfter[Size] | None = None,
@@ -51,7 +51,7 @@ def build(
         inputs: that it was captured and timed with.
         machine: where.
         captured: the module as a graph, for what capture has to say of it.
-        ledger: what each pass did, in order.
+        ledger: what each pass did, in order, and on which inputs that could not be verified.
         verified: whether every pass was held to its promise.
         latency: by device; a text says why there is none.
         memory: sizes of the original and of the result.
@@ -66,6 +66,7 @@ def build(
         capture=of_capture(captured),
         passes=[of_entry(entry) for entry in ledger],
         verified=verified,
+        uncompared=list(ledger.uncompared),
         latency={
             device: NotMeasured(not_measured=found) if isinstance(found, str) else of_comparison(found)
             for device, found in (latency or {}).items()

@@ -202,6 +202,7 @@ class Record(TypedDict):
     capture: CaptureRecord
     passes: list[PassRecord]
     verified: bool
+    uncompared: list[str]
     latency: dict[str, LatencyRecord | NotMeasured]
     memory: MemoryRecord
     metrics: MetricsRecord

@@ -35,6 +35,7 @@ def _run(record: Record) -> Section:
     facts.append(("took", f"{took[0]}: capture {took[1]}, passes {took[2]}"))
     promise = "every pass was held to its promise" if record["verified"] else "NO: outputs were not compared"
     facts.append(("verified", promise))
+    facts += [("", f"but not on {inputs}") for inputs in record["uncompared"]]
     return Section("fxopt", tuple(facts))
 
 

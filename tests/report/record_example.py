@@ -11,7 +11,7 @@ from fxopt.capture.captured import Captured, Constant, Coverage, Guard, Opaque
 from fxopt.contract import Change, Skip
 from fxopt.engines import Ladder, Rung
 from fxopt.inputs import Inputs
-from fxopt.ledger import LedgerEntry, Proof
+from fxopt.ledger import Ledger, LedgerEntry, Proof
 from fxopt.record import Record, build
 from fxopt.sensitivity import Sensitivity
 
@@ -112,10 +112,13 @@ def example() -> Record:
         inputs=Inputs.of(torch.zeros(1, 1, 8, 8)),
         machine=MACHINE,
         captured=captured(),
-        ledger=[
-            LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7, proofs=proofs),
-            LedgerEntry("qat", {"bits": 8}, 0.012, (), (), "changes", float("inf"), ranking=ranking),
-        ],
+        ledger=Ledger(
+            (
+                LedgerEntry("fuse", {"activations": True}, 0.041, folds + fused, left, "close", 1.2e-7, proofs=proofs),
+                LedgerEntry("qat", {"bits": 8}, 0.012, (), (), "changes", float("inf"), ranking=ranking),
+            ),
+            ("another batch size: there the model itself raises ValueError at model.py:12",),
+        ),
         verified=True,
         latency={
             "cpu": comparison(notes=("10.0 % of the pairs were preempted",)),

@@ -17,6 +17,7 @@ from fxopt.bench import Verdict, compare, fingerprint, measure_size
 from fxopt.bench.comparison import BeforeAfter
 from fxopt.errors import ArtifactError
 from fxopt.inputs import Inputs
+from fxopt.ledger import Ledger
 from fxopt.record import SCHEMA, build, check_version, number, of_comparison, of_entry, plain, schema
 from tests.report.ci_example import example as ci_example
 from tests.report.record_example import captured, comparison, entry, example, ladder
@@ -62,7 +63,7 @@ def test_a_full_record_is_valid_and_survives_json() -> None:
 
 
 def test_top_level_is_what_is_promised() -> None:
-    keys = "schema target inputs machine capture passes verified latency memory metrics engines".split()
+    keys = "schema target inputs machine capture passes verified uncompared latency memory metrics engines".split()
     assert list(example()) == keys == schema()["required"] == list(schema()["properties"])
 
 
@@ -72,7 +73,7 @@ def test_a_bare_record_is_valid() -> None:
         inputs=Inputs(),
         machine=fingerprint(),
         captured=captured(opaque=(), guards=(), constants=(), notes=()),
-        ledger=[],
+        ledger=Ledger(()),
         verified=False,
     )
     assert_valid(record)
@@ -89,7 +90,7 @@ def test_what_was_really_measured_is_valid() -> None:
         inputs=Inputs.of(inputs),
         machine=fingerprint(),
         captured=captured(),
-        ledger=[],
+        ledger=Ledger(()),
         verified=True,
         latency={"cpu": measured},
         memory=BeforeAfter(measure_size(module, inputs), measure_size(module, inputs)),
@@ -104,7 +105,7 @@ def test_a_bound_that_allows_any_error_is_written() -> None:
         inputs=Inputs(),
         machine=fingerprint(),
         captured=captured(),
-        ledger=[],
+        ledger=Ledger(()),
         verified=True,
         engines=engines,
     )

@@ -12,6 +12,7 @@ import pytest
 from fxopt.bench import BeforeAfter, Clocks, Verdict
 from fxopt.errors import ArtifactError, SpecError
 from fxopt.inputs import Inputs
+from fxopt.ledger import Ledger
 from fxopt.record import Record, build, of_comparison
 from fxopt.report import groups, render, words
 from tests.report.record_example import MACHINE, captured, comparison, example
@@ -45,7 +46,13 @@ def test_the_terminal_is_narrow_and_plain() -> None:
 def bare(**facts: Any) -> Record:
     nothing = captured(opaque=(), guards=(), constants=(), notes=())
     return build(
-        target="model.py", inputs=Inputs(), machine=MACHINE, captured=nothing, ledger=[], verified=False, **facts
+        target="model.py",
+        inputs=Inputs(),
+        machine=MACHINE,
+        captured=nothing,
+        ledger=Ledger(()),
+        verified=False,
+        **facts,
     )
 
 

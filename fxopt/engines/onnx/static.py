@@ -43,23 +43,24 @@ def with_static_values(module: GraphModule, inputs: Inputs) -> tuple[GraphModule
         if {*node.all_input_nodes} <= known:  # it held just now
             region.graph.erase_node(node)
     for node, value in values.items():
-        _read_as(region, node, value, {user for user in node.users if user not in values})
+        _read_as(region, node, value, [user for user in node.users if user not in values])
     eliminate_dead(region)
     module.recompile()
-    named = ", ".join(f"'{node.target}'" for node in _placeholders(module.graph, inputs))
-    return module, (Skip("", f"the values of {named} are those of the example"),)
+    taken = [str(node.target) for node in _placeholders(module.graph)]
+    named = [key if isinstance(key, str) else taken[min(key, len(taken) - 1)] for key in inputs.static]
+    return module, (Skip("", f"the values of {', '.join(map(repr, named))} are those of the example"),)
 
 
-def _placeholders(graph: fx.Graph, inputs: Inputs) -> list[fx.Node]:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    return [node for index, node in enumerate(placeholders) if index in inputs.static or node.target in inputs.static]
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _computed_of_static(region: Region, inputs: Inputs) -> set[fx.Node]:
     """The static inputs, and what is computed of them, of constants and parameters, and of nothing else."""
     effects = Effects(region)
     written = effects.written()
-    known = {*_placeholders(region.graph, inputs)} - written
+    placeholders = _placeholders(region.graph)
+    known = {node for index, node in enumerate(placeholders) if _names(inputs, index, node)} - written
     constant: set[fx.Node] = set()
     for node in region.graph.nodes:
         if node.op in ("placeholder", "output") or node in written or not effects.is_pure(node):
@@ -67,18 +68,26 @@ def _computed_of_static(region: Region, inputs: Inputs) -> set[fx.Node]:
         read = {*node.all_input_nodes}
         if read <= constant:
             constant.add(node)
-        elif read <= known | constant or _is_static_item(node, inputs):
+        elif read <= known | constant or _is_static_item(node, placeholders, inputs):
             known.add(node)
     return known
 
 
-def _is_static_item(node: fx.Node, inputs: Inputs) -> bool:
-    """Whether it reads a static input out of what a forward takes by `**`."""
-    reads = node.target is operator.getitem and str(node.all_input_nodes[0].target).startswith("**")
-    return reads and node.args[1] in inputs.static
+def _names(inputs: Inputs, index: int, node: fx.Node) -> bool:
+    return not str(node.target).startswith("*") and (index in inputs.static or node.target in inputs.static)
 
 
-def _read_as(region: Region, node: fx.Node, value: Any, users: set[fx.Node]) -> None:
+def _is_static_item(node: fx.Node, placeholders: list[fx.Node], inputs: Inputs) -> bool:
+    """Whether it reads a static input out of what a forward takes by `*` or `**`."""
+    if node.target is not operator.getitem or node.args[0] not in placeholders:
+        return False
+    owner, key = node.args
+    if not str(owner.target).startswith("**"):
+        key += placeholders.index(owner)
+    return str(owner.target).startswith("*") and key in inputs.static
+
+
+def _read_as(region: Region, node: fx.Node, value: Any, users: list[fx.Node]) -> None:
     """Let `users` read a value in the place of `node`."""
     if not users:
         return

@@ -44,6 +44,12 @@ class Ends(nn.Module):
         return torch.stack([x[: ends[0]].mean(0), x[ends[0] : ends[1]].mean(0)])
 
 
+class Given(nn.Module):
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        x, size = given
+        return x[:, : int(size)] * size
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str, torch.Tensor, torch.Tensor]] = {
     "parts": (Parts, "lengths", torch.tensor([3, 5, 2]), torch.tensor([4, 4, 2])),
     "rows": (Rows, "mask", torch.arange(10) > 3, torch.arange(10) > 4),
@@ -62,6 +68,16 @@ def test_what_is_computed_of_them_is_part_of_the_model(engine: str, case: str) -
     assert any("are those of the example" in reason.reason for reason in executable.reasons)
     with pytest.raises(EngineError, match="is static, and holds other values than it was built for"):
         executable(X, **{name: others})
+
+
+@ENGINES
+def test_of_arguments_that_a_star_takes_those_that_are_named_are_constants(engine: str) -> None:
+    executable = fxopt.lower(Given().eval(), Inputs((X, torch.tensor(2)), static=[1]), engine=engine)
+    assert torch.equal(executable(-X, torch.tensor(2)), -2 * X[:, :2])
+    with pytest.raises(EngineError, match="is static"):
+        executable(X, torch.tensor(3))
+    first = fxopt.lower(Given().eval(), Inputs((X, torch.tensor(2)), static=[0, 1]), engine=engine)
+    assert [reason.reason for reason in first.reasons][-1].startswith("the values of")
 
 
 @ENGINES
