@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -81,7 +81,7 @@ def _is_static_item(node: fx.Node, placeholders: list[fx.Node], inputs: Inputs) 
     """Whether it reads a static input out of what a forward takes by `*` or `**`."""
     if node.target is not operator.getitem or node.args[0] not in placeholders:
         return False
-    owner, key = node.args
+    owner, key = node.all_input_nodes[0], cast(Any, node.args[1])
     if not str(owner.target).startswith("**"):
         key += placeholders.index(owner)
     return str(owner.target).startswith("*") and key in inputs.static
