@@ -158,7 +158,7 @@ def _inputs(path: Path, recipe: Mapping[str, Any]) -> Inputs:
             "`fxopt.load(directory, module, inputs=...)`"
         )
     tensors = _tensors(path / INPUTS)
-    return Inputs(decode(saved["args"], tensors), decode(saved["kwargs"], tensors), saved["static"])
+    return Inputs(decode(saved["args"], tensors), decode(saved["kwargs"], tensors), saved.get("static", ()))
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxopt.errors import ArtifactError
 
-SCHEMA = "1.5"
+SCHEMA = "1.6"
 """Version of the record: the first number changes when old readers can't read it any more."""
 
 

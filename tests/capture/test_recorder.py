@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxopt.capture import capture
+from fxopt.capture.call import Call
 from fxopt.capture.describe import describe
 from fxopt.capture.record import record
 from fxopt.errors import GuardError
@@ -454,7 +455,7 @@ class ReturnsSizes(nn.Module):
 
 
 def test_recorded_outputs_hold_plain_numbers():
-    output = record(ReturnsSizes(), (X,), {}).output
+    output = record(ReturnsSizes(), Call((X,))).output
     assert type(output["width"]) is int
     assert type(output["cache"].layers[0].filled) is int
 

@@ -82,9 +82,10 @@ def _is_static_item(node: fx.Node, placeholders: list[fx.Node], inputs: Inputs) 
     if node.target is not operator.getitem or node.args[0] not in placeholders:
         return False
     owner, key = node.all_input_nodes[0], cast(Any, node.args[1])
-    if not str(owner.target).startswith("**"):
-        key += placeholders.index(owner)
-    return str(owner.target).startswith("*") and key in inputs.static
+    taken = str(owner.target)
+    return (
+        taken.startswith("*") and (key if taken.startswith("**") else placeholders.index(owner) + key) in inputs.static
+    )
 
 
 def _read_as(region: Region, node: fx.Node, value: Any, users: list[fx.Node]) -> None:
