@@ -57,7 +57,8 @@ def table(results: Results) -> str:
     parts = [
         "# The zoo",
         "",
-        "Written by `make zoo`; the figures behind it are in zoo.json. Seconds are of one processor.",
+        "Written by `make zoo`; the figures behind it are in zoo.json. Seconds are of one processor. "
+        "Inputs that hold the sizes of images are static: these are guarded, and the batch with them.",
     ]
     if len(commits) > 1:
         told = ", ".join(f"{count} of {commit}" for commit, count in commits.most_common())
