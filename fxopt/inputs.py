@@ -25,7 +25,7 @@ class Inputs:
             by sizes: capture guards what it decides, and `fresh` and `with_batch` leave them as they are.
 
     Raises:
-        LoadError: `static` names an argument that is not there.
+        LoadError: `static` is no list, or names an argument that is not there.
     """
 
     args: tuple[Any, ...] = ()
@@ -33,6 +33,8 @@ class Inputs:
     static: Collection[str | int] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.static, (str, int)):
+            raise LoadError(f"inputs: static takes a list of arguments, such as [{self.static!r}], not {self.static!r}")
         unknown = [key for key in self.static if key not in self.kwargs and key not in range(len(self.args))]
         if unknown:
             known = ", ".join(map(repr, (*range(len(self.args)), *self.kwargs))) or "none"

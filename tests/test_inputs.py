@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxopt.errors import LoadError
 from fxopt.inputs import Inputs
 
 
@@ -65,6 +66,12 @@ def test_integers_of_every_width_are_drawn_within_the_example_and_repeated_by_ro
 def test_the_largest_integer_may_stand_for_something(low: int) -> None:
     (fresh,) = Inputs.of(torch.tensor([low, 2**63 - 1])).fresh(0).args
     assert fresh.dtype is torch.int64 and bool((fresh >= low).all())
+
+
+@pytest.mark.parametrize("static", ["lengths", 0])
+def test_one_static_argument_is_given_in_a_list(static: str | int) -> None:
+    with pytest.raises(LoadError, match=rf"takes a list of arguments, such as \[{static!r}\]"):
+        Inputs((torch.ones(2),), {"lengths": torch.ones(2)}, static=static)  # type: ignore[arg-type]
 
 
 def test_static_inputs_stay_as_they_are() -> None:

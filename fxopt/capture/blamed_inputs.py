@@ -1,4 +1,4 @@
-"""Which inputs a value depends on that blocks, where those might be declared static."""
+"""By which inputs a value is what it is that code decided on, where those might be declared static."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fxopt.capture import operators
 from fxopt.capture.describe import describe
 
 _ITEMS = (operator.getitem, getattr)
+_OF_SHAPES = operators.SHAPE_READS | operators.SHAPE_ONLY
 
 
 def not_static(*nodes: fx.Node) -> str:
@@ -26,7 +27,7 @@ def not_static(*nodes: fx.Node) -> str:
             if metadata is None or metadata.dtype.is_floating_point or metadata.dtype.is_complex:
                 return ""
             found[describe(value)] = None
-        elif not (value.op == "call_method" and value.target in (operators.SHAPE_READS | operators.SHAPE_ONLY)):
+        elif getattr(value.target, "__name__", value.target) not in _OF_SHAPES:
             work += [each for each in value.all_input_nodes if each not in seen]
             seen.update(value.all_input_nodes)
     named = ", ".join(map(repr, sorted(found)))

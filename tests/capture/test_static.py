@@ -97,6 +97,15 @@ def test_what_is_decided_by_a_static_input_is_guarded(case: Case) -> None:
             captured.module(X, case.other)
 
 
+def test_a_reason_leaves_out_what_only_the_shape_is_read_of() -> None:
+    def masked(layer: nn.Module, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros_like(x[:, 0]) + given
+        return layer(x) if counts.sum() > 0 else x
+
+    (opaque,) = fxopt.capture(Linear(masked).eval(), (X, torch.tensor(2))).opaque
+    assert "the input 'given', which" in opaque.reason
+
+
 @pytest.mark.parametrize("name", ["parts", "a grid", "an array"])
 def test_a_reason_names_integers_by_whose_values_code_decides(name: str) -> None:
     case = CASES[name]

@@ -1,4 +1,4 @@
-"""Guards on values that come of sizes alone: they are decided before any call, or once for each batch size.
+"""Guards on values that come of sizes and weights alone: decided before any call, or once for each batch size.
 
 if (torch.arange(x.size(1)).diff() == 1).all(): ...   =>   (nothing)     in a model built for one x.size(1)
 
@@ -25,7 +25,7 @@ _OUT_OF_TENSORS = ("item", "tolist")
 
 
 def without_decided_guards(module: GraphModule, tries: Sequence[Inputs]) -> tuple[GraphModule, bool]:
-    """`module`, or a copy without the guards that only sizes decide, where they hold in all `tries`.
+    """`module`, or a copy without the guards that only sizes and weights decide, where they hold in all `tries`.
 
     Returns:
         The module, and whether a guard depends on sizes in which `tries` differ, which an exported model lacks.
@@ -74,7 +74,7 @@ def _candidates(module: GraphModule) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _of_sizes(region: Region) -> dict[fx.Node, list[fx.Node]]:
-    """The guards on values of tensors that come of sizes alone, each with the nodes that read these sizes."""
+    """The guards on values that come of sizes, weights and constants alone, each with the nodes that read sizes."""
     effects = Effects(region)
     written = effects.written()
     found: dict[fx.Node, list[fx.Node]] = {}
