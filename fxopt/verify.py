@@ -29,6 +29,9 @@ from fxopt.inputs import Inputs
 from fxopt.outcome import Outcome, difference_of
 
 _AFFORDABLE_SECONDS = 2.0
+"""A run that takes longer is not repeated in float64, nor on more inputs than tell something new: one that is random,
+and a batch of other size of few rows. Each engine and each pass runs all of them."""
+_FEW_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Oracle:
         module: the original; a copy of it is run, in the mode that it is in.
         inputs: the example.
         seed: of the random inputs and of the random stream that each run starts from.
-        fresh: how many random inputs to try beside the example.
+        fresh: how many random inputs to try beside the example; one where a run takes long.
 
     Attributes:
         trials: the inputs that the original takes, the example first.
@@ -64,10 +67,11 @@ class Oracle:
         began = time.perf_counter()
         example = self._of_example(oracle, inputs)
         seconds = time.perf_counter() - began
-        wide = _in_float64(module) if seconds < _AFFORDABLE_SECONDS else None
+        slow = seconds >= _AFFORDABLE_SECONDS
+        wide = None if slow else _in_float64(module)
         self.trials: list[Trial] = []
         self._raised: dict[str, None] = {}
-        for what, candidate in _candidates(inputs, seed, fresh):
+        for what, candidate in _candidates(inputs, seed, min(fresh, 1) if slow else fresh, slow):
             expected = example if candidate is inputs else self._attempt(oracle, candidate)
             if isinstance(expected, Exception):
                 _, location = raised_in(expected, oracle)
@@ -183,13 +187,14 @@ class Oracle:
         return Outcome(found, structure, gradients, trainable, _computed_in(module))
 
 
-def _candidates(inputs: Inputs, seed: int, fresh: int) -> Iterator[tuple[str, Inputs]]:
+def _candidates(inputs: Inputs, seed: int, fresh: int, slow: bool) -> Iterator[tuple[str, Inputs]]:
     yield "the example", inputs
     for number in range(fresh):
         yield "random inputs like the example", inputs.fresh(seed + number)
     batch = inputs.batch_size
     if batch:
-        other = inputs.fresh(seed + fresh).with_batch(batch + 1)
+        rows = _FEW_ROWS if slow and batch > _FEW_ROWS else batch + 1
+        other = inputs.fresh(seed + fresh).with_batch(rows)
         if other is not None:
             yield "another batch size", other
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt import verify
 from fxopt.capture import capture
 from fxopt.capture.state import apart
 from fxopt.contract import Promise
@@ -129,6 +130,14 @@ def test_the_oracle_tries_fresh_inputs_and_another_batch_size_and_leaves_the_ori
     assert len({trial.inputs.tensors[0].sum().item() for trial in oracle.trials}) == 4
     assert module.seen == []
     assert module.calls == 0
+
+
+@pytest.mark.parametrize(("batch", "batches"), [(1, [1, 1, 2]), (2, [2, 2, 3]), (8, [8, 8, 2])])
+def test_a_model_that_takes_long_is_asked_less(batch: int, batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_AFFORDABLE_SECONDS", 0.0)
+    oracle = Oracle(nn.Linear(3, 3).eval(), Inputs((torch.randn(batch, 3),)))
+    assert [trial.inputs.batch_size for trial in oracle.trials] == batches
+    assert all(trial.reference is trial.expected for trial in oracle.trials)
 
 
 def test_random_models_are_compared_on_the_same_random_stream() -> None:

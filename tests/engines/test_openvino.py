@@ -99,6 +99,24 @@ def test_a_batch_stays_whole_where_pieces_are_no_faster(monkeypatch: pytest.Monk
     assert lowered(alone)[0].choices == {"rows": 0}
 
 
+@pytest.mark.parametrize(("long_seconds", "tried"), [(0.0, ["0", "1"]), (60.0, ["0", "1", "2"])])
+def test_a_batch_that_takes_long_is_tried_in_single_rows_alone(
+    long_seconds: float, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(choosing, "_LONG_SECONDS", long_seconds)
+
+    def larger_pieces_are_faster(calls: dict[str, object], seconds: float) -> dict[str, float]:
+        timed.extend(calls)
+        return {name: 1.0 / (1 + int(name)) for name in calls}
+
+    monkeypatch.setattr(choosing, "shortest", larger_pieces_are_faster)
+    executable, inputs = lowered(alone)
+    assert timed == tried
+    assert executable.choices == {"rows": int(tried[-1])}
+    torch.testing.assert_close(executable(*inputs), alone(*inputs))
+
+
 @pytest.mark.usefixtures("pieces_are_faster")
 def test_nothing_is_taken_apart_unasked() -> None:
     assert lowered(alone, pieces=False)[0].choices == {"rows": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,6 +18,9 @@ Tensors = Sequence[torch.Tensor]
 
 _SIZES = (1, 2)
 """Larger pieces gain little, and each size is compiled anew to try it."""
+_LONG_SECONDS = 0.5
+"""A batch that takes longer is tried in pieces of the first size alone: what a piece costs beside its rows is little
+then, and each size takes six calls or more to try."""
 _SECONDS = 1.0
 _WORTH = 0.95
 """Share of the time of the whole batch below which pieces are worth it: best times of a few calls differ as much."""
@@ -44,8 +48,9 @@ def choose_rows(model: Model, inputs: Inputs, tolerance: float) -> None:
     shapes = shapes_of(tensors)
     whole = model.session(shapes)
     sessions: dict[str, Session] = {"0": whole}
+    began = time.perf_counter()
     expected = whole(tensors)
-    for rows in sizes:
+    for rows in sizes[:1] if time.perf_counter() - began > _LONG_SECONDS else sizes:
         try:
             if _are_independent(whole, tensors, others, expected, rows):
                 pieces = model.pieces(shapes, rows)
