@@ -100,10 +100,10 @@ ON_CPU: Sequence[Rung] = (
     Rung("openvino", {"precision": "bf16"}),
     Rung("openvino", {"precision": "mixed"}, closer_than="openvino{precision=bf16}"),
     Rung("openvino"),
+    Rung("onnxruntime"),
     Rung("onednn"),
     Rung("onednn", passes=_CAST),
     Rung("sparse"),
-    Rung("onnxruntime"),
     Rung("inductor", compiles=True),
 )
 ON_CUDA: Sequence[Rung] = (
