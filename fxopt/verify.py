@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.bench.memory import available_bytes
 from fxopt.capture.blame import advice_on, raised_in
 from fxopt.capture.independent import independent_copy
 from fxopt.capture.state import State, apart, random_state_kept
@@ -200,6 +201,13 @@ def _candidates(inputs: Inputs, seed: int, fresh: int, slow: bool) -> Iterator[t
 
 
 def _in_float64(module: nn.Module) -> nn.Module | None:
+    """A copy; None where there is no such form, or where it would take half of the memory that is left.
+
+    Linux promises more memory than there is, and ends the process that uses it.
+    """
+    available = available_bytes()
+    if available is not None and 2 * 8 * sum(p.numel() for p in module.parameters() if p.is_cpu) > available:
+        return None
     try:
         return independent_copy(module).double()
     except Exception:  # quantized, sparse and scripted modules have no float64 form

@@ -165,6 +165,15 @@ def test_the_error_is_measured_against_float64() -> None:
     assert 0 < own < 1e-5
 
 
+@pytest.mark.parametrize(("available", "is_wide"), [(None, True), (2 * 8 * 12, True), (2 * 8 * 12 - 1, False)])
+def test_no_copy_in_float64_takes_most_of_the_memory(
+    available: int | None, is_wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "available_bytes", lambda: available)
+    oracle = Oracle(nn.Linear(3, 3).eval(), Inputs((torch.randn(2, 3),)))
+    assert all((trial.reference is not trial.expected) is is_wide for trial in oracle.trials)
+
+
 def test_the_error_is_measured_against_the_model_itself_where_float64_gives_nan() -> None:
     class Padded(nn.Module):
         """Language models mask so a query that sees no key."""

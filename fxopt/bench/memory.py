@@ -36,9 +36,18 @@ def resident_bytes(*, peak: bool = False) -> int | None:
 
     The peak starts anew with the program, unlike that of `rusage`.
     """
-    name = "VmHWM:" if peak else "VmRSS:"
+    return _said("/proc/self/status", "VmHWM:" if peak else "VmRSS:")
+
+
+def available_bytes() -> int | None:
+    """Bytes that this machine can still give to a process, caches of files included; None where Linux does not tell."""
+    return _said("/proc/meminfo", "MemAvailable:")
+
+
+def _said(file: str, name: str) -> int | None:
+    """A size in one of Linux's files about itself, in bytes."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
