@@ -7,47 +7,55 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.bench.cuda import graph_of
 from fxopt.capture.blame import advice_on
-from fxopt.capture.independent import apart_in_memory
+from fxopt.capture.independent import apart_in_memory, independent_copy
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 
 T = TypeVar("T")
+_LARGEST_CACHE_BYTES = 1 << 30
+"""What is larger is read from memory whoever read it before."""
 
 
 class Arm:
     """A copy of a module, on the device, with its own copy of the inputs.
 
     Each arm has memory of its own, so none finds its weights in the cache because another just used them, and
-    what a forward writes, running statistics for one, never reaches the user's module.
+    what a forward writes, running statistics for one, never reaches the user's module. Weights that no cache holds are
+    shared with the user's module until they are written.
 
     Args:
         name: what errors call it.
         module: a module, or anything to be called, which is not copied.
         inputs: copied to the device.
         device: where it runs.
+        timed: whether it matters which memory is read.
     """
 
-    def __init__(self, name: str, module: Callable[..., Any], inputs: Inputs, device: torch.device):
+    def __init__(
+        self, name: str, module: Callable[..., Any], inputs: Inputs, device: torch.device, *, timed: bool = True
+    ):
         self.name = name
         self.kind = type(module).__name__
         self.copied = True
         self._device = device
-        self.module = self._copy(module)
+        self.module = self._copy(module, timed)
         self._inputs = self._own(inputs)
         self._described = inputs.describe()
         self._replay: Callable[[], object] | None = None
         self._pristine: Inputs | None = None
         self._versions = [tensor._version for tensor in self._inputs.tensors]
 
-    def _copy(self, module: Callable[..., Any]) -> Callable[..., Any]:
+    def _copy(self, module: Callable[..., Any], timed: bool) -> Callable[..., Any]:
         if not isinstance(module, nn.Module):
             self.copied = False
             return module
         try:
-            return apart_in_memory(module).to(self._device)
+            copied = apart_in_memory if timed and _fits_a_cache(module) else independent_copy
+            return copied(module).to(self._device)
         except Exception as error:
             tensors = [*module.parameters(), *module.buffers()]
             if any(tensor.device != self._device for tensor in tensors):
@@ -124,3 +132,8 @@ class Arm:
             return
         for tensor, pristine in zip(self._inputs.tensors, self._pristine.tensors, strict=True):
             tensor.copy_(pristine)
+
+
+def _fits_a_cache(module: nn.Module) -> bool:
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.layout is torch.strided) <= _LARGEST_CACHE_BYTES

@@ -53,7 +53,7 @@ def measure_size(module: nn.Module, inputs: Any, device: torch.device | str = "c
     """
     place = measurable(device)
     with quiet(place):
-        arm = Arm("module", module, Inputs.of(inputs), place)
+        arm = Arm("module", module, Inputs.of(inputs), place, timed=False)
         arm.keep_inputs(Inputs.of(inputs))
         arm.under(lambda call: call())  # A module that raises does so here, not while it is watched.
         flops = arm.watched(_flops)
