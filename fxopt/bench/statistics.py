@@ -205,7 +205,10 @@ def _advice(
 ) -> list[str]:
     notes = []
     if pairs < FEWEST_PAIRS:
-        notes.append(f"only {pairs} pairs fitted into the budget, {FEWEST_PAIRS} are the least: raise budget_seconds")
+        notes.append(
+            f"only {pairs} pairs fitted into the budget, {FEWEST_PAIRS} are the least: raise it, by `--budget` or "
+            "`budget_seconds`"
+        )
     elif floor > margin:
         notes.append(
             f"equal modules differ by up to {_percent(floor)} here, more than the margin of {_percent(margin)}: "

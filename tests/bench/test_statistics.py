@@ -56,7 +56,7 @@ def test_verdict(effect: Interval, noise: Interval, facts: dict[str, object], ve
             around(0.5),
             QUIET,
             {"pairs": 3},
-            "only 3 pairs fitted into the budget, 6 are the least: raise budget_seconds",
+            "only 3 pairs fitted into the budget, 6 are the least: raise it, by `--budget` or `budget_seconds`",
         ),
         (around(1.0), NOISY, {}, "equal modules differ by up to 6.0 % here, more than the margin of 2.0 %"),
         (around(1.0, 0.03), QUIET, {}, "the interval is 6.0 % wide, the margin 2.0 %: more pairs would help"),
