@@ -206,7 +206,7 @@ def test_rounded_weights_move_the_mean_of_no_channel(kind: str, monkeypatch: pyt
     build, shape = LAYERS[kind]
     layer, x, others = build().eval(), torch.rand(64, *shape), torch.rand(256, *shape)
     careful = fxopt.lower(layer, x, "openvino", precision="bf16", pieces=False)
-    monkeypatch.setattr(precision, "round_weights", lambda *given: None)
+    monkeypatch.setattr(precision, "put_weights", lambda *given: None)
     nearest = fxopt.lower(layer, x, "openvino", precision="bf16", pieces=False)
 
     def moved(executable: Executable) -> float:
@@ -225,9 +225,9 @@ def test_a_weight_goes_to_one_of_its_two_neighbours_and_no_mean_gets_farther_awa
     torch.manual_seed(seed)
     weight, means = torch.randn(outputs, inputs, taps), torch.randn(1, inputs, 1).expand(outputs, -1, -1) + mean
     lost = 1e-3 * torch.randn(outputs)
-    found = rounding._rounded(weight, means, lost)
-    nearest = weight.bfloat16().float()
-    assert torch.equal(found, found.bfloat16().float())
+    rounded = rounding._rounded(weight, means, lost)
+    assert rounded.dtype is torch.bfloat16
+    found, nearest = rounded.float(), weight.bfloat16().float()
     assert ((found - weight).abs() < 2**-7 * weight.abs()).all()
 
     def left(rounded: Tensor) -> Tensor:
@@ -243,11 +243,11 @@ def test_exact_weights_stay() -> None:
 
 def test_weights_stay_where_nothing_is_computed_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    given: list[set[str]] = []
+    given: list[Mapping[str, Tensor]] = []
     monkeypatch.setattr(precision, "_computed_in_bfloat16", lambda compiled, layers: set())
-    monkeypatch.setattr(precision, "round_weights", lambda read, means, names: given.append(names))
+    monkeypatch.setattr(precision, "put_weights", lambda read, weights: given.append(weights))
     fxopt.lower(Rectified().eval(), torch.randn(4, 3, 8, 8), "openvino", precision="bf16")
-    assert given == [set()]
+    assert given == [{}]
 
 
 class Rectified(nn.Module):
@@ -274,9 +274,13 @@ def test_mixed_precision_keeps_as_many_layers_as_the_bound_asks_for(monkeypatch:
     model, x = Rectified().eval(), torch.randn(4, 3, 8, 8)
     errors = iter([8e-2, 7e-2, 6e-2, 4e-2, 9e-2])
     monkeypatch.setattr(precision._Rounding, "error", lambda self, model: next(errors))
+    rounded: list[object] = []
+    round_all = precision.rounded_weights
+    monkeypatch.setattr(precision, "rounded_weights", lambda *given: rounded.append(given) or round_all(*given))
     executable = fxopt.lower(model, x, "openvino", precision="mixed", max_error=5e-2)
     assert executable.choices["float32"] == 0.2
     assert next(errors) == 9e-2, "no more was tried"
+    assert len(rounded) == 1, "weights are rounded once for all shares"
     expected = executable(x)
     again = pickle.loads(pickle.dumps(executable))
     assert torch.equal(again(x), expected), "which was not searched for again"

@@ -13,7 +13,7 @@ from fxopt.engines.openvino.clamps import write_bfloat16, write_float32
 from fxopt.engines.openvino.mixed import kept_in_float32, mark
 from fxopt.engines.openvino.model import Model, shapes_of
 from fxopt.engines.openvino.resize import keep_marks
-from fxopt.engines.openvino.rounding import add_means, round_weights
+from fxopt.engines.openvino.rounding import add_means, put_weights, rounded_weights
 from fxopt.engines.openvino.session import plain
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
@@ -90,14 +90,12 @@ class _Rounding:
 
     Attributes:
         read: it, as OpenVINO has read it.
-        means: of what each layer reads, by its name.
-        names: of the layers that OpenVINO computes in bfloat16 where it may.
+        weights: in bfloat16, by the names of the layers that OpenVINO computes in it where it may.
         tries: inputs, and the outputs for each in float32.
     """
 
     read: Any
-    means: Mapping[str, torch.Tensor]
-    names: Collection[str]
+    weights: Mapping[str, torch.Tensor]
     tries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
 
     @classmethod
@@ -111,14 +109,13 @@ class _Rounding:
         model.replace(read, "bf16")
         rounded = _computed_in_bfloat16(model.session(shapes_of(tried[0])).compiled, layers)
         expected = [each[:outputs] for each in found]
-        return cls(
-            read, dict(zip(layers, found[0][outputs:], strict=True)), rounded, list(zip(tried, expected, strict=True))
-        )
+        means = dict(zip(layers, found[0][outputs:], strict=True))
+        return cls(read, rounded_weights(read, means, rounded), list(zip(tried, expected, strict=True)))
 
     def model(self, kept: Collection[str]) -> Any:
         """The model with rounded weights, but for the layers that are kept in float32."""
         found = self.read.clone()
-        round_weights(found, self.means, {name for name in self.names if name not in kept})
+        put_weights(found, {name: weight for name, weight in self.weights.items() if name not in kept})
         return found
 
     def keep(self, model: Model, share: float) -> None:

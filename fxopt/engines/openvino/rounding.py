@@ -48,10 +48,11 @@ def add_means(model: Any) -> list[str]:
     return names
 
 
-def round_weights(model: Any, means: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
-    """Round the weights of some layers, by name; `means` has, for each, what `add_means` lets a model give."""
-    from openvino import opset13
-
+def rounded_weights(
+    model: Any, means: Mapping[str, torch.Tensor], names: Collection[str]
+) -> Mapping[str, torch.Tensor]:
+    """The weights of some layers in bfloat16, by name; `means` has, for each, what `add_means` lets a model give."""
+    found = {}
     for layer in model.get_ordered_ops():
         name = layer.get_friendly_name()
         weight = _weight(layer) if name in names else None
@@ -65,8 +66,18 @@ def round_weights(model: Any, means: Mapping[str, torch.Tensor], names: Collecti
         read = means[name].reshape(groups, 1, -1).expand(-1, rows.shape[0] // groups, -1).flatten(0, 1)
         taps = rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)
         rounded = _rounded(taps, read.unsqueeze(2), _lost_bias(layer, rows.shape[0])).reshape(own.shape)
-        constant = opset13.constant((rounded.T if swapped else rounded).contiguous().numpy())
-        layer.input(1).replace_source_output(constant.output(0))
+        found[name] = (rounded.T if swapped else rounded).contiguous()
+    return found
+
+
+def put_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Let layers, by name, multiply by these weights in place of their own."""
+    from openvino import opset13
+
+    for layer in model.get_ordered_ops():
+        weight = weights.get(layer.get_friendly_name())
+        if weight is not None:
+            layer.input(1).replace_source_output(opset13.constant(weight.float().numpy()).output(0))
 
 
 def _rounded(weight: torch.Tensor, means: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
@@ -90,7 +101,7 @@ def _rounded(weight: torch.Tensor, means: torch.Tensor, lost: torch.Tensor) -> t
     best, count = left.min(1)
     last = torch.where(best < lost.abs(), count, -1)
     goes = (helps & (torch.arange(gain.shape[1]) <= last.unsqueeze(1))).view_as(weight)
-    return torch.where(goes, other, nearest.float())
+    return torch.where(goes, other, nearest.float()).bfloat16()
 
 
 def _lost_bias(layer: Any, outputs: int) -> torch.Tensor:
