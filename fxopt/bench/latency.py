@@ -25,7 +25,8 @@ TAILS = {"p90": (0.90, 64), "p99": (0.99, 662)}
 
 _MOST_CALLS = 5000
 _WARM_UP = 0.1
-_FEWEST_CALLS = 6
+FEWEST_CALLS = 6
+"""Beside the first, which warms up."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def measure_latency(
         samples: list[Sample] = []
         while len(samples) < _MOST_CALLS:
             samples.append(arm.under(lambda call: clock.time(call, 1)))
-            if clock.now() - start > budget_seconds and len(samples) >= _FEWEST_CALLS:
+            if clock.now() - start > budget_seconds and len(samples) >= FEWEST_CALLS:
                 break
         had_threads = torch.get_num_threads()
     times = tuple(sample.seconds for sample in samples)

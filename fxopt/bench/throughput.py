@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from fxopt.bench.latency import measure_latency
+from fxopt.bench.latency import FEWEST_CALLS, measure_latency
 from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+_MOST_BUDGETS = 3
+"""A batch size behind the first one is left out where the fewest calls of it would take so many times the budget."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def measure_throughput(
         inputs: an example with the batch in dimension 0 of every tensor.
         device: "cpu", "cuda" or "cuda:1".
         batches: the sizes.
-        budget_seconds: time to spend on all of them.
+        budget_seconds: time to spend on all of them. The first one is measured even if it takes longer.
         threads: that torch runs meanwhile; None leaves them.
 
     Returns:
@@ -63,6 +65,14 @@ def measure_throughput(
         resized = Inputs.of(inputs).with_batch(batch)
         if resized is None:
             found[batch] = "the inputs have no common batch in dimension 0"
+            continue
+        # As if a call took as long for each sample as in the batch before: it seldom takes longer.
+        calls = 1 + FEWEST_CALLS
+        seconds = calls * max((batch / one.per_second for one in _measured(found)[-1:]), default=0.0)
+        if seconds > _MOST_BUDGETS * budget_seconds:
+            found[batch] = (
+                f"{calls} calls would take about {seconds:.0f} s: raise the budget, or ask for this size alone"
+            )
             continue
         try:
             latency = measure_latency(
@@ -80,3 +90,7 @@ def measure_throughput(
             calls=len(latency.times),
         )
     return found
+
+
+def _measured(found: dict[int, Throughput | str]) -> list[Throughput]:
+    return [one for one in found.values() if isinstance(one, Throughput)]
