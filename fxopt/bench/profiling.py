@@ -193,6 +193,10 @@ class _Sum:
         self.shortest.append((operator.flops or 0, operator.bytes))
 
 
+_WATCHED = {"aten::_reshape_alias": "aten::view", "aten::add_": "aten::add"}
+"""What torch calls by itself in place of an operator while operators are watched: in a reshape, and for a bias."""
+
+
 class _Walk:
     """Goes through the profiler's events along with the operators that are known to run."""
 
@@ -226,7 +230,7 @@ class _Walk:
         if self._listed is None:
             if event.name != "[memory]":
                 self._take(event, None, owner)
-        elif self._next < len(self._listed) and event.name == self._listed[self._next].name:
+        elif self._next < len(self._listed) and self._listed[self._next].name in (event.name, _WATCHED.get(event.name)):
             self._next += 1
             self._take(event, self._listed[self._next - 1], owner)
         else:

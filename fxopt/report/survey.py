@@ -73,7 +73,8 @@ def _profile(device: str, measured: Mapping[str, Any]) -> Iterator[Section]:
         ("outside", f"{words.effect(outside)} of the profiled call is outside of operators: Python and launching")
     )
     slowed = 1e3 * found["seconds"] / measured["latency"]["median_ms"] - 1
-    facts.append(("profiler", f"a call takes {words.effect(slowed)} longer while the profiler looks on"))
+    longer = f"{words.effect(slowed)} longer" if slowed > 0 else "no longer"
+    facts.append(("profiler", f"a call takes {longer} while the profiler looks on"))
     notes = list(found["notes"])
     if any((cost["roofline"] or 0) > 1 for cost in found["operators"]):
         notes.append("above 100 % of the roofline: what is read was still in a cache, which is faster than memory")

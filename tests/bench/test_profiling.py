@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.bench import Roofline, measure_latency, measure_roofline, measure_throughput, profile
@@ -49,6 +51,32 @@ def test_each_operator_has_its_time_flops_and_bytes() -> None:
         assert cost.roofline == pytest.approx(least / cost.seconds)
     assert sum(cost.seconds for cost in found.operators) + found.python == pytest.approx(found.seconds)
     assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "flops"),
+    [
+        pytest.param(
+            lambda x: x.t().reshape(2, 3, 4) @ torch.ones(4, 5), 2 * 6 * 4 * 5, id="reshape of a transposition"
+        ),
+        pytest.param(
+            lambda x: F.linear(x.unflatten(1, (3, 2)).transpose(1, 2), torch.ones(5, 3), torch.ones(5)),
+            2 * 8 * 3 * 5,
+            id="bias behind a product",
+        ),
+        pytest.param(lambda x: (x + 1).add_(1) @ x.t(), 2 * 4 * 6 * 4, id="addition in place"),
+    ],
+)
+def test_operators_that_go_by_another_name_while_they_are_watched_have_flops(
+    function: Callable[[torch.Tensor], torch.Tensor], flops: int
+) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    found = profile(Calls(), torch.randn(4, 6), roofline=CEILINGS, threads=1)
+    assert found.notes == ()
+    assert sum(cost.flops or 0 for cost in found.operators) == flops
 
 
 def test_each_module_has_what_is_in_it_but_not_in_its_submodules() -> None:
