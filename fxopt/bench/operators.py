@@ -20,7 +20,7 @@ class Operator:
     Attributes:
         name: `aten::addmm`.
         flops: a multiply and its add are two; None where torch has no formula for it.
-        bytes: of the tensors that it reads and writes; 0 for a view.
+        bytes: of the tensors that it reads and writes; 0 for a view. Of a table that of the rows that it looks up.
     """
 
     name: str
@@ -30,6 +30,8 @@ class Operator:
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Torch has a formula for attention on CUDA, and none for this."""
+_GATHERS = frozenset(getattr(torch.ops.aten, name) for name in ("embedding", "index_select", "index", "gather", "take"))
+"""Operators that read of their first argument what they give, and no more."""
 
 
 def operators_of(call: Callable[[], object]) -> list[Operator]:
@@ -71,7 +73,10 @@ def _traffic(func: Any, given: Any, result: Any) -> int:
     views = all(tensor.untyped_storage()._cdata in storages for tensor in written)
     if written and views and not func._schema.is_mutable:
         return 0
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*read, *written])
+    sizes = [tensor.numel() * tensor.element_size() for tensor in [*read, *written]]
+    if func._overloadpacket in _GATHERS:
+        sizes[0] = min(sizes[0], sizes[-1])
+    return sum(sizes)
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 from fxopt.target import Target
 
+TABLE = torch.randn(1000, 5)
 CEILINGS = Roofline(1e9, 1e9, "float32")
 
 
@@ -77,6 +78,22 @@ def test_operators_that_go_by_another_name_while_they_are_watched_have_flops(
     found = profile(Calls(), torch.randn(4, 6), roofline=CEILINGS, threads=1)
     assert found.notes == ()
     assert sum(cost.flops or 0 for cost in found.operators) == flops
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "bytes"),
+    [
+        pytest.param(lambda x: F.embedding(x, TABLE), "embedding", 8 * 6 + 2 * 4 * 6 * 5, id="embedding"),
+        pytest.param(lambda x: TABLE[x], "index", 8 * 6 + 2 * 4 * 6 * 5, id="index"),
+        pytest.param(lambda x: TABLE.gather(0, x.view(2, 3)), "gather", 8 * 6 + 2 * 4 * 6, id="gather"),
+        pytest.param(lambda x: TABLE[:2].index_select(0, x), "index_select", 8 * 6 + 4 * (2 + 6) * 5, id="small table"),
+    ],
+)
+def test_of_a_table_only_what_is_looked_up_is_read(
+    function: Callable[[torch.Tensor], torch.Tensor], name: str, bytes: int
+) -> None:
+    found = operators_of(lambda: function(torch.tensor([0, 1, 1, 0, 1, 0])))
+    assert [operator.bytes for operator in found if operator.name == f"aten::{name}"] == [bytes]
 
 
 def test_each_module_has_what_is_in_it_but_not_in_its_submodules() -> None:
