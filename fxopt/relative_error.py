@@ -50,9 +50,13 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def apart_by_rounding(reference: torch.Tensor, rounded: torch.Tensor) -> float:
-    """How far two roundings of one output may be apart: each is at most as far from its float64 run as the other."""
+    """How far another rounding of an output may be from this one, by the float64 run that both are roundings of.
+
+    One may be closer to it by chance: of models that multiply rounding, what torch gives in other layouts and without
+    oneDNN is up to 5 times as far from its own output as that is from float64.
+    """
     own = relative_error(reference, rounded)
-    return 2 * own if own <= _ROUNDING_ALONE else 0.0
+    return max(2 * own, min(6 * own, _ROUNDING_ALONE)) if own <= _ROUNDING_ALONE else 0.0
 
 
 def share_of_others(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -296,8 +296,13 @@ class Wide(Engine):
 
 def test_an_engine_may_differ_by_the_rounding_of_the_module_itself() -> None:
     model, x = Cancelling().eval(), torch.randn(8, 4)
-    assert relative_error(model.linear(x), model(x)) > 1e-4
-    assert_agree(build(Wide(), model, Inputs((x,)))(x), model.linear(x))
+    with torch.no_grad():
+        exact, rounded = model.linear(x), model(x)
+    own = relative_error(exact, rounded)
+    assert own > 1e-4
+    assert_agree(build(Wide(), model, Inputs((x,)))(x), exact)
+    farther = build(Wide(offset=3 * own * float(exact.abs().max())), model, Inputs((x,))).relative_error
+    assert farther is not None and farther > 2 * own
     with pytest.raises(EngineError, match="differs from that of the module"):
         build(Wide(offset=1e-2), model, Inputs((x,)))
 
