@@ -47,6 +47,7 @@ class Arm:
         self._described = inputs.describe()
         self._replay: Callable[[], object] | None = None
         self._pristine: Inputs | None = None
+        self._with_gradients = False
         self._versions = [tensor._version for tensor in self._inputs.tensors]
 
     def _copy(self, module: Callable[..., Any], timed: bool) -> Callable[..., Any]:
@@ -73,6 +74,9 @@ class Arm:
         """One forward, or the replay of one."""
         if self._replay is not None:
             return self._replay()
+        if self._with_gradients:
+            with torch.enable_grad():
+                return self.module(*self._inputs.args, **self._inputs.kwargs)
         return self.module(*self._inputs.args, **self._inputs.kwargs)
 
     def replay_graph(self) -> None:
@@ -92,7 +96,7 @@ class Arm:
             raise EngineError(f"{self.name!r} ({self.kind}): {error}") from error
 
     def under(self, measure: Callable[[Callable[[], object]], T]) -> T:
-        """Let `measure` make the calls.
+        """Let `measure` make the calls, with gradients for a module in training mode whose forward asks for them.
 
         Raises:
             EngineError: where the module raises.
@@ -101,6 +105,9 @@ class Arm:
         try:
             return measure(self.call)
         except Exception as error:
+            if advice_on(error) and getattr(self.module, "training", False) and not self._with_gradients:
+                self._with_gradients = True
+                return self.under(measure)
             raise EngineError(
                 f"{self.name!r} ({self.kind}) raised {type(error).__name__} while measured on {str(self._device)!r} "
                 f"with inputs {self._described}: {error}{advice_on(error)}"

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.bench import arm
+from fxopt import optimize
+from fxopt.bench import arm, compare
 from fxopt.bench.arm import Arm
+from fxopt.errors import EngineError
 from fxopt.inputs import Inputs
 
 
@@ -33,3 +35,24 @@ def test_lazy_modules_are_copied() -> None:
     copied = Arm("one", nn.LazyLinear(3), Inputs((torch.ones(2, 4),)), torch.device("cpu"))
     copied.call()
     assert copied.copied
+
+
+class Slope(nn.Module):
+    """Gives the slope of what it computes, as a network that is trained by an equation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.layer(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_module_in_training_is_measured_with_the_gradients_that_its_forward_asks_for() -> None:
+    x = torch.ones(3, 2)
+    found = compare(Slope().train(), Slope().train(), x, pairs=2, budget_seconds=0.01)
+    assert found.before_ms > 0
+    assert optimize(Slope().train(), x, "clean", budget_seconds=0.01).record["latency"]["cpu"]
+    with pytest.raises(EngineError, match=r"compute them within `torch.enable_grad\(\)`"):
+        compare(Slope().eval(), Slope().eval(), x, pairs=2, budget_seconds=0.01)

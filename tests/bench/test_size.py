@@ -113,7 +113,7 @@ def test_a_module_that_needs_gradients_is_told_to_ask_for_them() -> None:
             return torch.autograd.grad(x.pow(2).sum(), x)[0]
 
     with pytest.raises(EngineError, match=r"without gradients: compute them within `torch.enable_grad\(\)`"):
-        measure_size(Slope(), torch.ones(2))
+        measure_size(Slope().eval(), torch.ones(2))
 
 
 class Shy(nn.Module):
